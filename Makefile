@@ -1,0 +1,54 @@
+# Every target sets up what it needs: on a fresh machine, `make quickstart` is enough.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+# A stamp is the time of the last installation; a changed input makes it stale.
+TUTORIALS = $(VENV)/.stamp-tutorials
+DEV = $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart setup test slow-test lint format clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON)"
+
+quickstart: $(TUTORIALS)  ## Train, fit and compare on handwritten digits (two minutes)
+	$(BIN)/python tutorials/quickstart.py
+
+setup: $(DEV)  ## Make the virtual environment that tests and checks need
+
+test: $(DEV)  ## Run the tests, the docstrings' examples among them
+	$(BIN)/python -m pytest -q
+
+slow-test: $(DEV)  ## Run the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(DEV)  ## Check style, formatting, types and the conventions of the code
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_conventions.py
+
+format: $(DEV)  ## Rewrite the files in the project's format
+	$(BIN)/python -m ruff check --fix-only .
+	$(BIN)/python -m ruff format .
+
+clean:  ## Remove what building and testing left behind (the environment stays)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pyro_subnet tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv "$(VENV)"
+
+$(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[tutorials]"
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[dev,tutorials]"
+	$(PIP) install -q --no-deps -r tests/requirements-peers.txt
+	@touch $(TUTORIALS) $@

@@ -1,0 +1,1 @@
+"""Subnetwork Laplace inference for Pyro models."""
