@@ -1,0 +1,1 @@
+"""Curvature of the log posterior: likelihood, Jacobians, prior."""

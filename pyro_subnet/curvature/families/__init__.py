@@ -1,0 +1,1 @@
+"""Families of observed distributions whose Fisher information is known."""
