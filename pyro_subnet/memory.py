@@ -1,0 +1,53 @@
+"""How much memory there is, and whether an S x S factor fits into it."""
+
+from __future__ import annotations
+
+import math
+
+import psutil
+import torch
+
+from pyro_subnet.exceptions import MemoryLimitError
+
+# The precision and its Cholesky factor are alive together while it is factored.
+_MATRICES_PER_FIT = 2
+# Jacobian blocks and the activations behind them are cut to about this size.
+DEFAULT_BUDGET = 2**30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free for a computation now.
+
+    Args:
+        device: CPU or CUDA device.
+
+    Returns:
+        Bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_factor_fits(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a subnet whose S x S factor cannot be held, before any long work.
+
+    Args:
+        size: S.
+        dtype: Floating point type of the factor.
+        device: Where it will live.
+
+    Raises:
+        MemoryLimitError: If it does not fit; says the largest S that does.
+    """
+    per_entry = _MATRICES_PER_FIT * torch.finfo(dtype).bits // 8
+    needed = per_entry * size**2
+    free = available_bytes(device)
+    if needed > free:
+        largest = math.isqrt(free // per_entry)
+        raise MemoryLimitError(
+            f"A subnet must have an S x S factor that fits in memory; got S={size}, "
+            f"which needs {needed / 2**30:.1f} GiB ({needed} bytes) where "
+            f"{free / 2**30:.1f} GiB ({free} bytes) are free. Choose at most "
+            f"{largest} weights."
+        )
