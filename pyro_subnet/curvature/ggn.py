@@ -1,0 +1,53 @@
+r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the data of one call."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.jacobian.route import Route, jacobian_blocks
+
+
+def add_ggn_(
+    ggn: Float[Tensor, "subnet subnet"],
+    outputs: OutputMap,
+    factors: Factors,
+    budget: int,
+    route: Route | None = None,
+) -> None:
+    r"""Adds :math:`\sum_n w_n J_n^\top \Lambda_n J_n` of one call, in place.
+
+    Args:
+        ggn: The sum so far, shape (S, S), nats per parameter squared.
+        outputs: The subnet's outputs in this call.
+        factors: :math:`\sqrt{w_n} R_n` with :math:`R_n^\top R_n = \Lambda_n`, one
+            (M, r, c) tensor a site.
+        budget: Bytes of Jacobian and activations that may be held at once.
+        route: Forces a Jacobian route; by default the cheapest right one.
+
+    Source: Daxberger et al. (2021), eq. 4, arXiv 2010.14689.
+    """
+    for block in jacobian_blocks(outputs, factors, budget, route):
+        rows = block.rows.flatten(0, 1)
+        ggn.addmm_(rows.mT, rows)
+
+
+def ggn_diagonal(
+    outputs: OutputMap, factors: Factors, budget: int
+) -> Float[Tensor, " params"]:
+    r"""Diagonal of :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, without the matrix.
+
+    Args:
+        outputs: Outputs as a function of all D elements (or any subset).
+        factors: As for :func:`add_ggn_`.
+        budget: Bytes of Jacobian and activations that may be held at once.
+
+    Returns:
+        Shape (D,), float64: sums over many data keep their digits.
+    """
+    diagonal = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
+    for block in jacobian_blocks(outputs, factors, budget):
+        diagonal += block.rows.flatten(0, 1).square().sum(0)
+    return diagonal

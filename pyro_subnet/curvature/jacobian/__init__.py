@@ -1,0 +1,1 @@
+"""Jacobians of model outputs with respect to the chosen elements only."""

@@ -1,0 +1,95 @@
+"""Jacobians of a whole call at once: right for any model, whatever couples its data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    Factors,
+    JacobianBlock,
+    OutputMap,
+    directional_derivative,
+)
+
+
+def forward_bytes(outputs: OutputMap) -> int:
+    """Memory of the Jacobian that forward mode holds.
+
+    Args:
+        outputs: The map to be differentiated.
+
+    Returns:
+        Bytes of all sites' (M, c, S) blocks.
+    """
+    entries = sum(count * width for count, width in outputs.shapes)
+    return entries * outputs.size * outputs.loc.element_size()
+
+
+def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    """Forward mode: S directions, in groups; one block a site.
+
+    Costs about 2 S forward passes of the call and holds the whole Jacobian.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of directions may take.
+
+    Yields:
+        One block for every site.
+    """
+    loc = outputs.loc
+    one = outputs.activation_bytes + outputs.num_touched * loc.element_size()
+    group = max(1, min(outputs.size, budget // (2 * one)))
+
+    def push(direction: Tensor) -> tuple[Tensor, ...]:
+        return directional_derivative(outputs.outputs, loc, direction)[1]
+
+    columns = [loc.new_empty(*shape, outputs.size) for shape in outputs.shapes]
+    for start in range(0, outputs.size, group):
+        stop = min(start + group, outputs.size)
+        directions = loc.new_zeros(stop - start, outputs.size)
+        directions[:, start:stop].fill_diagonal_(1.0)
+        for column, derivative in zip(
+            columns, torch.func.vmap(push)(directions), strict=True
+        ):
+            column[..., start:stop] = derivative.movedim(0, -1)
+    for site, (column, factor) in enumerate(zip(columns, factors, strict=True)):
+        yield JacobianBlock(site, 0, factor @ column)
+
+
+def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    """Reverse mode: one backward pass of the whole call for every row, in groups.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of rows may take.
+
+    Yields:
+        Blocks of consecutive elements, site by site.
+    """
+    loc = outputs.loc
+    values, pullback = torch.func.vjp(outputs.outputs, loc)[:2]
+    zeros = tuple(torch.zeros_like(value) for value in values)
+    one = outputs.activation_bytes + 2 * outputs.num_touched * loc.element_size()
+    group = max(1, budget // one)
+
+    for site, factor in enumerate(factors):
+        count, rank, _ = factor.shape
+        step = max(1, group // max(1, rank))
+
+        def pull(cotangent: Tensor, site: int = site) -> Tensor:
+            return pullback((*zeros[:site], cotangent, *zeros[site + 1 :]))[0]
+
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            # Row (m, r): element m of the site carries R_m[r], the others nothing.
+            cotangents = loc.new_zeros(stop - start, rank, *zeros[site].shape)
+            picked = torch.arange(stop - start, device=loc.device)
+            cotangents[picked, :, start + picked] = factor[start:stop]
+            flat = cotangents.flatten(0, 1)
+            rows = torch.func.vmap(pull, chunk_size=group)(flat)
+            yield JacobianBlock(site, start, rows.reshape(stop - start, rank, -1))

@@ -1,0 +1,150 @@
+"""Per-datum reverse mode: one backward pass serves a row of every datum at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    Factors,
+    JacobianBlock,
+    OutputMap,
+    directional_derivative,
+)
+
+# The check draws one direction; any fixed seed serves.
+_SEED = 20_106_896
+
+
+def separates_by_datum(outputs: OutputMap, budget: int) -> bool:
+    r"""Whether each datum's outputs, and their Jacobian, need that datum alone.
+
+    Runs the model on every datum by itself and compares with the call on all data:
+    the outputs, and the derivative along one random direction v. Two linear maps that
+    agree on a random v are equal with probability one, so a model that couples its
+    data (batch statistics, attention or centring over the batch) does not pass.
+
+    Args:
+        outputs: The map in question.
+        budget: Bytes that a group of data may take.
+
+    Returns:
+        True if per-datum Jacobians are the Jacobians of the call.
+    """
+    if outputs.num_data == 1 or not outputs.rows:
+        return False
+    generator = torch.Generator().manual_seed(_SEED)
+    like = outputs.loc
+    direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(
+        like
+    )
+    whole = directional_derivative(outputs.outputs, like, direction)
+    try:
+        pieces = [
+            torch.func.vmap(
+                lambda *datum: directional_derivative(
+                    lambda theta: outputs.datum_outputs(theta, datum), like, direction
+                )
+            )(*rows)
+            for _, rows in _slices(outputs, _group(outputs, 1, budget))
+        ]
+    # The user's code may fail on a single datum in any way of its own: a fixed plate
+    # size, a reshape, an operation without a batching rule. The other routes serve.
+    except Exception:
+        return False
+    for which in (0, 1):
+        for site, reference in enumerate(whole[which]):
+            single = torch.cat([piece[which][site] for piece in pieces])
+            if not _agree(single, reference):
+                return False
+    return True
+
+
+def per_datum_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    """Reverse mode on single data, batched over data and rows.
+
+    Valid only where :func:`separates_by_datum` holds. Costs as many backward passes of
+    the call as a datum has rows, and the dense per-datum gradients of the sites that
+    hold a chosen element.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of data may take.
+
+    Yields:
+        For every group of data, one block a site.
+    """
+    num_data = outputs.num_data
+    ranks = [factor.shape[1] for factor in factors]
+    per_site = [factor.unflatten(0, (num_data, -1)) for factor in factors]
+    counts = [factor.shape[1] for factor in per_site]
+    num_rows = sum(m * r for m, r in zip(counts, ranks, strict=True))
+    group = _group(outputs, num_rows, budget)
+    dense_row = 2 * outputs.num_touched * outputs.loc.element_size()
+    chunk = max(1, budget // (group * dense_row))
+
+    def rows_of(factor: tuple[Tensor, ...], *datum: Tensor) -> tuple[Tensor, ...]:
+        pullback = torch.func.vjp(
+            lambda theta: outputs.datum_outputs(theta, datum), outputs.loc
+        )[1]
+        cotangents = _cotangents(factor)
+        pull = torch.func.vmap(lambda *u: pullback(u)[0], chunk_size=chunk)
+        rows = pull(*cotangents).split(
+            [m * r for m, r in zip(counts, ranks, strict=True)]
+        )
+        return tuple(
+            row.reshape(m, r, -1) for row, m, r in zip(rows, counts, ranks, strict=True)
+        )
+
+    for start, rows in _slices(outputs, group):
+        stop = start + rows[0].shape[0]
+        sliced = tuple(factor[start:stop] for factor in per_site)
+        for site, block in enumerate(torch.func.vmap(rows_of)(sliced, *rows)):
+            yield JacobianBlock(site, start * counts[site], block.flatten(0, 1))
+
+
+def _cotangents(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rows of all sites' factors as cotangents: (rows of all sites, M, c) a site."""
+    total = sum(factor.shape[0] * factor.shape[1] for factor in factors)
+    result, start = [], 0
+    for factor in factors:
+        count, rank, width = factor.shape
+        own = count * rank
+        # Row (m, r) puts R_m[r] at element m: a block-diagonal spread of the factor.
+        eye = torch.eye(count, dtype=factor.dtype, device=factor.device)
+        spread = torch.einsum("mn,mrc->mrnc", eye, factor).reshape(own, count, width)
+        before = factor.new_zeros(start, count, width)
+        after = factor.new_zeros(total - start - own, count, width)
+        result.append(torch.cat([before, spread, after]))
+        start += own
+    return tuple(result)
+
+
+def _group(outputs: OutputMap, num_rows: int, budget: int) -> int:
+    """How many data fit in the budget, at ``num_rows`` dense gradients a datum."""
+    dense = 3 * num_rows * outputs.num_touched * outputs.loc.element_size()
+    activations = math.ceil(outputs.activation_bytes / outputs.num_data)
+    one = dense + (1 + num_rows) * activations
+    return max(1, min(outputs.num_data, budget // one))
+
+
+def _slices(outputs: OutputMap, group: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    for start in range(0, outputs.num_data, group):
+        yield start, tuple(row[start : start + group] for row in outputs.rows)
+
+
+def _agree(single: Tensor, whole: Tensor) -> bool:
+    """Equal up to the round-off of another order of sums."""
+    single = single.reshape(-1, single.shape[-1])
+    if single.shape != whole.shape:
+        return False
+    if single.numel() == 0:
+        return True
+    tolerance = 100 * math.sqrt(single.shape[-1]) * torch.finfo(whole.dtype).eps ** 0.75
+    scale = whole.abs().amax()
+    return bool(((single - whole).abs() <= tolerance * scale).all())

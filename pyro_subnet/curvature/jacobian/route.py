@@ -1,0 +1,76 @@
+"""Chooses how a Jacobian is computed: by what it costs, within a memory budget."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from pyro_subnet.curvature.jacobian.full_batch import (
+    forward_blocks,
+    forward_bytes,
+    reverse_blocks,
+)
+from pyro_subnet.curvature.jacobian.output_map import Blocks, Factors, OutputMap
+from pyro_subnet.curvature.jacobian.per_datum import (
+    per_datum_blocks,
+    separates_by_datum,
+)
+
+Route = Literal["per-datum", "forward", "reverse"]
+
+# A forward-mode direction costs about two forward passes of the call, a reverse-mode
+# row about three (its forward, its two products backward).
+_FORWARD_PASSES = 2
+_REVERSE_PASSES = 3
+
+_BLOCKS = {
+    "per-datum": per_datum_blocks,
+    "forward": forward_blocks,
+    "reverse": reverse_blocks,
+}
+
+
+def choose_route(outputs: OutputMap, factors: Factors, budget: int) -> Route:
+    """The cheapest route that gives right numbers within the budget.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes of Jacobian that may be held at once.
+
+    Returns:
+        ``"per-datum"``, ``"forward"`` or ``"reverse"``.
+    """
+    num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
+    forward = _FORWARD_PASSES * outputs.size
+    per_datum = _REVERSE_PASSES * num_rows / outputs.num_data
+    forward_fits = forward_bytes(outputs) <= budget
+    if forward_fits and forward <= per_datum:
+        return "forward"
+    if separates_by_datum(outputs, budget):
+        return "per-datum"
+    if forward_fits and forward <= _REVERSE_PASSES * num_rows:
+        return "forward"
+    return "reverse"
+
+
+@torch.no_grad()
+def jacobian_blocks(
+    outputs: OutputMap, factors: Factors, budget: int, route: Route | None = None
+) -> Blocks:
+    r"""Blocks of :math:`R J` that together hold every element of every site once.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site; see
+            :func:`~pyro_subnet.curvature.jacobian.output_map.identity_factors`.
+        budget: Bytes of Jacobian and activations that may be held at once; one datum
+            is always done, however large.
+        route: Forces a route; by default the cheapest right one.
+
+    Yields:
+        Blocks, detached from any outer graph.
+    """
+    chosen = route or choose_route(outputs, factors, budget)
+    yield from _BLOCKS[chosen](outputs, factors, budget)
