@@ -1,0 +1,184 @@
+r"""Curvature of the negative log joint over the data: GGN plus prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.ggn import add_ggn_, ggn_diagonal
+from pyro_subnet.curvature.prior import (
+    DensityTerm,
+    PriorPrecision,
+    prior_diagonal,
+    prior_precision,
+)
+from pyro_subnet.data import Data
+from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.memory import DEFAULT_BUDGET
+from pyro_subnet.model_call import Graph, ModelCall
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.trace import Latents, Model
+
+
+@dataclass(frozen=True, eq=False)
+class SubnetCurvature:
+    """Both parts of the posterior precision over a subnet.
+
+    Attributes:
+        ggn: Sum over the data, shape (S, S), nats per parameter squared.
+        prior: Negative Hessian of the log prior, unscaled.
+        has_outputs: Whether the model has any observed site.
+    """
+
+    ggn: Tensor
+    prior: PriorPrecision
+    has_outputs: bool
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalCurvature:
+    """Diagonals of both parts over all D elements.
+
+    Attributes:
+        ggn: Shape (D,), float64.
+        prior: Shape (D,), float64.
+    """
+
+    ggn: Tensor
+    prior: Tensor
+
+
+def subnet_curvature(
+    model: Model,
+    latents: Latents,
+    subnet: Subnet,
+    data: Data,
+    budget: int = DEFAULT_BUDGET,
+) -> SubnetCurvature:
+    r"""One pass over the data: :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, and P0.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        subnet: The chosen elements.
+        data: The training data.
+        budget: Bytes of Jacobian and activations that may be held at once.
+
+    Returns:
+        GGN and prior precision.
+
+    Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689.
+    """
+    tally, prior = _Tally(data), list[PriorPrecision]()
+    ggn = latents.loc.new_zeros(subnet.size, subnet.size)
+    for args, kwargs in data.calls("GGN"):
+        call = ModelCall.read(model, latents, args, kwargs)
+        graph = call.graph()
+        terms = tally.check(call, graph)
+        if not prior:
+            prior.append(prior_precision(terms, graph.leaves, subnet, budget))
+        moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
+        del graph, terms  # frees the activations before the Jacobian needs the room
+        if any(moved.values()):
+            factors = call.factors(moved, without_plates=not data.whole)
+            outputs = call.output_map(subnet, moved, activations)
+            add_ggn_(ggn, outputs, factors, budget)
+    ggn.mul_(tally.scale())
+    return SubnetCurvature(ggn, prior[0], tally.has_outputs)
+
+
+def diagonal_curvature(
+    model: Model, latents: Latents, data: Data, budget: int = DEFAULT_BUDGET
+) -> DiagonalCurvature:
+    """One pass over the data for the diagonals over all D elements.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        data: The training data.
+        budget: Bytes of Jacobian and activations that may be held at once.
+
+    Returns:
+        Both diagonals; no matrix over D is formed.
+    """
+    tally, prior = _Tally(data), list[Tensor]()
+    everything = whole_subnet(latents)
+    ggn = torch.zeros(everything.size, dtype=torch.float64, device=latents.loc.device)
+    for args, kwargs in data.calls("Variances"):
+        call = ModelCall.read(model, latents, args, kwargs)
+        graph = call.graph()
+        terms = tally.check(call, graph)
+        if not prior:
+            prior.append(prior_diagonal(terms, graph.leaves, budget))
+        moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
+        del graph, terms
+        if any(moved.values()):
+            factors = call.factors(moved, without_plates=not data.whole)
+            outputs = call.output_map(everything, moved, activations)
+            ggn += ggn_diagonal(outputs, factors, budget)
+    return DiagonalCurvature(ggn * tally.scale(), prior[0].to(torch.float64))
+
+
+def whole_subnet(latents: Latents) -> Subnet:
+    """The subnet of every element.
+
+    Args:
+        latents: The latent sites.
+
+    Returns:
+        S = D.
+    """
+    count = latents.layout.num_params
+    return Subnet(latents.layout, torch.arange(count, device=latents.loc.device))
+
+
+class _Tally:
+    """Counts the data of a pass and holds the prior to one value in all its calls."""
+
+    def __init__(self, data: Data):
+        self.data = data
+        self.seen = 0
+        self.log_prior: float | None = None
+        self.has_outputs = False
+
+    def check(self, call: ModelCall, graph: Graph) -> list[DensityTerm]:
+        """Counts one call; returns its log prior."""
+        terms = call.prior_terms(graph)
+        value = sum(term.log_density.item() for term in terms)
+        tolerance = torch.finfo(call.latents.loc.dtype).eps ** 0.5
+        if self.log_prior is None:
+            self.log_prior = value
+        elif abs(value - self.log_prior) > tolerance * (1 + abs(value)):
+            raise ModelError(
+                "The log prior at the MAP must be the same for every batch; got "
+                f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
+                "depends on the data needs `laplace_approximation` on all of them."
+            )
+        self.has_outputs |= bool(call.sites)
+        _check_observed(call)
+        if self.data.num_data is not None and len({s.leading for s in call.sites}) > 1:
+            lengths = {site.name: site.leading for site in call.sites}
+            raise DataError(
+                "`num_data` needs observed sites of one length; got "
+                f"{lengths}. Leave it out and pass all data."
+            )
+        self.seen += call.num_data
+        return terms
+
+    def scale(self) -> float:
+        """What the sum over the seen data is multiplied by."""
+        if self.data.num_data is None:
+            return 1.0
+        return self.data.num_data / self.seen
+
+
+def _check_observed(call: ModelCall) -> None:
+    for site in call.sites:
+        if not site.node["is_observed"]:
+            raise ModelError(
+                f"Every sample site must be latent in the guide or observed; got site "
+                f"{site.name!r} without data. Pass its data to the Laplace "
+                "approximation."
+            )

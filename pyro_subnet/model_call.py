@@ -1,0 +1,355 @@
+"""One call of the user's model, read at the MAP: its outputs, weights and prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.exceptions import ModelError, NonFiniteError
+from pyro_subnet.output_site import OutputSite, SiteDistribution
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.trace import (
+    Latents,
+    Model,
+    Node,
+    is_factor,
+    is_output,
+    plate_scale,
+    preserved_rng,
+    refuse_training_mode,
+    run_model,
+)
+
+# {output site: its parameters that the chosen elements move}
+MovedParts = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """One run of the model with its autograd graph; drop it to free the activations.
+
+    Attributes:
+        leaves: Unconstrained value of every latent site, a leaf that needs gradients.
+        trace: The run's trace.
+        activation_bytes: What the run keeps for its backward pass.
+    """
+
+    leaves: Mapping[str, Tensor]
+    trace: poutine.Trace
+    activation_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """The model, called on some data, as a function of its latent sites.
+
+    Build one with :meth:`read`, which runs and checks the model.
+
+    Attributes:
+        model: The user's model.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        latents: The latent sites at the MAP.
+        fixed: Values of sites that would be drawn anew in every run.
+        trace: Reference trace at the MAP, detached.
+        sites: The output sites.
+    """
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    latents: Latents
+    fixed: Mapping[str, Tensor]
+    trace: poutine.Trace
+    sites: tuple[OutputSite, ...]
+
+    @classmethod
+    def read(
+        cls,
+        model: Model,
+        latents: Latents,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> ModelCall:
+        """Runs a model at the MAP and checks what it did.
+
+        Args:
+            model: The user's model.
+            latents: Its latent sites at the MAP.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+
+        Returns:
+            The call.
+
+        Raises:
+            ModelError: If a layer is in training mode, or the latent sites are not
+                those of the guide.
+            NonFiniteError: If the MAP or an output is NaN or infinite.
+        """
+        _check_finite_map(latents)
+        values = latents.constrain(latents.values)
+        with torch.no_grad(), preserved_rng(), refuse_training_mode():
+            trace = run_model(model, args, kwargs, values, {})
+        _check_latents(trace, latents)
+        fixed = {
+            name: node["value"]
+            for name, node in trace.nodes.items()
+            if _is_drawn(name, node, latents)
+        }
+        sites = tuple(
+            OutputSite.read(name, node)
+            for name, node in trace.nodes.items()
+            if is_output(name, node, latents)
+        )
+        return cls(model, args, kwargs, latents, fixed, trace, sites)
+
+    @property
+    def num_data(self) -> int:
+        """N, length of the data axis that all output sites share; 1 without one."""
+        lengths = {site.leading for site in self.sites}
+        return lengths.pop() if len(lengths) == 1 else 1
+
+    def run(
+        self,
+        unconstrained: Mapping[str, Tensor],
+        rows: tuple[Tensor, ...] | None = None,
+    ) -> poutine.Trace:
+        """Runs the model at given latent values, hidden from everything around.
+
+        Args:
+            unconstrained: Unconstrained value of every latent site.
+            rows: Replacements for the tensors that :meth:`data_rows` lists.
+
+        Returns:
+            The trace.
+        """
+        args, kwargs, fixed = self.args, self.kwargs, self.fixed
+        if rows is not None:
+            args, kwargs, fixed = self._with_rows(rows)
+        values = self.latents.constrain(unconstrained)
+        return run_model(self.model, args, kwargs, values, fixed)
+
+    def output_map(
+        self, subnet: Subnet, moved: MovedParts, activation_bytes: int
+    ) -> OutputMap:
+        """The outputs that a subnet moves, as a function of its elements.
+
+        Args:
+            subnet: The chosen elements.
+            moved: What :meth:`moved_parts` says of them.
+            activation_bytes: What a run keeps for its backward pass.
+
+        Returns:
+            The map; sites and parameters that no chosen site moves are left out.
+        """
+        sites = [site for site in self.sites if moved[site.name]]
+        base = self.latents.values
+        chosen = subnet.indices
+        counts = [within.numel() for within in chosen.values()]
+
+        def function(
+            theta: Tensor, rows: tuple[Tensor, ...] | None
+        ) -> tuple[Tensor, ...]:
+            pieces = theta.split(counts)
+            values = dict(base)
+            for (site, within), piece in zip(chosen.items(), pieces, strict=True):
+                values[site] = _with_elements(base[site], within, piece)
+            trace = self.run(values, rows)
+            found = [
+                site.outputs(trace.nodes[site.name], moved[site.name]) for site in sites
+            ]
+            return tuple(value.reshape(-1, value.shape[-1]) for value in found)
+
+        return OutputMap(
+            loc=subnet.gather(self.latents.loc),
+            function=function,
+            shapes=tuple(
+                (site.num_elements, sum(site.widths(moved[site.name])))
+                for site in sites
+            ),
+            rows=self.data_rows(),
+            num_data=self.num_data,
+            num_touched=sum(base[site].numel() for site in chosen),
+            activation_bytes=activation_bytes,
+        )
+
+    def factors(self, moved: MovedParts, without_plates: bool) -> Factors:
+        r"""Roots of the weighted output Hessians, :math:`\sqrt{w} R`, of each site.
+
+        Args:
+            moved: Which outputs: what :meth:`moved_parts` says of a subnet.
+            without_plates: Leaves out the N/B of subsampling plates.
+
+        Returns:
+            One (M, r, c) tensor for every site that is moved.
+        """
+        return tuple(
+            site.weighted_root(moved[site.name], without_plates)
+            for site in self.sites
+            if moved[site.name]
+        )
+
+    def graph(self) -> Graph:
+        """Runs the model with a graph from latent leaves to everything.
+
+        Returns:
+            The run.
+
+        Raises:
+            ModelError: If the outputs differ from those of the reference run.
+        """
+        leaves = {
+            site: value.detach().clone().requires_grad_()
+            for site, value in self.latents.values.items()
+        }
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            preserved_rng(),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            trace = self.run(leaves)
+        for site in self.sites:
+            site.check_repeats(trace.nodes[site.name])
+        return Graph(leaves, trace, sum(saved.values()))
+
+    def moved_parts(self, graph: Graph, subnet: Subnet) -> MovedParts:
+        """Parameters of each output site that the subnet's sites move.
+
+        Args:
+            graph: A run of this call.
+            subnet: The chosen elements.
+
+        Returns:
+            ``{site: names of parts}``; () for a site that none moves.
+        """
+        leaves = [graph.leaves[site] for site in subnet.indices]
+        nodes = graph.trace.nodes
+        return {
+            site.name: site.moved_parts(nodes[site.name], leaves) for site in self.sites
+        }
+
+    def prior_terms(self, graph: Graph) -> list[DensityTerm]:
+        """The log prior in unconstrained space, with its graph to the latent sites.
+
+        Args:
+            graph: A run of this call.
+
+        Returns:
+            One term for each latent site and each factor.
+        """
+        nodes = graph.trace.nodes
+        terms = [
+            _prior_term(nodes[name], self.latents.transforms[name], leaf)
+            for name, leaf in graph.leaves.items()
+        ]
+        for node in nodes.values():
+            if is_factor(node):
+                density = node["fn"].log_prob(node["value"])
+                total = scale_and_mask(density, node["scale"], node["mask"]).sum()
+                terms.append(DensityTerm(total, None, elementwise=False))
+        return terms
+
+    def data_rows(self) -> tuple[Tensor, ...]:
+        """Tensors of the call whose first axis is as long as the data."""
+        leaves, _ = self._flatten()
+        return tuple(leaf for leaf in leaves if self._is_row(leaf))
+
+    def _is_row(self, leaf: Any) -> bool:
+        return (
+            self.num_data > 1
+            and isinstance(leaf, Tensor)
+            and leaf.ndim > 0
+            and leaf.shape[0] == self.num_data
+        )
+
+    def _flatten(self) -> tuple[list[Any], TreeSpec]:
+        return tree_flatten((self.args, dict(self.kwargs), dict(self.fixed)))
+
+    def _with_rows(
+        self, rows: tuple[Tensor, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+        leaves, spec = self._flatten()
+        left = iter(rows)
+        swapped = [next(left) if self._is_row(leaf) else leaf for leaf in leaves]
+        return tree_unflatten(swapped, spec)
+
+
+def _with_elements(site: Tensor, within: Tensor, values: Tensor) -> Tensor:
+    """A site's value with some of its elements replaced, out of place."""
+    if within.numel() == site.numel():
+        return values.reshape(site.shape)
+    return site.flatten().scatter(0, within, values).reshape(site.shape)
+
+
+def _prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
+    fn, value = node["fn"], node["value"]
+    density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
+    # As in a Pyro guide, the change of volume takes the plates' scale alone.
+    volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
+    base = SiteDistribution.of(fn, value).base
+    plain = base.event_shape == () and transform.domain.event_dim == 0
+    return DensityTerm(density + volume, node["name"], elementwise=plain)
+
+
+def _is_drawn(name: str, node: Node, latents: Latents) -> bool:
+    """Whether a run draws this site anew: random subsamples, outputs without data."""
+    if node["type"] != "sample":
+        return False
+    if site_is_subsample(node):
+        fn = node["fn"]
+        return fn.subsample_size is not None and fn.subsample_size < fn.size
+    return is_output(name, node, latents) and not node["is_observed"]
+
+
+def _check_finite_map(latents: Latents) -> None:
+    for site, value in latents.values.items():
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"The MAP must be finite; got {bad} non-finite of {value.numel()} "
+                f"values at site {site!r}. Train again with a smaller learning rate, "
+                "or start from other values with `init_loc_fn`."
+            )
+
+
+def _check_latents(trace: poutine.Trace, latents: Latents) -> None:
+    for name, shape in zip(latents.layout.names, latents.layout.shapes, strict=True):
+        node = trace.nodes.get(name)
+        if node is None:
+            raise ModelError(
+                f"The model must have the guide's latent sites in every call; got a "
+                f"call without site {name!r}. Make its sites independent of the data."
+            )
+        if node["is_observed"]:
+            raise ModelError(
+                f"A latent site of the guide must not be observed; got data for site "
+                f"{name!r}. The guide was first called without them, so it took the "
+                "site for a latent one: make a new guide and call it with the data."
+            )
+        needed = node["fn"].batch_shape + node["fn"].event_shape
+        if math.prod(needed) != node["value"].numel():
+            raise ModelError(
+                f"Site {name!r} must have the shape that the guide was set up with, "
+                f"{tuple(shape)}; got {tuple(needed)} in this call. Latent sites "
+                "inside a plate over the data are not supported."
+            )

@@ -1,0 +1,250 @@
+"""Runs a user's model apart from everything around it, and reads the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_subnet.exceptions import ModelError
+from pyro_subnet.subnet import Layout
+
+Model = Callable[..., Any]
+Node = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The latent sites at the MAP.
+
+    Attributes:
+        layout: Where they lie in the packed vector.
+        transforms: From unconstrained to constrained values, one a site.
+        loc: The MAP, packed, shape (D,), unconstrained.
+    """
+
+    layout: Layout
+    transforms: Mapping[str, Transform]
+    loc: Tensor
+
+    @classmethod
+    def from_trace(cls, trace: poutine.Trace, loc: Tensor) -> Latents:
+        """Reads the latent sites of a guide's prototype trace.
+
+        Args:
+            trace: As ``AutoGuide._setup_prototype`` makes it.
+            loc: The MAP, packed, shape (D,).
+
+        Returns:
+            The latent sites, with ``loc`` detached.
+        """
+        nodes = dict(trace.iter_stochastic_nodes())
+        transforms = {
+            name: biject_to(node["fn"].support) for name, node in nodes.items()
+        }
+        shapes = tuple(
+            transforms[name].inv(node["value"]).shape for name, node in nodes.items()
+        )
+        return cls(Layout(tuple(nodes), shapes), transforms, loc.detach().clone())
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The MAP of every site, unconstrained."""
+        return self.layout.unpack(self.loc)
+
+    def constrain(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Maps unconstrained values of sites to the values that the model sees.
+
+        Args:
+            unconstrained: ``{site: value}``.
+
+        Returns:
+            The same sites, constrained.
+        """
+        return {name: self.transforms[name](u) for name, u in unconstrained.items()}
+
+
+def run_model(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    fixed: Mapping[str, Tensor],
+) -> poutine.Trace:
+    """Traces a model at given latent values, hidden from all handlers around it.
+
+    Distributions are not validated: their run-time checks branch on values, which
+    ``vmap`` cannot do. The param store and the plates that are open around the call
+    are left as they were.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Constrained value of every latent site.
+        fixed: Values for other sites that would be drawn: subsample indices, and
+            observed sites that came without data.
+
+    Returns:
+        The trace, with the model's return value at ``_RETURN``.
+    """
+    with (
+        _apart(),
+        pyro.validation_enabled(False),
+        poutine.block(),
+        poutine.trace() as tracer,
+        _Substitute(values, fixed),
+    ):
+        returned = model(*args, **kwargs)
+    trace = tracer.trace
+    trace.add_node("_RETURN", name="_RETURN", type="return", value=returned)
+    return trace
+
+
+class _Substitute(Messenger):
+    """Gives latent sites their values and keeps other draws from happening again."""
+
+    def __init__(self, values: Mapping[str, Tensor], fixed: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+        self.fixed = fixed
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = msg["name"]
+        if msg["value"] is None:
+            msg["value"] = self.values.get(name, self.fixed.get(name))
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Keeps the param store and the open plates as they are.
+
+    Plates that are open around the call would collide with the same plates inside it,
+    so the allocator of their dimensions is set aside.
+    """
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = open_plates
+        for name in set(store.keys()) - known:
+            del store[name]
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Gives the global RNG back as it was, on the CPU and the current GPU.
+
+    Yields:
+        Nothing.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def refuse_training_mode() -> Iterator[None]:
+    """Raises a ModelError when a layer runs in a mode that is not deterministic.
+
+    A layer of batch statistics would also change its buffers, so it is stopped before
+    it runs. The hook is global and is gone afterwards: no module is touched.
+
+    Yields:
+        Nothing.
+    """
+    handle = register_module_forward_pre_hook(_check_mode)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_mode(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    norm = isinstance(module, torch.nn.modules.batchnorm._NormBase)
+    dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+    changes = norm and getattr(module, "track_running_stats", False)
+    active = dropout and getattr(module, "p", 0.0) > 0
+    if module.training and (changes or active):
+        raise ModelError(
+            "The network must run in eval mode where a layer's training mode is random "
+            f"or changes its buffers; got {type(module).__name__} in training mode. "
+            "Call `.eval()` on the network first."
+        )
+
+
+def is_output(name: str, node: Node, latents: Latents) -> bool:
+    """Whether a trace node is a site whose distribution is the model's output.
+
+    ``pyro.deterministic`` and ``pyro.factor`` sites count as observed in a trace, but
+    have no likelihood.
+
+    Args:
+        name: Name of the node.
+        node: Node of a model trace.
+        latents: The latent sites.
+
+    Returns:
+        True for observed sites, and for sites that would be observed if data came.
+    """
+    return (
+        node["type"] == "sample"
+        and name not in latents.layout.names
+        and not site_is_subsample(node)
+        and not is_deterministic(node)
+        and not is_factor(node)
+    )
+
+
+def is_deterministic(node: Node) -> bool:
+    """Whether a node is a ``pyro.deterministic`` site.
+
+    Args:
+        node: Node of a model trace.
+
+    Returns:
+        True if it is.
+    """
+    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+
+
+def is_factor(node: Node) -> bool:
+    """Whether a node is a ``pyro.factor`` site.
+
+    Args:
+        node: Node of a model trace.
+
+    Returns:
+        True if it is.
+    """
+    return node["type"] == "sample" and isinstance(node["fn"], dist.Unit)
+
+
+def plate_scale(node: Node) -> float:
+    """N/B, multiplied over the subsampling plates of a site.
+
+    Args:
+        node: Node of a model trace.
+
+    Returns:
+        1.0 if no plate subsamples.
+    """
+    scale = 1.0
+    for frame in node["cond_indep_stack"]:
+        if frame.full_size and frame.size and frame.full_size > 0:
+            scale *= frame.full_size / frame.size
+    return float(scale)
