@@ -1,0 +1,24 @@
+"""Strategies that choose the subnet.
+
+Each is called with a guide at its MAP and the training data, and returns a
+:class:`~pyro_subnet.subnet.Subnet`. Any callable of that form serves as well.
+"""
+
+from pyro_subnet.selection.base import Selector
+from pyro_subnet.selection.largest_magnitude import LargestMagnitude
+from pyro_subnet.selection.largest_variance import LargestVariance
+from pyro_subnet.selection.last_layer import LastLayer
+from pyro_subnet.selection.mask import Mask
+from pyro_subnet.selection.random_subnet import RandomSubnet
+from pyro_subnet.selection.sites import Modules, Sites
+
+__all__ = [
+    "LargestMagnitude",
+    "LargestVariance",
+    "LastLayer",
+    "Mask",
+    "Modules",
+    "RandomSubnet",
+    "Selector",
+    "Sites",
+]

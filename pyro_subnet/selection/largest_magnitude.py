@@ -1,0 +1,50 @@
+"""The weights of largest magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyro_subnet.data import Data
+from pyro_subnet.selection.base import (
+    GuideAtMAP,
+    Selector,
+    check_size,
+    largest,
+    resolve_size,
+)
+from pyro_subnet.subnet import Subnet
+
+
+@dataclass(frozen=True)
+class LargestMagnitude(Selector):
+    r"""Keeps the weights of largest :math:`|\hat\theta_j|`, unconstrained.
+
+    Attributes:
+        size: A count (int) or a share in (0, 1] (float).
+
+    Raises:
+        SelectionError: If ``size`` is neither a count nor a share.
+
+    Source: a baseline of pruning; laplace-torch's ``LargestMagnitudeSubnetMask``.
+    """
+
+    size: float
+
+    def __post_init__(self) -> None:
+        """Checks the size."""
+        check_size(self.size)
+
+    def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
+        """Chooses the subnet.
+
+        Args:
+            guide: A guide at its MAP.
+            data: Not used.
+
+        Returns:
+            The subnet.
+        """
+        layout = guide.latents.layout
+        size = resolve_size(self.size, layout.num_params)
+        positions = largest(guide.latents.loc.abs(), size)
+        return Subnet.from_positions(layout, positions)

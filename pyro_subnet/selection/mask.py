@@ -1,0 +1,42 @@
+"""Weights that the user names one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_subnet.data import Data
+from pyro_subnet.selection.base import GuideAtMAP, Selector
+from pyro_subnet.subnet import Subnet
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Selector):
+    """Keeps the elements that masks or positions name.
+
+    Attributes:
+        mapping: ``{site: bool mask of the site's unconstrained shape, or LongTensor of
+            flat positions within the site}``.
+
+    Raises:
+        SelectionError: When called, if a site is unknown, a mask has another shape,
+            positions repeat or are out of range, or nothing is chosen.
+    """
+
+    mapping: Mapping[str, Tensor]
+
+    def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
+        """Chooses the subnet.
+
+        Args:
+            guide: A guide at its MAP.
+            data: Not used.
+
+        Returns:
+            The subnet.
+        """
+        device = guide.latents.loc.device
+        mapping = {site: choice.to(device) for site, choice in self.mapping.items()}
+        return Subnet.from_sites(guide.latents.layout, mapping)
