@@ -1,0 +1,190 @@
+"""A pretrained ``torch.nn`` network as a Pyro module with priors on its weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_subnet.exceptions import ModelError, OptionError
+
+Prior = Callable[[str, Tensor], Distribution]
+
+
+class BayesianModule(PyroModule):
+    """A network whose trainable parameters are sample sites, named as they are.
+
+    Made by :func:`bayesianize`. Any ``torch.nn`` network serves: the sampled values
+    take the parameters' places for the time of a call. Tied parameters are one site;
+    buffers (the running statistics of norms) move and save with the module.
+
+    Args:
+        net: The network; copied.
+        prior: Distribution of each parameter from its name and value.
+    """
+
+    def __init__(self, net: nn.Module, prior: Prior):
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        self._priors: dict[str, Distribution] = {}
+        self._names: dict[str, list[str]] = {}
+        everywhere = list(self.net.named_parameters(remove_duplicate=False))
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                self._priors[name] = _checked(prior(name, parameter), name, parameter)
+                self._names[name] = [n for n, p in everywhere if p is parameter]
+        if not self._priors:
+            raise ModelError(
+                "A network must have a parameter with `requires_grad=True` to be made "
+                "Bayesian; got none. Parameters without it stay constants: switch it "
+                "on for those that should have a prior."
+            )
+        _parameters_to_buffers(self.net)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Samples the weights and runs the network with them.
+
+        Args:
+            args: Positional arguments of the network.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the network returns.
+        """
+        weights = {}
+        for site, names in self._names.items():
+            weights.update(dict.fromkeys(names, self._weight(site)))
+        return torch.func.functional_call(self.net, weights, args, kwargs)
+
+    def _weight(self, name: str) -> Tensor:
+        """Samples a weight once in a call, as ``PyroSample`` attributes do."""
+        site = self._pyro_get_fullname(name)
+        value = self._pyro_context.get(site)
+        if value is None:
+            value = pyro.sample(site, self._priors[name])
+            self._pyro_context.set(site, value)
+        return value
+
+    def pretrained_values(self) -> dict[str, Tensor]:
+        """The values that the parameters had in the network.
+
+        Returns:
+            ``{parameter name: value}`` of the parameters that have a prior.
+        """
+        values = dict(self.net.named_buffers(remove_duplicate=False))
+        return {name: values[name] for name in self._priors}
+
+
+def bayesianize(
+    net: nn.Module, prior_scale: float = 1.0, *, prior: Prior | None = None
+) -> BayesianModule:
+    """A network with priors on its weights, as a Pyro module.
+
+    ::
+
+        bnn = bayesianize(net.eval())
+
+
+        def model(x, y=None):
+            logits = bnn(x)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+        guide = AutoSubnetLaplace(model, 0.05, init_loc_fn=init_to_module(net))
+        posterior = guide.laplace_approximation(x, y)
+
+    Args:
+        net: Any ``torch.nn`` network; it is copied, with its buffers and its mode, and
+            not changed. Its parameters with ``requires_grad=False`` stay constants.
+        prior_scale: Standard deviation of the independent normal priors.
+        prior: In place of normal priors, a function from a parameter's name and value
+            to a distribution over values of its shape.
+
+    Returns:
+        The module; its sample sites have the parameters' names.
+
+    Raises:
+        OptionError: If ``prior_scale`` is not positive and finite, or a prior is not of
+            its parameter's shape.
+        ModelError: If no parameter of the network has ``requires_grad=True``.
+    """
+    if not (math.isfinite(prior_scale) and prior_scale > 0):
+        raise OptionError(
+            "`prior_scale` must be positive and finite, a standard deviation; got "
+            f"{prior_scale}. Pass 1.0 for standard normal priors."
+        )
+
+    def normal(name: str, parameter: Tensor) -> Distribution:
+        scale = torch.full_like(parameter.detach(), prior_scale)
+        return dist.Normal(torch.zeros_like(scale), scale).to_event(parameter.ndim)
+
+    return BayesianModule(net, normal if prior is None else prior)
+
+
+def init_to_module(
+    net: nn.Module, *, fallback: Callable[..., Any] = init_to_median
+) -> Callable[..., Any]:
+    """Starts a guide at a network's weights, so that no training is needed.
+
+    A site takes the value of the parameter of its name. A site of a module that holds
+    the network under another name, such as ``"encoder.fc1.weight"``, takes that of the
+    longest name that it ends with and whose shape is its own.
+
+    Args:
+        net: A trained network, or what :func:`bayesianize` made of it.
+        fallback: How the other sites start, such as a latent noise scale.
+
+    Returns:
+        An ``init_loc_fn`` for any Pyro guide.
+    """
+    if isinstance(net, BayesianModule):
+        values = net.pretrained_values()
+    else:
+        values = dict(net.named_parameters())
+    values = {name: value.detach().clone() for name, value in values.items()}
+
+    def init(site: dict[str, Any] | None = None) -> Any:
+        if site is None:
+            return init
+        shape = site["fn"].batch_shape + site["fn"].event_shape
+        endings = [
+            name
+            for name, value in values.items()
+            if f".{site['name']}".endswith(f".{name}") and value.shape == shape
+        ]
+        if not endings:
+            return fallback(site)
+        return values[max(endings, key=len)].clone()
+
+    return init
+
+
+def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
+    shape = prior.batch_shape + prior.event_shape
+    if shape != parameter.shape:
+        raise OptionError(
+            f"The prior of parameter {name!r} must have its shape, "
+            f"{tuple(parameter.shape)}; got {tuple(shape)}. Use "
+            "`.expand(parameter.shape).to_event(parameter.ndim)`."
+        )
+    # Without a plate, batch dimensions of a weight would pass for data.
+    return dist.Independent(prior, len(prior.batch_shape))
+
+
+def _parameters_to_buffers(net: nn.Module) -> None:
+    """Keeps a network's values but leaves Pyro nothing of it to register or train."""
+    for module in net.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach().clone())
