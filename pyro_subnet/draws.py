@@ -8,9 +8,9 @@ or, where it depends on other latent sites, from a run at their drawn values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -29,6 +29,8 @@ from pyro_subnet.exceptions import ModelError
 from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import SiteDistribution
 from pyro_subnet.trace import Node, plate_scale
+
+Result = TypeVar("Result")
 
 
 class Draws:
@@ -70,10 +72,15 @@ class Draws:
             in all draws.
         """
         base = self.call.latents.values
-        return {name: u - base[name] for name, u in self._unconstrained().items()}
+        return {name: u - base[name] for name, u in self.unconstrained().items()}
 
-    def _unconstrained(self) -> dict[str, Tensor]:
-        """Values drawn so far, (K, *site shape) or the site's own shape."""
+    def unconstrained(self) -> dict[str, Tensor]:
+        """Values drawn so far.
+
+        Returns:
+            ``{site: (K, *site shape)}``, or the site's own shape where it is the same
+            in all draws.
+        """
         result = {}
         for name, value in self.values.items():
             own = self.call.trace.nodes[name]["value"].shape
@@ -81,6 +88,32 @@ class Draws:
             flat = value.reshape(-1, *own) if many else value.reshape(own)
             result[name] = self.call.latents.transforms[name].inv(flat)
         return result
+
+    def over_draws(
+        self,
+        function: Callable[[dict[str, Tensor]], Result],
+        values: dict[str, Tensor],
+        chunk_size: int | None = None,
+    ) -> Result:
+        """Maps a function over the draws, at once.
+
+        Args:
+            function: From one draw's values of the latent sites to tensors.
+            values: What it is mapped over, as :meth:`unconstrained` gives it.
+            chunk_size: How many draws at once; by default all.
+
+        Returns:
+            The function's results, with a leading axis K if there are draws.
+        """
+        if self.count is None:
+            return function(values)
+        base = self.call.latents.values
+        in_dims = {
+            name: 0 if value.ndim > base[name].ndim else None
+            for name, value in values.items()
+        }
+        mapped = torch.func.vmap(function, in_dims=(in_dims,), chunk_size=chunk_size)
+        return mapped(values)
 
     def spread(self, tensor: Tensor, shape: tuple[int, ...], batch_dim: int) -> Tensor:
         """Puts the axis of draws where the plates outside expect it.
@@ -154,7 +187,7 @@ class Draws:
     def _priors(self, parents: Mapping[str, Any]) -> dict[str, Distribution]:
         """Priors of the sites with parents, at the values drawn so far."""
         base = self.call.latents.values
-        drawn = self._unconstrained()
+        drawn = self.unconstrained()
         if self.count is None:
             nodes = self.call.run({**base, **drawn}).nodes
             return {name: nodes[name]["fn"] for name in parents}
@@ -177,11 +210,7 @@ class Draws:
                 }
             return found
 
-        in_dims = {
-            name: 0 if value.ndim > base[name].ndim else None
-            for name, value in drawn.items()
-        }
-        batched = torch.func.vmap(outputs, in_dims=(in_dims,))(drawn)
+        batched = self.over_draws(outputs, drawn)
         return {
             name: self._prior(at_map[name], families[name], batched[name])
             for name in parents

@@ -167,18 +167,18 @@ def factor_precision(
         NonFiniteError: If an entry is NaN or infinite.
         PrecisionError: If the matrix is not positive definite.
     """
-    bad = ~precision.diagonal().isfinite()
-    if bad.any():
-        raise NonFiniteError(
-            f"The precision must be finite; got {int(bad.sum())} non-finite entries on "
-            f"its diagonal (first at position {int(bad.nonzero()[0])} of the subnet). "
-            "Check the model's outputs and its prior at the MAP."
-        )
     factor, info = torch.linalg.cholesky_ex(precision)
-    # A NaN off the diagonal slips past LAPACK's info and surfaces in the factor.
+    # LAPACK's info is no word on NaN, but any NaN reaches the factor's diagonal.
     if int(info) == 0 and bool(factor.diagonal().isfinite().all()):
         return factor
     size = precision.shape[-1]
+    bad = (~precision.tril().isfinite()).any(dim=1).nonzero()
+    if bad.numel():
+        raise NonFiniteError(
+            f"The precision must be finite; got NaN or inf in {bad.numel()} of {size} "
+            f"rows (first {int(bad[0])}). Check the model's outputs and its prior at "
+            "the MAP."
+        )
     if size <= _MAX_EIGENVALUE_SIZE:
         smallest = float(torch.linalg.eigvalsh(precision)[0])
         found = f"smallest eigenvalue {smallest:.3e}"

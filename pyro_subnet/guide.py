@@ -45,8 +45,8 @@ class AutoSubnetLaplace(AutoContinuous):
     gives the subnet S a Gaussian of full covariance, with precision GGN + prior, and
     leaves all other elements at the MAP.
 
-    Two live guides never share an entry of the param store: the second one's name,
-    and so its key, gets a number.
+    Two live guides never share an entry of the param store: the second one's name, and
+    so its key, gets a number.
 
     Args:
         model: A Pyro model whose latent sites are continuous.
@@ -99,7 +99,7 @@ class AutoSubnetLaplace(AutoContinuous):
     @property
     def latents(self) -> Latents:
         """The latent sites at the present ``loc``."""
-        return Latents.from_trace(self.prototype_trace, self.loc)
+        return Latents.from_guide(self, self.loc)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -118,13 +118,17 @@ class AutoSubnetLaplace(AutoContinuous):
         self.loc = nn.Parameter(self._init_loc())
 
     def _take_key(self) -> None:
-        """Takes a param-store key that no other live guide holds."""
+        """Takes a param-store key that holds no other guide's parameter."""
         store, count = pyro.get_param_store(), 0
         name: str = self._pyro_name
         while True:
             key = f"{self._pyro_name}.loc"
             owner = _OWNERS.get(key)
-            if owner is None or owner is self or key not in store:
+            live = owner is not None and owner is not self
+            # What a dead guide or a loaded store left there is taken over, if it fits.
+            if key not in store or (
+                not live and store[key].shape == (self.latent_dim,)
+            ):
                 break
             count += 1
             self._pyro_name: str = f"{name}_{count}"
@@ -236,8 +240,11 @@ class AutoSubnetLaplace(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self._approximate(data)
 
+    @torch.inference_mode(False)
     def _approximate(self, data: Data) -> AutoSubnetMultivariateNormal:
-        latents, model = self.latents, self.user_model
+        # The guide may be trained on: the posterior keeps a copy of its MAP.
+        latents = Latents.from_guide(self, self.loc.detach().clone())
+        model = self.user_model
         if self._selector is None:
             size = latents.layout.num_params
             check_factor_fits(size, latents.loc.dtype, latents.loc.device)

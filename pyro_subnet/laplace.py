@@ -15,7 +15,7 @@ from pyro_subnet.curvature.prior import (
     prior_precision,
 )
 from pyro_subnet.data import Data
-from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.exceptions import ModelError
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import Graph, ModelCall
 from pyro_subnet.subnet import Subnet
@@ -81,7 +81,7 @@ def subnet_curvature(
             prior.append(prior_precision(terms, graph.leaves, subnet, budget))
         moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
         del graph, terms  # frees the activations before the Jacobian needs the room
-        if any(moved.values()):
+        if any(moved.values()) and call.num_data:
             factors = call.factors(moved, without_plates=not data.whole)
             outputs = call.output_map(subnet, moved, activations)
             add_ggn_(ggn, outputs, factors, budget)
@@ -114,7 +114,7 @@ def diagonal_curvature(
             prior.append(prior_diagonal(terms, graph.leaves, budget))
         moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
         del graph, terms
-        if any(moved.values()):
+        if any(moved.values()) and call.num_data:
             factors = call.factors(moved, without_plates=not data.whole)
             outputs = call.output_map(everything, moved, activations)
             ggn += ggn_diagonal(outputs, factors, budget)
@@ -158,13 +158,8 @@ class _Tally:
             )
         self.has_outputs |= bool(call.sites)
         _check_observed(call)
-        if self.data.num_data is not None and len({s.leading for s in call.sites}) > 1:
-            lengths = {site.name: site.leading for site in call.sites}
-            raise DataError(
-                "`num_data` needs observed sites of one length; got "
-                f"{lengths}. Leave it out and pass all data."
-            )
-        self.seen += call.num_data
+        if self.data.num_data is not None:
+            self.seen += call.num_seen
         return terms
 
     def scale(self) -> float:

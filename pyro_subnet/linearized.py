@@ -12,7 +12,10 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_subnet.curvature.jacobian.output_map import directional_derivative
+from pyro_subnet.curvature.jacobian.output_map import (
+    directional_derivative,
+    forward_mode_agrees,
+)
 from pyro_subnet.draws import Draws, rebuilt
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall
@@ -21,12 +24,13 @@ from pyro_subnet.trace import (
     Latents,
     Model,
     is_deterministic,
+    is_factor,
     is_output,
 )
 
 # What is expanded: the parameters of an output site, a deterministic site, or a tensor
 # among what the model returns.
-_Key = tuple[str, str | int]
+_Key = tuple[str, str]
 
 
 class LinearizedModel:
@@ -48,7 +52,8 @@ class LinearizedModel:
     def __init__(self, model: Model, latents: Latents):
         self._model = model
         self._latents = latents
-        self._parents: dict[str, frozenset[str]] | None = None
+        # Found out in the first call: parents of latent sites, use of forward mode.
+        self._structure: tuple[dict[str, frozenset[str]], bool] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the linearized model.
@@ -61,15 +66,22 @@ class LinearizedModel:
             What the user's model returns, tensors expanded to first order.
         """
         call = ModelCall.read(self._model, self._latents, args, kwargs)
-        if self._parents is None:
-            self._parents = latent_parents(call)
-        draws = Draws(call, self._parents)
-        tangents = _tangents(call, draws)
-        with _LinearizedOutputs(call, draws, tangents):
+        expansion = _Expansion(call)
+        if self._structure is None:
+            with torch.no_grad():
+                agrees = forward_mode_agrees(expansion, call.latents.values)
+            self._structure = latent_parents(call), agrees
+        parents, forward_mode = self._structure
+        draws = Draws(call, parents)
+        tangents = _tangents(expansion, draws, forward_mode)
+        factors = _log_factors(call, draws)
+        with _LinearizedOutputs(call, draws, tangents, factors):
             returned = self._model(*args, **kwargs)
         leaves, spec = tree_flatten(returned)
         shifted = [
-            leaf + tangents["return", i] if ("return", i) in tangents else leaf
+            leaf + tangents["return", str(i)]
+            if ("return", str(i)) in tangents
+            else leaf
             for i, leaf in enumerate(leaves)
         ]
         return tree_unflatten(shifted, spec)
@@ -82,11 +94,18 @@ class _LinearizedOutputs(Messenger):
     model's own code goes on with values at the MAP.
     """
 
-    def __init__(self, call: ModelCall, draws: Draws, tangents: Mapping[_Key, Tensor]):
+    def __init__(
+        self,
+        call: ModelCall,
+        draws: Draws,
+        tangents: Mapping[_Key, Tensor],
+        log_factors: Mapping[str, Tensor],
+    ):
         super().__init__()
         self.call = call
         self.draws = draws
         self.tangents = tangents
+        self.log_factors = log_factors
         self.latent_values = call.latents.constrain(call.latents.values)
         self._own_values: dict[str, Tensor] = {}
 
@@ -97,6 +116,11 @@ class _LinearizedOutputs(Messenger):
             msg["stop"] = True
         elif is_deterministic(msg):
             self._expand_deterministic(msg)
+        elif name in self.log_factors:
+            own = msg["fn"].log_factor.shape
+            factor = self.draws.spread(self.log_factors[name], own, len(own))
+            msg["fn"] = dist.Unit(factor)
+            msg["value"] = msg["fn"].sample()
         elif is_output(name, msg, self.call.latents):
             self._expand_output(msg)
 
@@ -105,10 +129,15 @@ class _LinearizedOutputs(Messenger):
         if tangent is None:
             return
         self._own_values[msg["name"]] = own = msg["value"]
-        event_dim = msg["fn"].event_dim
-        value = own + self.draws.spread(tangent, own.shape, own.ndim - event_dim)
+        fn = msg["fn"]
+        # In a plate the value may lack a batch dimension that the site has.
+        missing = len(fn.batch_shape) + fn.event_dim - own.ndim
+        shape = (1,) * missing + own.shape if self.draws.count else own.shape
+        value = own + self.draws.spread(tangent, shape, len(fn.batch_shape))
+        delta = dist.Delta(value, event_dim=fn.event_dim).mask(False)
+        batch_shape = torch.broadcast_shapes(fn.batch_shape, delta.batch_shape)
         msg["value"] = value
-        msg["fn"] = dist.Delta(value, event_dim=event_dim).mask(False)
+        msg["fn"] = delta.expand(batch_shape)
 
     def _expand_output(self, msg: Message) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -147,6 +176,8 @@ def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
         if term.site is None or not term.log_density.requires_grad:
             continue
         others = {site: u for site, u in graph.leaves.items() if site != term.site}
+        if not others:
+            continue
         gradients = torch.autograd.grad(
             term.log_density,
             list(others.values()),
@@ -163,42 +194,70 @@ def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
     return found
 
 
-def _tangents(call: ModelCall, draws: Draws) -> dict[_Key, Tensor]:
+class _Expansion:
+    """Everything of a call that is expanded, as a function of the latent sites.
+
+    Attributes:
+        keys: What is expanded, in order.
+    """
+
+    def __init__(self, call: ModelCall):
+        self.call = call
+        self.keys = _expanded_keys(call)
+
+    def __call__(self, unconstrained: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        nodes = self.call.run(unconstrained).nodes
+        sites = {site.name: site for site in self.call.sites}
+        returned = tree_flatten(nodes["_RETURN"]["value"])[0]
+        found = []
+        for kind, name in self.keys:
+            if kind == "output":
+                found.append(sites[name].outputs(nodes[name]))
+            elif kind == "deterministic":
+                found.append(nodes[name]["value"])
+            else:
+                found.append(returned[int(name)])
+        return tuple(found)
+
+
+def _tangents(
+    expansion: _Expansion, draws: Draws, forward_mode: bool
+) -> dict[_Key, Tensor]:
     r""":math:`J (\theta - \hat\theta)` of everything that is expanded.
 
     Returns:
         For each key the tangent in the value's shape (for outputs: element shape, then
         all parameters), with one leading axis for the draws if there are any.
     """
-    keys = _expanded_keys(call)
+    call = expansion.call
     base = call.latents.values
 
-    def values(unconstrained: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        nodes = call.run(unconstrained).nodes
-        found: dict[_Key, Tensor] = {}
-        for site in call.sites:
-            found["output", site.name] = site.outputs(nodes[site.name])
-        for kind, name in keys:
-            if kind == "deterministic":
-                found[kind, name] = nodes[name]["value"]
-        for i, leaf in enumerate(tree_flatten(nodes["_RETURN"]["value"])[0]):
-            found["return", i] = leaf
-        return tuple(found[key] for key in keys)
+    def push(directions: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return directional_derivative(expansion, base, directions, forward_mode)[1]
 
-    def push(directions: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return directional_derivative(values, base, directions)[1]
+    group = None
+    if draws.count is not None:
+        one = call.graph().activation_bytes + call.latents.loc.nbytes
+        group = max(1, DEFAULT_BUDGET // (2 * one))
+    found = draws.over_draws(push, draws.directions(), group)
+    return dict(zip(expansion.keys, found, strict=True))
 
-    directions = draws.directions()
-    if draws.count is None:
-        return dict(zip(keys, push(directions), strict=True))
-    one = call.graph().activation_bytes + call.latents.loc.nbytes
-    in_dims = {
-        site: 0 if direction.ndim > base[site].ndim else None
-        for site, direction in directions.items()
-    }
-    group = max(1, DEFAULT_BUDGET // (2 * one))
-    batched = torch.func.vmap(push, in_dims=(in_dims,), chunk_size=group)
-    return dict(zip(keys, batched(directions), strict=True))
+
+def _log_factors(call: ModelCall, draws: Draws) -> dict[str, Tensor]:
+    """Log factors at the drawn values: a factor is a term of the prior, not an output.
+
+    Returns:
+        ``{site: log factor}``, with one leading axis for the draws if there are any.
+    """
+    names = [name for name, node in call.trace.nodes.items() if is_factor(node)]
+    if not names:
+        return {}
+
+    def log_factors(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        nodes = call.run(values).nodes
+        return {name: nodes[name]["fn"].log_factor for name in names}
+
+    return draws.over_draws(log_factors, draws.unconstrained())
 
 
 def _expanded_keys(call: ModelCall) -> list[_Key]:
@@ -208,5 +267,5 @@ def _expanded_keys(call: ModelCall) -> list[_Key]:
             keys.append(("deterministic", name))
     for i, leaf in enumerate(tree_flatten(call.trace.nodes["_RETURN"]["value"])[0]):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            keys.append(("return", i))
+            keys.append(("return", str(i)))
     return keys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,13 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
+from torch.distributions.transforms import IndependentTransform
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.prior import DensityTerm
-from pyro_subnet.exceptions import ModelError, NonFiniteError
+from pyro_subnet.exceptions import DataError, ModelError, NonFiniteError
+from pyro_subnet.grad_mode import differentiable
 from pyro_subnet.output_site import OutputSite, SiteDistribution
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import (
@@ -122,6 +123,26 @@ class ModelCall:
         lengths = {site.leading for site in self.sites}
         return lengths.pop() if len(lengths) == 1 else 1
 
+    @property
+    def num_seen(self) -> int:
+        """How many data the call shows.
+
+        Raises:
+            DataError: If the output sites differ in it, or it cannot be told.
+        """
+        first = next((leaf for leaf in self._flatten()[0] if _has_rows(leaf)), None)
+        rows = None if first is None else first.shape[0]
+        counts = {site.name: site.num_seen(rows) for site in self.sites}
+        lengths = set(counts.values())
+        seen = lengths.pop() if len(lengths) == 1 else None
+        if seen is None:
+            raise DataError(
+                f"`num_data` needs observed sites of one length; got {counts} (None: "
+                "no plate stands out as the one over the data). Leave it out and pass "
+                "all data."
+            )
+        return seen
+
     def run(
         self,
         unconstrained: Mapping[str, Tensor],
@@ -211,10 +232,6 @@ class ModelCall:
         Raises:
             ModelError: If the outputs differ from those of the reference run.
         """
-        leaves = {
-            site: value.detach().clone().requires_grad_()
-            for site, value in self.latents.values.items()
-        }
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -223,10 +240,14 @@ class ModelCall:
             return tensor
 
         with (
-            torch.enable_grad(),
+            differentiable(),
             preserved_rng(),
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         ):
+            leaves = {
+                site: value.detach().clone().requires_grad_()
+                for site, value in self.latents.values.items()
+            }
             trace = self.run(leaves)
         for site in self.sites:
             site.check_repeats(trace.nodes[site.name])
@@ -244,9 +265,11 @@ class ModelCall:
         """
         leaves = [graph.leaves[site] for site in subnet.indices]
         nodes = graph.trace.nodes
-        return {
-            site.name: site.moved_parts(nodes[site.name], leaves) for site in self.sites
-        }
+        with differentiable():
+            return {
+                site.name: site.moved_parts(nodes[site.name], leaves)
+                for site in self.sites
+            }
 
     def prior_terms(self, graph: Graph) -> list[DensityTerm]:
         """The log prior in unconstrained space, with its graph to the latent sites.
@@ -258,16 +281,11 @@ class ModelCall:
             One term for each latent site and each factor.
         """
         nodes = graph.trace.nodes
-        terms = [
-            _prior_term(nodes[name], self.latents.transforms[name], leaf)
-            for name, leaf in graph.leaves.items()
-        ]
-        for node in nodes.values():
-            if is_factor(node):
-                density = node["fn"].log_prob(node["value"])
-                total = scale_and_mask(density, node["scale"], node["mask"]).sum()
-                terms.append(DensityTerm(total, None, elementwise=False))
-        return terms
+        with differentiable():
+            return [
+                _prior_term(nodes[name], self.latents.transforms[name], leaf)
+                for name, leaf in graph.leaves.items()
+            ] + [_factor_term(node) for node in nodes.values() if is_factor(node)]
 
     def data_rows(self) -> tuple[Tensor, ...]:
         """Tensors of the call whose first axis is as long as the data."""
@@ -275,12 +293,7 @@ class ModelCall:
         return tuple(leaf for leaf in leaves if self._is_row(leaf))
 
     def _is_row(self, leaf: Any) -> bool:
-        return (
-            self.num_data > 1
-            and isinstance(leaf, Tensor)
-            and leaf.ndim > 0
-            and leaf.shape[0] == self.num_data
-        )
+        return self.num_data > 1 and _has_rows(leaf) and leaf.shape[0] == self.num_data
 
     def _flatten(self) -> tuple[list[Any], TreeSpec]:
         return tree_flatten((self.args, dict(self.kwargs), dict(self.fixed)))
@@ -294,11 +307,21 @@ class ModelCall:
         return tree_unflatten(swapped, spec)
 
 
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
 def _with_elements(site: Tensor, within: Tensor, values: Tensor) -> Tensor:
     """A site's value with some of its elements replaced, out of place."""
     if within.numel() == site.numel():
         return values.reshape(site.shape)
     return site.flatten().scatter(0, within, values).reshape(site.shape)
+
+
+def _factor_term(node: Node) -> DensityTerm:
+    density = node["fn"].log_prob(node["value"])
+    total = scale_and_mask(density, node["scale"], node["mask"]).sum()
+    return DensityTerm(total, None, elementwise=False)
 
 
 def _prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
@@ -307,6 +330,8 @@ def _prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
     # As in a Pyro guide, the change of volume takes the plates' scale alone.
     volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
     base = SiteDistribution.of(fn, value).base
+    while isinstance(transform, IndependentTransform):  # what `to_event` makes of one
+        transform = transform.base_transform
     plain = base.event_shape == () and transform.domain.event_dim == 0
     return DensityTerm(density + volume, node["name"], elementwise=plain)
 
@@ -333,7 +358,7 @@ def _check_finite_map(latents: Latents) -> None:
 
 
 def _check_latents(trace: poutine.Trace, latents: Latents) -> None:
-    for name, shape in zip(latents.layout.names, latents.layout.shapes, strict=True):
+    for name in latents.layout.names:
         node = trace.nodes.get(name)
         if node is None:
             raise ModelError(
@@ -345,11 +370,4 @@ def _check_latents(trace: poutine.Trace, latents: Latents) -> None:
                 f"A latent site of the guide must not be observed; got data for site "
                 f"{name!r}. The guide was first called without them, so it took the "
                 "site for a latent one: make a new guide and call it with the data."
-            )
-        needed = node["fn"].batch_shape + node["fn"].event_shape
-        if math.prod(needed) != node["value"].numel():
-            raise ModelError(
-                f"Site {name!r} must have the shape that the guide was set up with, "
-                f"{tuple(shape)}; got {tuple(needed)} in this call. Latent sites "
-                "inside a plate over the data are not supported."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -18,6 +19,17 @@ from torch.distributions import Distribution
 from pyro_subnet.exceptions import ModelError, OptionError
 
 Prior = Callable[[str, Tensor], Distribution]
+
+
+@dataclass(frozen=True)
+class _NormalPrior:
+    """Independent normal priors of one scale, centred at zero."""
+
+    scale: float
+
+    def __call__(self, name: str, parameter: Tensor) -> Distribution:
+        scale = torch.full_like(parameter, self.scale)
+        return dist.Normal(torch.zeros_like(scale), scale).to_event(parameter.ndim)
 
 
 class BayesianModule(PyroModule):
@@ -35,20 +47,33 @@ class BayesianModule(PyroModule):
     def __init__(self, net: nn.Module, prior: Prior):
         super().__init__()
         self.net = copy.deepcopy(net)
-        self._priors: dict[str, Distribution] = {}
-        self._names: dict[str, list[str]] = {}
+        self._prior = prior
         everywhere = list(self.net.named_parameters(remove_duplicate=False))
-        for name, parameter in self.net.named_parameters():
-            if parameter.requires_grad:
-                self._priors[name] = _checked(prior(name, parameter), name, parameter)
-                self._names[name] = [n for n, p in everywhere if p is parameter]
-        if not self._priors:
+        self._names = {
+            name: [other for other, tied in everywhere if tied is parameter]
+            for name, parameter in self.net.named_parameters()
+            if parameter.requires_grad
+        }
+        if not self._names:
             raise ModelError(
                 "A network must have a parameter with `requires_grad=True` to be made "
                 "Bayesian; got none. Parameters without it stay constants: switch it "
                 "on for those that should have a prior."
             )
         _parameters_to_buffers(self.net)
+        self._priors = self._make_priors()
+
+    def _make_priors(self) -> dict[str, Distribution]:
+        return {
+            name: _checked(self._prior(name, value), name, value)
+            for name, value in self.pretrained_values().items()
+        }
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BayesianModule:
+        """Moves the priors along with the buffers, in ``.to`` and its kin."""
+        super()._apply(fn, recurse)
+        self._priors = self._make_priors()
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Samples the weights and runs the network with them.
@@ -81,11 +106,11 @@ class BayesianModule(PyroModule):
             ``{parameter name: value}`` of the parameters that have a prior.
         """
         values = dict(self.net.named_buffers(remove_duplicate=False))
-        return {name: values[name] for name in self._priors}
+        return {name: values[name] for name in self._names}
 
 
 def bayesianize(
-    net: nn.Module, prior_scale: float = 1.0, *, prior: Prior | None = None
+    net: nn.Module, prior_scale: int | float = 1.0, *, prior: Prior | None = None
 ) -> BayesianModule:
     """A network with priors on its weights, as a Pyro module.
 
@@ -123,12 +148,7 @@ def bayesianize(
             "`prior_scale` must be positive and finite, a standard deviation; got "
             f"{prior_scale}. Pass 1.0 for standard normal priors."
         )
-
-    def normal(name: str, parameter: Tensor) -> Distribution:
-        scale = torch.full_like(parameter.detach(), prior_scale)
-        return dist.Normal(torch.zeros_like(scale), scale).to_event(parameter.ndim)
-
-    return BayesianModule(net, normal if prior is None else prior)
+    return BayesianModule(net, _NormalPrior(prior_scale) if prior is None else prior)
 
 
 def init_to_module(

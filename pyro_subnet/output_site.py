@@ -128,6 +128,24 @@ class OutputSite:
         shape = self.distribution.element_shape
         return shape[0] if shape else 1
 
+    def num_seen(self, rows: int | None) -> int | None:
+        """How many data the site shows.
+
+        Args:
+            rows: Length of the first axis of the call's first tensor, which tells the
+                plate over the data from others.
+
+        Returns:
+            The size of its one plate, or of the one that is as long as ``rows``; the
+            length of its first axis without plates; None if that does not tell.
+        """
+        plates = [f.size for f in self.node["cond_indep_stack"] if f.vectorized]
+        if not plates:
+            return self.leading
+        if len(plates) > 1:
+            plates = [size for size in plates if size == rows]
+        return plates[0] if len(plates) == 1 else None
+
     def widths(self, parts: Sequence[str]) -> list[int]:
         """How many numbers each of some parameters has in an element.
 
@@ -257,5 +275,7 @@ def _spread(
     part: Tensor | float | bool, dims: int, shape: torch.Size, device: torch.device
 ) -> Tensor:
     """Broadcasts a batch-shaped number over ``dims`` event dimensions to ``shape``."""
-    tensor = torch.as_tensor(part, device=device)
+    if not isinstance(part, Tensor):
+        part = torch.tensor(part, dtype=torch.float64)
+    tensor = part.to(device)
     return tensor.reshape(tensor.shape + (1,) * dims).expand(shape)

@@ -25,7 +25,7 @@ from pyro_subnet.laplace import SubnetCurvature
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.predictive import output_distribution
 from pyro_subnet.state import copied, portable_state, sharing
-from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
 
 # What the guide's own set-up found out about the model's sites.
@@ -139,13 +139,12 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     @property
     def latents(self) -> Latents:
         """The latent sites at the MAP."""
-        return Latents.from_trace(self.prototype_trace, self.loc)
+        return Latents.from_guide(self, self.loc)
 
     @property
     def subnet(self) -> Subnet:
         """The chosen elements."""
-        shapes = tuple(self._unconstrained_shapes.values())
-        layout = Layout(tuple(self._unconstrained_shapes), shapes)
+        layout = self.latents.layout
         return Subnet(layout, self.subnet_positions, self.explained_variance)
 
     @property
@@ -210,7 +209,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
                 value = value.reshape(shape)
             yield site, value
 
-    def with_prior_precision(self, scale: float) -> AutoSubnetMultivariateNormal:
+    def with_prior_precision(self, scale: int | float) -> AutoSubnetMultivariateNormal:
         """The posterior under a prior of other precision, at the same MAP.
 
         Takes no pass over the data: one copy of the S x S matrix and one
@@ -253,6 +252,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         """
         return LinearizedModel(self.user_model, self.latents)
 
+    @torch.inference_mode(False)
     def output_distribution(
         self, *args: Any, joint: bool = False, **kwargs: Any
     ) -> dist.MultivariateNormal:

@@ -252,7 +252,12 @@ class Subnet:
 
 def _checked_positions(positions: Tensor, bound: int, name: str) -> Tensor:
     """Sorted unique int64 positions in [0, bound), or a SelectionError."""
-    if positions.is_floating_point() or positions.is_complex() or positions.ndim != 1:
+    integer = not (
+        positions.is_floating_point()
+        or positions.is_complex()
+        or positions.dtype == torch.bool
+    )
+    if not integer or positions.ndim != 1:
         raise SelectionError(
             f"`{name}` must be a 1-D integer tensor; got {positions.dtype} of shape "
             f"{tuple(positions.shape)}. Pass a LongTensor of flat positions."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
@@ -40,24 +43,23 @@ class Latents:
     loc: Tensor
 
     @classmethod
-    def from_trace(cls, trace: poutine.Trace, loc: Tensor) -> Latents:
-        """Reads the latent sites of a guide's prototype trace.
+    def from_guide(cls, guide: AutoContinuous, loc: Tensor) -> Latents:
+        """Reads what a guide found out about its latent sites when it was set up.
 
         Args:
-            trace: As ``AutoGuide._setup_prototype`` makes it.
+            guide: A guide that was set up.
             loc: The MAP, packed, shape (D,).
 
         Returns:
             The latent sites, with ``loc`` detached.
         """
-        nodes = dict(trace.iter_stochastic_nodes())
         transforms = {
-            name: biject_to(node["fn"].support) for name, node in nodes.items()
+            name: biject_to(node["fn"].support)
+            for name, node in guide.prototype_trace.iter_stochastic_nodes()
         }
-        shapes = tuple(
-            transforms[name].inv(node["value"]).shape for name, node in nodes.items()
-        )
-        return cls(Layout(tuple(nodes), shapes), transforms, loc.detach().clone())
+        shapes = guide._unconstrained_shapes
+        layout = Layout(tuple(shapes), tuple(shapes.values()))
+        return cls(layout, transforms, loc.detach())
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -86,8 +88,9 @@ def run_model(
     """Traces a model at given latent values, hidden from all handlers around it.
 
     Distributions are not validated: their run-time checks branch on values, which
-    ``vmap`` cannot do. The param store and the plates that are open around the call
-    are left as they were.
+    ``vmap`` cannot do. Attention runs on its plain kernels, the ones with derivatives
+    of every order. The param store and the plates that are open around the call are
+    left as they were.
 
     Args:
         model: The user's model.
@@ -102,6 +105,7 @@ def run_model(
     """
     with (
         _apart(),
+        _plain_attention(),
         pyro.validation_enabled(False),
         poutine.block(),
         poutine.trace() as tracer,
@@ -123,8 +127,20 @@ class _Substitute(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
-        if msg["value"] is None:
-            msg["value"] = self.values.get(name, self.fixed.get(name))
+        if msg["value"] is not None:
+            return
+        if name in self.values:
+            needed = msg["fn"].batch_shape + msg["fn"].event_shape
+            if math.prod(needed) != self.values[name].numel():
+                raise ModelError(
+                    f"Site {name!r} must have the shape that the guide was set up "
+                    f"with, {tuple(self.values[name].shape)}; got {tuple(needed)} in "
+                    "this call. Latent sites inside a plate over the data are not "
+                    "supported."
+                )
+            msg["value"] = self.values[name]
+        else:
+            msg["value"] = self.fixed.get(name)
 
 
 @contextmanager
@@ -143,6 +159,18 @@ def _apart() -> Iterator[None]:
         _DIM_ALLOCATOR._stack = open_plates
         for name in set(store.keys()) - known:
             del store[name]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switches off fused attention, which has no forward mode or second derivatives."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

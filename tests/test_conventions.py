@@ -19,6 +19,7 @@ LAYERS = {
     "_version": 0,
     "exceptions": 0,
     "gaussian": 1,
+    "grad_mode": 1,
     "memory": 1,
     "subnet": 1,
     "curvature": 2,

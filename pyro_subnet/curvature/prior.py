@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_subnet.grad_mode import differentiable
 from pyro_subnet.subnet import Subnet
 
 
@@ -80,7 +81,8 @@ def prior_precision(
     Returns:
         P0 over the subnet.
     """
-    gradients = _Gradients.of(terms, leaves)
+    with differentiable():
+        gradients = _Gradients.of(terms, leaves)
     diagonal = subnet.gather(gradients.elementwise_curvature(leaves))
     chosen = subnet.indices
     sites = [site for site in subnet.layout.names if site in chosen]
@@ -116,7 +118,8 @@ def prior_diagonal(
     Returns:
         Shape (D,).
     """
-    gradients = _Gradients.of(terms, leaves)
+    with differentiable():
+        gradients = _Gradients.of(terms, leaves)
     packed = gradients.elementwise_curvature(leaves)
     pieces = dict(
         zip(
@@ -183,7 +186,11 @@ class _Gradients:
             curvature = None
             if site not in self.coupled and gradient.requires_grad:
                 (curvature,) = torch.autograd.grad(
-                    gradient.sum(), leaf, retain_graph=True, allow_unused=True
+                    gradient,
+                    leaf,
+                    torch.ones_like(gradient),
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             zero = torch.zeros_like(leaf)
             parts.append((zero if curvature is None else -curvature).flatten())
@@ -199,9 +206,10 @@ def _hessian_rows(
     """Rows of P0 for the wanted elements, in groups: {site: (rows, site size)}."""
     if not wanted:
         return
-    first = torch.cat(
-        [gradients.total[site].flatten()[within] for site, within in wanted.items()]
-    )
+    with differentiable():
+        first = torch.cat(
+            [gradients.total[site].flatten()[within] for site, within in wanted.items()]
+        )
     total = sum(leaf.numel() for leaf in leaves.values())
     group = max(1, budget // (4 * total * first.element_size()))
     for start in range(0, first.numel(), group):
@@ -219,7 +227,7 @@ def _hessian_rows(
                 is_grads_batched=True,
             )
         yield {
-            site: -row.flatten(1)
+            site: -row.reshape(count, -1)
             if row is not None
             else leaf.new_zeros(count, leaf.numel())
             for (site, leaf), row in zip(leaves.items(), second, strict=True)

@@ -51,7 +51,7 @@ class Selector(ABC):
         """
 
 
-def check_size(size: float) -> None:
+def check_size(size: int | float) -> None:
     """Checks a size before the number of parameters is known.
 
     Args:
@@ -69,7 +69,7 @@ def check_size(size: float) -> None:
         )
 
 
-def resolve_size(size: float, num_params: int) -> int:
+def resolve_size(size: int | float, num_params: int) -> int:
     """How many elements a count or a share means.
 
     Args:
@@ -91,21 +91,20 @@ def resolve_size(size: float, num_params: int) -> int:
     return count
 
 
-def largest(scores: Float[Tensor, " params"], size: int) -> Tensor:
+def largest(scores: Float[Tensor, " params"], size: int, noise: float = 0.0) -> Tensor:
     """Positions of the largest scores; equal scores go by position.
 
-    Scores are first rounded to about half their digits, so that the round-off of
-    another order of sums does not decide between weights that are equal.
-
     Args:
-        scores: Non-negative, shape (D,); -inf excludes an element.
+        scores: Shape (D,); -inf excludes an element.
         size: How many to take.
+        noise: Relative round-off of the scores. Those that agree to it count as equal,
+            so that the order of a sum does not decide between weights that are.
 
     Returns:
-        Positions, shape (size,), unordered.
+        Positions, shape (size,), best first.
     """
-    digits = 0.5 * torch.finfo(torch.float32).eps ** 0.5
-    mantissa, exponent = torch.frexp(scores)
-    rounded = torch.ldexp((mantissa / digits).round() * digits, exponent)
-    order = rounded.sort(descending=True, stable=True).indices
-    return order[:size]
+    if noise > 0:
+        mantissa, exponent = torch.frexp(scores)
+        rounded = torch.ldexp((mantissa / noise).round() * noise, exponent)
+        scores = rounded.where(scores.isfinite(), scores)
+    return scores.sort(descending=True, stable=True).indices[:size]

@@ -28,7 +28,7 @@ class LargestMagnitude(Selector):
     Source: a baseline of pruning; laplace-torch's ``LargestMagnitudeSubnetMask``.
     """
 
-    size: float
+    size: int | float
 
     def __post_init__(self) -> None:
         """Checks the size."""

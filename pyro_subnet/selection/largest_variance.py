@@ -51,7 +51,7 @@ class LargestVariance(Selector):
     Source: Daxberger et al. (2021), section 4 and eq. 9, arXiv 2010.14689.
     """
 
-    size: float
+    size: int | float
     estimator: Literal["ggn"] = "ggn"
     keep_dead: bool = True
 
@@ -95,7 +95,8 @@ class LargestVariance(Selector):
                     "Choose fewer, or keep the others."
                 )
             scores = variance.where(alive, -torch.inf)
-        positions = largest(scores, size)
+        noise = torch.finfo(latents.loc.dtype).eps ** 0.75
+        positions = largest(scores, size, noise)
         # Under a diagonal posterior weight j adds G_jj sigma_j^2 of (scaled) variance.
         share = curvature.ggn * variance
         total = float(share.sum())

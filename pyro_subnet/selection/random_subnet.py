@@ -28,7 +28,7 @@ class RandomSubnet(Selector):
     Source: Daxberger et al. (2021), section 6, arXiv 2010.14689, as a baseline.
     """
 
-    size: float
+    size: int | float
     seed: int = 0
 
     def __post_init__(self) -> None:

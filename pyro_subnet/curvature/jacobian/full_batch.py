@@ -10,8 +10,8 @@ from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     JacobianBlock,
     OutputMap,
-    directional_derivative,
 )
+from pyro_subnet.grad_mode import differentiable
 
 
 def forward_bytes(outputs: OutputMap) -> int:
@@ -45,7 +45,7 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     group = max(1, min(outputs.size, budget // (2 * one)))
 
     def push(direction: Tensor) -> tuple[Tensor, ...]:
-        return directional_derivative(outputs.outputs, loc, direction)[1]
+        return torch.func.jvp(outputs.outputs, (loc,), (direction,))[1]
 
     columns = [loc.new_empty(*shape, outputs.size) for shape in outputs.shapes]
     for start in range(0, outputs.size, group):
@@ -63,6 +63,8 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
 def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     """Reverse mode: one backward pass of the whole call for every row, in groups.
 
+    Plain autograd, without ``torch.func``: it takes every model that trains.
+
     Args:
         outputs: The map to be differentiated.
         factors: R of each element, one (M, r, c) tensor a site.
@@ -71,25 +73,26 @@ def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     Yields:
         Blocks of consecutive elements, site by site.
     """
-    loc = outputs.loc
-    values, pullback = torch.func.vjp(outputs.outputs, loc)[:2]
-    zeros = tuple(torch.zeros_like(value) for value in values)
-    one = outputs.activation_bytes + 2 * outputs.num_touched * loc.element_size()
+    with differentiable():
+        leaf = outputs.loc.detach().clone().requires_grad_()
+        values = outputs.outputs(leaf)
+    one = outputs.activation_bytes + 2 * outputs.num_touched * leaf.element_size()
     group = max(1, budget // one)
-
-    for site, factor in enumerate(factors):
+    for site, (value, factor) in enumerate(zip(values, factors, strict=True)):
         count, rank, _ = factor.shape
+        # Whole elements, unless a single one has more rows than fit.
         step = max(1, group // max(1, rank))
-
-        def pull(cotangent: Tensor, site: int = site) -> Tensor:
-            return pullback((*zeros[:site], cotangent, *zeros[site + 1 :]))[0]
-
         for start in range(0, count, step):
             stop = min(start + step, count)
             # Row (m, r): element m of the site carries R_m[r], the others nothing.
-            cotangents = loc.new_zeros(stop - start, rank, *zeros[site].shape)
-            picked = torch.arange(stop - start, device=loc.device)
+            cotangents = leaf.new_zeros(stop - start, rank, *value.shape)
+            picked = torch.arange(stop - start, device=leaf.device)
             cotangents[picked, :, start + picked] = factor[start:stop]
-            flat = cotangents.flatten(0, 1)
-            rows = torch.func.vmap(pull, chunk_size=group)(flat)
-            yield JacobianBlock(site, start, rows.reshape(stop - start, rank, -1))
+            rows = [
+                torch.autograd.grad(
+                    value, leaf, part, retain_graph=True, is_grads_batched=True
+                )[0]
+                for part in cotangents.flatten(0, 1).split(group)
+            ]
+            block = torch.cat(rows).reshape(stop - start, rank, -1)
+            yield JacobianBlock(site, start, block)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # (theta_S, data rows or None for all data) -> per observed site (elements, parts)
 OutputFunction = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
@@ -89,6 +90,8 @@ class JacobianBlock:
     rows: Float[Tensor, "elements rank subnet"]
 
 
+# Any fixed seed serves the one random direction.
+_SEED = 20_106_896
 Point = TypeVar("Point")
 Blocks = Iterator[JacobianBlock]
 # One (M, r, c) factor a site.
@@ -112,26 +115,75 @@ def identity_factors(outputs: OutputMap) -> Factors:
 
 
 def directional_derivative(
-    function: Callable[[Point], tuple[Tensor, ...]], point: Point, direction: Point
+    function: Callable[[Point], tuple[Tensor, ...]],
+    point: Point,
+    direction: Point,
+    forward_mode: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     r"""Value and derivative of a function along a direction.
 
-    Forward mode where every operation has it; else two reverse passes, since
-    :math:`u \mapsto J^\\top u` is linear and its own transpose is :math:`J`.
+    By forward mode, or by two reverse passes: :math:`u \mapsto J^\top u` is linear, and
+    its transpose is :math:`J`.
 
     Args:
         function: Maps a tensor, or a mapping of tensors, to a tuple of tensors.
         point: Where.
         direction: Same structure and shapes as ``point``.
+        forward_mode: Which; see :func:`forward_mode_agrees`.
 
     Returns:
         The outputs, and their derivatives, in the same shapes.
     """
-    try:
+    if forward_mode:
         outputs, tangents = torch.func.jvp(function, (point,), (direction,))[:2]
-    except NotImplementedError:
-        outputs, pullback = torch.func.vjp(function, point)[:2]
-        zeros = tuple(torch.zeros_like(output) for output in outputs)
-        pushforward = torch.func.vjp(lambda *u: pullback(u)[0], *zeros)[1]
-        tangents = pushforward(direction)
-    return outputs, tangents
+        return outputs, tangents
+    outputs, pullback = torch.func.vjp(function, point)[:2]
+    zeros = tuple(torch.zeros_like(output) for output in outputs)
+    pushforward = torch.func.vjp(lambda *u: pullback(u)[0], *zeros)[1]
+    return outputs, pushforward(direction)
+
+
+def forward_mode_agrees(
+    function: Callable[[Point], tuple[Tensor, ...]], point: Point
+) -> bool:
+    r"""Whether forward mode gives the Jacobian that reverse mode does.
+
+    Some operations lack it, and some have another one: the padding row of an embedding
+    is a constant to reverse mode, and so to training, but not to forward mode. One
+    random pair shows it: :math:`u \cdot (J v) = (J^\top u) \cdot v`.
+
+    Args:
+        function: Maps a tensor, or a mapping of tensors, to a tuple of tensors.
+        point: Where.
+
+    Returns:
+        True if forward mode runs and agrees up to round-off.
+    """
+    leaves, spec = tree_flatten(point)
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def random_like(tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return noise.to(tensor)
+
+    direction = [random_like(leaf) for leaf in leaves]
+    at = tree_unflatten(direction, spec)
+    try:
+        tangents = torch.func.jvp(function, (point,), (at,))[1]
+        cotangents = tuple(random_like(tangent) for tangent in tangents)
+        pullback = torch.func.vjp(function, point)[1]
+        gradients = tree_flatten(pullback(cotangents)[0])[0]
+    # What an operation that cannot be transformed raises depends on the operation.
+    except (NotImplementedError, RuntimeError):
+        return False
+    forward = _products(tangents, cotangents)
+    reverse = _products(gradients, direction)
+    scale = forward.abs().sum() + reverse.abs().sum()
+    tolerance = torch.finfo(forward.dtype).eps ** 0.5 * scale
+    return bool((forward.sum() - reverse.sum()).abs() <= tolerance)
+
+
+def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Elementwise products, flattened: their sum is the inner product."""
+    pairs = zip(first, second, strict=True)
+    return torch.cat([(a * b).flatten() for a, b in pairs])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 _SEED = 20_106_896
 
 
-def separates_by_datum(outputs: OutputMap, budget: int) -> bool:
+def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> bool:
     r"""Whether each datum's outputs, and their Jacobian, need that datum alone.
 
     Runs the model on every datum by itself and compares with the call on all data:
@@ -31,6 +32,7 @@ def separates_by_datum(outputs: OutputMap, budget: int) -> bool:
     Args:
         outputs: The map in question.
         budget: Bytes that a group of data may take.
+        forward_mode: Whether forward mode gives this map's Jacobian.
 
     Returns:
         True if per-datum Jacobians are the Jacobians of the call.
@@ -42,18 +44,21 @@ def separates_by_datum(outputs: OutputMap, budget: int) -> bool:
     direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(
         like
     )
-    whole = directional_derivative(outputs.outputs, like, direction)
+
+    def derivative(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Any:
+        return directional_derivative(function, like, direction, forward_mode)
+
+    def of_datum(*datum: Tensor) -> Any:
+        return derivative(lambda theta: outputs.datum_outputs(theta, datum))
+
     try:
+        whole = derivative(outputs.outputs)
         pieces = [
-            torch.func.vmap(
-                lambda *datum: directional_derivative(
-                    lambda theta: outputs.datum_outputs(theta, datum), like, direction
-                )
-            )(*rows)
+            torch.func.vmap(of_datum)(*rows)
             for _, rows in _slices(outputs, _group(outputs, 1, budget))
         ]
-    # The user's code may fail on a single datum in any way of its own: a fixed plate
-    # size, a reshape, an operation without a batching rule. The other routes serve.
+    # The user's code may fail here in many ways of its own: a fixed plate size, a view,
+    # an operation that torch.func cannot transform. The other routes serve.
     except Exception:
         return False
     for which in (0, 1):

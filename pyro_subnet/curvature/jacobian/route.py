@@ -11,7 +11,12 @@ from pyro_subnet.curvature.jacobian.full_batch import (
     forward_bytes,
     reverse_blocks,
 )
-from pyro_subnet.curvature.jacobian.output_map import Blocks, Factors, OutputMap
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    Factors,
+    OutputMap,
+    forward_mode_agrees,
+)
 from pyro_subnet.curvature.jacobian.per_datum import (
     per_datum_blocks,
     separates_by_datum,
@@ -45,17 +50,17 @@ def choose_route(outputs: OutputMap, factors: Factors, budget: int) -> Route:
     num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
     forward = _FORWARD_PASSES * outputs.size
     per_datum = _REVERSE_PASSES * num_rows / outputs.num_data
-    forward_fits = forward_bytes(outputs) <= budget
-    if forward_fits and forward <= per_datum:
+    forward_mode = forward_mode_agrees(outputs.outputs, outputs.loc)
+    forward_serves = forward_mode and forward_bytes(outputs) <= budget
+    if forward_serves and forward <= per_datum:
         return "forward"
-    if separates_by_datum(outputs, budget):
+    if separates_by_datum(outputs, budget, forward_mode):
         return "per-datum"
-    if forward_fits and forward <= _REVERSE_PASSES * num_rows:
+    if forward_serves and forward <= _REVERSE_PASSES * num_rows:
         return "forward"
     return "reverse"
 
 
-@torch.no_grad()
 def jacobian_blocks(
     outputs: OutputMap, factors: Factors, budget: int, route: Route | None = None
 ) -> Blocks:
@@ -72,5 +77,11 @@ def jacobian_blocks(
     Yields:
         Blocks, detached from any outer graph.
     """
-    chosen = route or choose_route(outputs, factors, budget)
-    yield from _BLOCKS[chosen](outputs, factors, budget)
+    with torch.no_grad():
+        chosen = route or choose_route(outputs, factors, budget)
+        blocks = _BLOCKS[chosen](outputs, factors, budget)
+        block = next(blocks, None)
+    while block is not None:
+        yield block
+        with torch.no_grad():  # not across the yield: there it would be the caller's
+            block = next(blocks, None)
