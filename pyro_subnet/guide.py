@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from pyro_subnet.data import Data
-from pyro_subnet.exceptions import ModelError, OptionError
+from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
 from pyro_subnet.laplace import subnet_curvature, whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
@@ -251,6 +251,12 @@ class AutoSubnetLaplace(AutoContinuous):
             subnet = whole_subnet(latents)
         else:
             subnet = self._selector(self, data)
+            if not isinstance(subnet, Subnet):
+                raise SelectionError(
+                    "A selector must return a Subnet; got "
+                    f"{type(subnet).__name__}. Build one with "
+                    "`Subnet.from_positions(guide.latents.layout, positions)`."
+                )
             check_factor_fits(subnet.size, latents.loc.dtype, latents.loc.device)
         curvature = subnet_curvature(model, latents, subnet, data)
         return AutoSubnetMultivariateNormal.from_curvature(

@@ -248,6 +248,8 @@ class ModelCall:
                 site: value.detach().clone().requires_grad_()
                 for site, value in self.latents.values.items()
             }
+            # Other random numbers than the reference run's, to show a random model.
+            torch.rand((), device=self.latents.loc.device)
             trace = self.run(leaves)
         for site in self.sites:
             site.check_repeats(trace.nodes[site.name])

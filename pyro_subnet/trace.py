@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -202,17 +202,28 @@ def refuse_training_mode() -> Iterator[None]:
         handle.remove()
 
 
-def _check_mode(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-    norm = isinstance(module, torch.nn.modules.batchnorm._NormBase)
-    dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
-    changes = norm and getattr(module, "track_running_stats", False)
-    active = dropout and getattr(module, "p", 0.0) > 0
-    if module.training and (changes or active):
+def _check_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if module.training and (_changes_itself(module) or _is_random(module)):
         raise ModelError(
             "The network must run in eval mode where a layer's training mode is random "
             f"or changes its buffers; got {type(module).__name__} in training mode. "
             "Call `.eval()` on the network first."
         )
+
+
+def _changes_itself(module: nn.Module) -> bool:
+    """Whether a layer in training mode updates running statistics."""
+    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return norm and bool(getattr(module, "track_running_stats", False))
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a layer in training mode draws random numbers."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return float(module.dropout) > 0
+    return isinstance(module, nn.RReLU)
 
 
 def is_output(name: str, node: Node, latents: Latents) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_subnet.data import Data
@@ -38,5 +39,8 @@ class Mask(Selector):
             The subnet.
         """
         device = guide.latents.loc.device
-        mapping = {site: choice.to(device) for site, choice in self.mapping.items()}
+        mapping = {
+            site: torch.as_tensor(choice, device=device)
+            for site, choice in self.mapping.items()
+        }
         return Subnet.from_sites(guide.latents.layout, mapping)

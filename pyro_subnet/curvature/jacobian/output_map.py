@@ -157,7 +157,7 @@ def forward_mode_agrees(
         point: Where.
 
     Returns:
-        True if forward mode runs and agrees up to round-off.
+        True if forward mode runs under ``vmap``, and agrees up to round-off.
     """
     leaves, spec = tree_flatten(point)
     generator = torch.Generator().manual_seed(_SEED)
@@ -166,10 +166,15 @@ def forward_mode_agrees(
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         return noise.to(tensor)
 
+    def push(direction: list[Tensor]) -> tuple[Tensor, ...]:
+        at = tree_unflatten(direction, spec)
+        return torch.func.jvp(function, (point,), (at,))[1]
+
     direction = [random_like(leaf) for leaf in leaves]
-    at = tree_unflatten(direction, spec)
     try:
-        tangents = torch.func.jvp(function, (point,), (at,))[1]
+        # Under vmap, as it will be used.
+        batched = torch.func.vmap(push)([leaf.unsqueeze(0) for leaf in direction])
+        tangents = tuple(tangent.squeeze(0) for tangent in batched)
         cotangents = tuple(random_like(tangent) for tangent in tangents)
         pullback = torch.func.vjp(function, point)[1]
         gradients = tree_flatten(pullback(cotangents)[0])[0]
