@@ -4,6 +4,9 @@
 second base lets code that knows only ``ValueError`` and its kin catch it as well.
 """
 
+import sys
+import warnings
+from types import FrameType
 from typing import final
 
 
@@ -68,3 +71,24 @@ class NoObservedSiteWarning(SubnetWarning):
 @final
 class NoOutputVarianceWarning(SubnetWarning):
     """Given when the subnet moves no output at any reference input."""
+
+
+# Ours, and those whose decorators stand on our functions.
+_BETWEEN = ("pyro_subnet", "torch", "jaxtyping", "beartype")
+
+
+def warn(message: str, category: type[SubnetWarning]) -> None:
+    """Warns at the line of the user's that led here.
+
+    Args:
+        message: The rule, what came, the way out.
+        category: Which warning.
+    """
+    level, frame = 1, sys._getframe(0)
+    while _package_of(frame) in _BETWEEN and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

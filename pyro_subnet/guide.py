@@ -150,6 +150,18 @@ class AutoSubnetLaplace(AutoContinuous):
         return self.loc, torch.zeros_like(self.loc)
 
     @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The point estimate of every latent site, in tensors of their own.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{site: value of the site's shape}``, constrained.
+        """
+        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
+
     def quantiles(
         self, quantiles: Iterable[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:

@@ -37,7 +37,9 @@ class BayesianModule(PyroModule):
 
     Made by :func:`bayesianize`. Any ``torch.nn`` network serves: the sampled values
     take the parameters' places for the time of a call. Tied parameters are one site;
-    buffers (the running statistics of norms) move and save with the module.
+    buffers (the running statistics of norms) move and save with the module. The padding
+    row of an embedding, which torch never trains, keeps the network's value at every
+    draw.
 
     Args:
         net: The network; copied.
@@ -60,6 +62,7 @@ class BayesianModule(PyroModule):
                 "Bayesian; got none. Parameters without it stay constants: switch it "
                 "on for those that should have a prior."
             )
+        self._padding_rows = _padding_rows(self.net)
         _parameters_to_buffers(self.net)
         self._priors = self._make_priors()
 
@@ -88,6 +91,8 @@ class BayesianModule(PyroModule):
         weights = {}
         for site, names in self._names.items():
             weights.update(dict.fromkeys(names, self._weight(site)))
+        for name, row in self._padding_rows.items():
+            weights[name] = _with_row(weights[name], row, self.net.get_buffer(name))
         return torch.func.functional_call(self.net, weights, args, kwargs)
 
     def _weight(self, name: str) -> Tensor:
@@ -199,6 +204,22 @@ def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
         )
     # Without a plate, batch dimensions of a weight would pass for data.
     return dist.Independent(prior, len(prior.batch_shape))
+
+
+def _padding_rows(net: nn.Module) -> dict[str, int]:
+    return {
+        f"{path}.weight" if path else "weight": module.padding_idx
+        for path, module in net.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.padding_idx is not None
+        and module.weight.requires_grad
+    }
+
+
+def _with_row(weight: Tensor, row: int, source: Tensor) -> Tensor:
+    """A weight with one row taken from another of its shape."""
+    is_row = torch.arange(len(source), device=source.device) == row
+    return torch.where(is_row.unsqueeze(-1), source, weight)
 
 
 def _parameters_to_buffers(net: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyro_subnet.exceptions import (
     NoObservedSiteWarning,
     NoOutputVarianceWarning,
     OptionError,
+    warn,
 )
 from pyro_subnet.gaussian import PrecisionGaussian, factor_precision
 from pyro_subnet.laplace import SubnetCurvature
@@ -164,7 +164,9 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     def ggn(self) -> Tensor:
         """The generalized Gauss-Newton matrix, shape (S, S), summed over the data."""
         upper = self.factor_and_ggn.triu(1)
-        return upper + upper.mT + torch.diag_embed(self.ggn_diagonal)
+        ggn = upper + upper.mT
+        ggn.diagonal().copy_(self.ggn_diagonal)
+        return ggn
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> PrecisionNormal:
         """The posterior over the subnet, unconstrained.
@@ -181,6 +183,18 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.gaussian.loc, self.gaussian.variance().sqrt()
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The MAP of every latent site, constrained, in tensors of their own.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{site: value of the site's shape}``.
+        """
+        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Sites with their unconstrained values, from values of the subnet.
@@ -317,17 +331,15 @@ def _factor(ggn: Tensor, prior: PriorPrecision, scale: float) -> Tensor:
 
 def _warn_about_curvature(ggn_diagonal: Tensor, has_outputs: bool) -> None:
     if not has_outputs:
-        warnings.warn(
+        warn(
             "The model has no observed site, so the posterior is the prior's curvature "
             "alone. If a likelihood is hidden by `poutine.block`, pass the full model.",
             NoObservedSiteWarning,
-            stacklevel=5,
         )
     elif not bool((ggn_diagonal != 0).any()):
-        warnings.warn(
+        warn(
             "The subnet moves no output at any training input: there the predictive "
             "is the MAP's. Its weights may still matter on other inputs; choose more "
             "weights, or another selector, to have variance on these.",
             NoOutputVarianceWarning,
-            stacklevel=5,
         )

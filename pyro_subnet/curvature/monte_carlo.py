@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +43,11 @@ from pyro_subnet.curvature.families.information import (
     Root,
     psd_root,
 )
-from pyro_subnet.exceptions import MonteCarloFisherWarning, UnsupportedLikelihoodError
+from pyro_subnet.exceptions import (
+    MonteCarloFisherWarning,
+    UnsupportedLikelihoodError,
+    warn,
+)
 
 NUM_DRAWS = 4096
 """Draws per datum: entries of Λ err by about sqrt(2 / 4096) = 2% with normal scores."""
@@ -229,13 +232,12 @@ class _Moments:
 
 
 def _warn(d: Distribution, relative_error: float) -> None:
-    warnings.warn(
+    warn(
         f"The Fisher information of {type(d).__name__} has no closed form here: it is "
         f"a mean over {NUM_DRAWS} draws a datum, with a relative error of about "
         f"{relative_error:.1%} for each datum. Observe one of the known families to "
         "have it exactly.",
         MonteCarloFisherWarning,
-        stacklevel=2,
     )
 
 
