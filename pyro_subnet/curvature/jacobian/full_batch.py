@@ -89,10 +89,22 @@ def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
             picked = torch.arange(stop - start, device=leaf.device)
             cotangents[picked, :, start + picked] = factor[start:stop]
             rows = [
-                torch.autograd.grad(
-                    value, leaf, part, retain_graph=True, is_grads_batched=True
-                )[0]
+                _pull(value, leaf, part)
                 for part in cotangents.flatten(0, 1).split(group)
             ]
             block = torch.cat(rows).reshape(stop - start, rank, -1)
             yield JacobianBlock(site, start, block)
+
+
+def _pull(value: Tensor, leaf: Tensor, cotangents: Tensor) -> Tensor:
+    """Gradients at ``leaf`` of several cotangents of ``value``."""
+    if not value.requires_grad:
+        return leaf.new_zeros(len(cotangents), *leaf.shape)
+    return torch.autograd.grad(
+        value,
+        leaf,
+        cotangents,
+        retain_graph=True,
+        is_grads_batched=True,
+        materialize_grads=True,
+    )[0]

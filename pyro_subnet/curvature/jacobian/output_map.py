@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -11,8 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# (theta_S, data rows or None for all data) -> per observed site (elements, parts)
-OutputFunction = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
+# (values of the chosen sites, data rows or None for all data) -> per observed site
+# (elements, parts)
+OutputFunction = Callable[
+    [Mapping[str, Tensor], tuple[Tensor, ...] | None], tuple[Tensor, ...]
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,31 +28,65 @@ class OutputMap:
     dimensions that the distribution factorizes over), each with c parameters.
 
     Attributes:
-        loc: The MAP of the subnet, shape (S,).
-        function: Maps ``(theta_s, rows)`` to one (M, c) tensor a site. With ``rows``
-            (tensors whose first axis is a slice of the data) in place of the data of
-            the call, M shrinks in proportion.
-        shapes: (M, c) of every site at the full data.
+        base: The MAP of every site that holds a chosen element, unconstrained.
+        chosen: Flat positions of the chosen elements within each of those, ascending.
+        of_sites: Maps those sites' values to one (M, c) tensor an observed site. With
+            ``rows`` (tensors whose first axis is a slice of the data) in place of the
+            data of the call, M shrinks in proportion.
+        reference: Its values at the MAP and the full data.
         rows: Tensors of the call whose first axis is the data, () when there is no
             data axis that all observed sites share.
         num_data: N, length of that axis; 1 when there is none.
-        num_touched: Elements of all sites that hold a chosen element; the size of one
-            dense gradient.
         activation_bytes: What one call keeps for its backward pass.
     """
 
-    loc: Float[Tensor, " subnet"]
-    function: OutputFunction = field(repr=False)
-    shapes: tuple[tuple[int, int], ...]
+    base: Mapping[str, Tensor]
+    chosen: Mapping[str, Tensor]
+    of_sites: OutputFunction = field(repr=False)
+    reference: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]
     num_data: int
-    num_touched: int
     activation_bytes: int
+
+    @cached_property
+    def loc(self) -> Float[Tensor, " subnet"]:
+        """The MAP of the subnet, shape (S,)."""
+        parts = [self.base[site].flatten()[at] for site, at in self.chosen.items()]
+        return torch.cat(parts)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(M, c) of every observed site at the full data."""
+        return tuple((value.shape[0], value.shape[1]) for value in self.reference)
+
+    @property
+    def num_touched(self) -> int:
+        """Elements of all sites that hold a chosen one: size of a dense gradient."""
+        return sum(value.numel() for value in self.base.values())
 
     @property
     def size(self) -> int:
         """S, the number of columns of the Jacobian."""
-        return self.loc.numel()
+        return sum(at.numel() for at in self.chosen.values())
+
+    def function(
+        self, theta: Float[Tensor, " subnet"], rows: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """Outputs at values of the chosen elements.
+
+        Args:
+            theta: Shape (S,), unconstrained.
+            rows: Replacements for :attr:`rows`; None for the data of the call.
+
+        Returns:
+            One (M, c) tensor for every observed site.
+        """
+        pieces = theta.split([at.numel() for at in self.chosen.values()])
+        values = {
+            site: _with_elements(self.base[site], at, piece)
+            for (site, at), piece in zip(self.chosen.items(), pieces, strict=True)
+        }
+        return self.of_sites(values, rows)
 
     def outputs(self, theta: Float[Tensor, " subnet"]) -> tuple[Tensor, ...]:
         """Outputs at all data, one (M, c) tensor a site.
@@ -73,6 +112,60 @@ class OutputMap:
             One tensor for every observed site.
         """
         return self.function(theta, tuple(row.unsqueeze(0) for row in datum))
+
+    def at(self, start: int, stop: int) -> OutputMap:
+        """The map of some consecutive data alone.
+
+        Args:
+            start: First datum.
+            stop: One past the last.
+
+        Returns:
+            The map; this one if those are all data.
+        """
+        if stop - start == self.num_data:
+            return self
+        rows = tuple(row[start:stop] for row in self.rows)
+        each = [len(value) // self.num_data for value in self.reference]
+
+        def of_sites(
+            values: Mapping[str, Tensor], other: tuple[Tensor, ...] | None
+        ) -> tuple[Tensor, ...]:
+            return self.of_sites(values, rows if other is None else other)
+
+        return replace(
+            self,
+            of_sites=of_sites,
+            reference=tuple(
+                value[start * m : stop * m]
+                for value, m in zip(self.reference, each, strict=True)
+            ),
+            rows=rows,
+            num_data=stop - start,
+            activation_bytes=self.activation_bytes * (stop - start) // self.num_data,
+        )
+
+    def over(self, sites: Collection[str]) -> OutputMap:
+        """The map of some of the chosen sites alone, the others at the MAP.
+
+        Args:
+            sites: Names of sites that hold chosen elements.
+
+        Returns:
+            The map, its columns in the same order.
+        """
+
+        def of_sites(
+            values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+        ) -> tuple[Tensor, ...]:
+            return self.of_sites({**self.base, **values}, rows)
+
+        return replace(
+            self,
+            base={site: v for site, v in self.base.items() if site in sites},
+            chosen={site: at for site, at in self.chosen.items() if site in sites},
+            of_sites=of_sites,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +205,42 @@ def identity_factors(outputs: OutputMap) -> Factors:
         torch.eye(width, dtype=like.dtype, device=like.device).expand(count, -1, -1)
         for count, width in outputs.shapes
     )
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal up to the round-off of another order of sums.
+
+    Args:
+        found: Shape (..., c).
+        expected: What it should be.
+
+    Returns:
+        True if they are, relative to the largest entry; infinities must be the same.
+    """
+    if found.shape != expected.shape:
+        return False
+    if found.numel() == 0:
+        return True
+    finite = expected.isfinite()
+    if not bool(finite.all()):  # minus infinity is a class of probability zero
+        same = torch.equal(found.isfinite(), finite)
+        return same and agree(found[finite], expected[finite])
+    tolerance = 100 * math.sqrt(found.shape[-1]) * torch.finfo(found.dtype).eps ** 0.75
+    scale = expected.abs().amax()
+    return bool(((found - expected).abs() <= tolerance * scale).all())
+
+
+def num_rows(factor: Tensor, num_data: int) -> int:
+    """How many rows of R each datum has at an observed site.
+
+    Args:
+        factor: R of each element, shape (M, r, c).
+        num_data: N.
+
+    Returns:
+        M r / N.
+    """
+    return len(factor) // num_data * factor.shape[1]
 
 
 def directional_derivative(
@@ -192,3 +321,10 @@ def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Elementwise products, flattened: their sum is the inner product."""
     pairs = zip(first, second, strict=True)
     return torch.cat([(a * b).flatten() for a, b in pairs])
+
+
+def _with_elements(site: Tensor, within: Tensor, values: Tensor) -> Tensor:
+    """A site's value with some of its elements replaced, out of place."""
+    if within.numel() == site.numel():
+        return values.reshape(site.shape)
+    return site.flatten().scatter(0, within, values).reshape(site.shape)

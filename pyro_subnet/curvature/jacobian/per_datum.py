@@ -14,6 +14,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     JacobianBlock,
     OutputMap,
+    agree,
     directional_derivative,
 )
 
@@ -64,7 +65,7 @@ def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> b
     for which in (0, 1):
         for site, reference in enumerate(whole[which]):
             single = torch.cat([piece[which][site] for piece in pieces])
-            if not _agree(single, reference):
+            if not agree(single.reshape(-1, single.shape[-1]), reference):
                 return False
     return True
 
@@ -141,15 +142,3 @@ def _group(outputs: OutputMap, num_rows: int, budget: int) -> int:
 def _slices(outputs: OutputMap, group: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     for start in range(0, outputs.num_data, group):
         yield start, tuple(row[start : start + group] for row in outputs.rows)
-
-
-def _agree(single: Tensor, whole: Tensor) -> bool:
-    """Equal up to the round-off of another order of sums."""
-    single = single.reshape(-1, single.shape[-1])
-    if single.shape != whole.shape:
-        return False
-    if single.numel() == 0:
-        return True
-    tolerance = 100 * math.sqrt(single.shape[-1]) * torch.finfo(whole.dtype).eps ** 0.75
-    scale = whole.abs().amax()
-    return bool(((single - whole).abs() <= tolerance * scale).all())

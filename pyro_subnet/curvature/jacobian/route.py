@@ -11,9 +11,11 @@ from pyro_subnet.curvature.jacobian.full_batch import (
     forward_bytes,
     reverse_blocks,
 )
+from pyro_subnet.curvature.jacobian.layered import layered_blocks
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
+    JacobianBlock,
     OutputMap,
     forward_mode_agrees,
 )
@@ -21,15 +23,16 @@ from pyro_subnet.curvature.jacobian.per_datum import (
     per_datum_blocks,
     separates_by_datum,
 )
+from pyro_subnet.curvature.jacobian.recording import NotLayered
 
-Route = Literal["per-datum", "forward", "reverse"]
+Route = Literal["layered", "per-datum", "forward", "reverse"]
 
 # A forward-mode direction costs about two forward passes of the call, a reverse-mode
 # row about three (its forward, its two products backward).
 _FORWARD_PASSES = 2
 _REVERSE_PASSES = 3
 
-_BLOCKS = {
+_GENERAL = {
     "per-datum": per_datum_blocks,
     "forward": forward_blocks,
     "reverse": reverse_blocks,
@@ -78,10 +81,41 @@ def jacobian_blocks(
         Blocks, detached from any outer graph.
     """
     with torch.no_grad():
-        chosen = route or choose_route(outputs, factors, budget)
-        blocks = _BLOCKS[chosen](outputs, factors, budget)
+        blocks = _blocks(outputs, factors, budget, route)
         block = next(blocks, None)
     while block is not None:
         yield block
         with torch.no_grad():  # not across the yield: there it would be the caller's
             block = next(blocks, None)
+
+
+def _blocks(
+    outputs: OutputMap, factors: Factors, budget: int, route: Route | None
+) -> Blocks:
+    def general(part: OutputMap, of_part: Factors) -> Blocks:
+        chosen = choose_route(part, of_part, budget)
+        return _GENERAL[chosen](part, of_part, budget)
+
+    if route is not None and route != "layered":
+        yield from _GENERAL[route](outputs, factors, budget)
+        return
+    done = [0] * len(factors)
+    try:
+        for block in layered_blocks(outputs, factors, budget, general):
+            yield block
+            done[block.site] += len(block.rows)
+    except NotLayered:
+        if route == "layered":
+            raise
+        for block in general(outputs, factors):
+            rest = _after(block, done[block.site])
+            if rest is not None:
+                yield rest
+
+
+def _after(block: JacobianBlock, start: int) -> JacobianBlock | None:
+    """What a block holds of the elements from ``start`` on."""
+    skipped = max(0, start - block.start)
+    if skipped >= len(block.rows):
+        return None
+    return JacobianBlock(block.site, block.start + skipped, block.rows[skipped:])

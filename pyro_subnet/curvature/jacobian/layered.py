@@ -1,0 +1,144 @@
+r"""The structured route: entries of J from each layer's input and output gradient.
+
+One run of the model records where the chosen weights enter
+(:mod:`~pyro_subnet.curvature.jacobian.tape`). One backward pass a row of :math:`R`
+gives the gradients of those layers' outputs for all data at once. Products of the two
+are the chosen entries; nothing else is formed, and backpropagation stops at the
+earliest layer that holds a chosen weight.
+
+This supposes that axis 0 of every layer is the data's, and that no layer couples data.
+Both are checked (:mod:`~pyro_subnet.curvature.jacobian.agreement`) before a number is
+given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.agreement import DerivativeCheck, check_gradient
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    Factors,
+    JacobianBlock,
+    OutputMap,
+    num_rows,
+)
+from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
+
+OtherRoute = Callable[[OutputMap, Factors], Blocks]
+
+
+def layered_blocks(
+    outputs: OutputMap, factors: Factors, budget: int, other: OtherRoute
+) -> Blocks:
+    """Rows of :math:`R J`, data in groups that fit the budget.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of data may take.
+        other: Route of the chosen sites that do not enter layers only.
+
+    Yields:
+        For every group of data, one block a site.
+
+    Raises:
+        NotLayered: If the model does not fit; blocks given out before are right.
+    """
+    num_data = outputs.num_data
+    group = _group(outputs, factors, budget)
+    check = None if group == num_data else DerivativeCheck(outputs)
+    for start in range(0, num_data, group):
+        stop = min(start + group, num_data)
+        sliced = tuple(
+            factor[start * len(factor) // num_data : stop * len(factor) // num_data]
+            for factor in factors
+        )
+        recording = Recording(outputs.at(start, stop), whole=check is None)
+        rows = _group_rows(recording, sliced)
+        if check is None:
+            check_gradient(recording, sliced, rows)
+        else:
+            check(rows, sliced, start, recording.tape.escaped)
+        if recording.tape.escaped:
+            _fill_escaped(recording, sliced, other, rows)
+        per_site = rows.split([num_rows(f, stop - start) for f in sliced], dim=1)
+        for site, (block, factor) in enumerate(zip(per_site, sliced, strict=True)):
+            first = start * len(factor) // (stop - start)
+            shaped = block.reshape(len(factor), factor.shape[1], -1)
+            yield JacobianBlock(site, first, shaped)
+
+
+def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
+    """How many data fit in the budget, by what a single one takes."""
+    if outputs.num_data == 1:
+        return 1
+    probe = Recording(outputs.at(0, 1), whole=False)
+    held = sum(column.entries.nbytes for column in probe.columns())
+    rows = sum(num_rows(factor, outputs.num_data) for factor in factors)
+    jacobian = 2 * rows * outputs.size * outputs.loc.element_size()
+    activations = 2 * outputs.activation_bytes // outputs.num_data
+    return max(1, min(outputs.num_data, budget // (held + jacobian + activations)))
+
+
+def _group_rows(recording: Recording, factors: Factors) -> Tensor:
+    """Rows of :math:`R J` of a recording's data, shape (B, rows of a datum, S)."""
+    outputs = recording.outputs
+    counts = [num_rows(factor, outputs.num_data) for factor in factors]
+    rows = outputs.loc.new_zeros(outputs.num_data, sum(counts), outputs.size)
+    columns = recording.columns()
+    per_site = zip(factors, rows.split(counts, dim=1), strict=True)
+    for site, (factor, target) in enumerate(per_site):
+        cotangents = _cotangents(factor, outputs.num_data)
+        for k, deltas in enumerate(recording.gradients(site, cotangents)):
+            _add_entries(target[:, k], columns, deltas)
+    return rows
+
+
+def _cotangents(factor: Tensor, num_data: int) -> Tensor:
+    """Rows of R, one of each datum at a time: shape (rows of a datum, M, c)."""
+    per_datum = factor.unflatten(0, (num_data, -1))
+    _, count, rank, width = per_datum.shape
+    spread = factor.new_zeros(count, rank, num_data, count, width)
+    for element in range(count):
+        spread[element, :, :, element] = per_datum[:, element].transpose(0, 1)
+    return spread.reshape(count * rank, num_data * count, width)
+
+
+def _add_entries(target: Tensor, columns: Sequence[Column], deltas: Gradients) -> None:
+    """Adds what each use contributes to one row of J of each datum, (B, S)."""
+    for column in columns:
+        delta = deltas[column.edge]
+        if delta is None:
+            continue
+        entries = column.entries(delta)
+        if isinstance(column.columns, Tensor):
+            target.index_add_(1, column.columns, entries)
+        elif column.first:
+            target[:, column.columns] = entries
+        else:
+            target[:, column.columns] += entries
+
+
+def _fill_escaped(
+    recording: Recording, factors: Factors, other: OtherRoute, rows: Tensor
+) -> None:
+    """Computes the columns of sites that this route does not serve, by another one."""
+    outputs, start = recording.outputs, 0
+    escaped = [site for site in outputs.chosen if site in recording.tape.escaped]
+    columns = []
+    for site, within in outputs.chosen.items():
+        if site in escaped:
+            columns.append(torch.arange(start, start + len(within)))
+        start += len(within)
+    place = torch.cat(columns).to(rows.device)
+    counts = [num_rows(factor, outputs.num_data) for factor in factors]
+    per_site = rows.split(counts, dim=1)
+    for block in other(outputs.over(escaped), factors):
+        each = len(factors[block.site]) // outputs.num_data
+        flat = per_site[block.site].unflatten(1, (each, -1)).flatten(0, 1)
+        flat[block.start : block.start + len(block.rows), :, place] = block.rows
+        per_site[block.site].copy_(flat.reshape(per_site[block.site].shape))

@@ -1,0 +1,553 @@
+"""The structured route against dense autograd, layer by layer, in float64.
+
+What it cannot serve goes to another route, site by site, and never to a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks
+
+DTYPE = torch.float64
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+N, C = 5, 3
+LARGE, SMALL = 2**30, 1  # budgets: all data at once, and one datum at a time
+
+
+def images(channels: int = 2, *sides: int) -> Tensor:
+    return torch.randn(N, channels, *sides, dtype=DTYPE)
+
+
+def headed(*layers: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Layers, with a linear one behind them."""
+    x = x.to(DTYPE)
+    body = nn.Sequential(*layers, nn.Flatten()).to(DTYPE).eval()
+    with torch.no_grad():
+        width = body(x).shape[1]
+    return nn.Sequential(body, nn.Linear(width, C)).to(DTYPE).eval(), x
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self, padding: int | None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=padding)
+        self.out = nn.Linear(4, 7)
+        self.out.weight = self.embed.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(words)).mean(1))
+
+
+class Twice(nn.Module):
+    """One layer used twice, and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.out = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.inner(x))
+        return self.out(x + torch.tanh(self.inner(x)))
+
+
+class Matrices(nn.Module):
+    """Plain matrices, as a functional Pyro model has them: cut, turned, broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 4))
+        self.b = nn.Parameter(torch.randn(5))
+        self.v = nn.Parameter(torch.randn(1, 5))
+        self.u = nn.Parameter(torch.randn(15))
+        self.k = nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x @ self.w.T + self.b) * self.v[0] - self.k
+        return self.k + h @ self.u.view(5, 3) + self.v[0, :3] + self.v[0, 1:4]
+
+
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 5))
+        self.v = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.tanh(torch.matmul(x, self.w)) @ self.v).unsqueeze(-1)
+
+
+class Flattened(nn.Module):
+    """Positions in the axis of the data, as time-distributed layers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten())
+        self.all = nn.Linear(18, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.each(x.flatten(0, 1))
+        return self.all(torch.tanh(rows.reshape(len(x), -1)))
+
+
+def networks() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+    """A network and its input for every kind of layer that the route serves."""
+    line, plane = (N, 2, 9), (2, 9, 8)
+    return {
+        "linear": lambda: headed(nn.Linear(4, 6), nn.Tanh(), x=torch.randn(N, 4)),
+        "linear-without-bias": lambda: headed(
+            nn.Linear(4, 6, bias=False), nn.Tanh(), x=torch.randn(N, 4)
+        ),
+        "linear-on-a-sequence": lambda: headed(
+            nn.Linear(4, 6), nn.Tanh(), x=torch.randn(N, 3, 4)
+        ),
+        "outputs-per-token": lambda: (
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C)),
+            torch.randn(N, 3, 4),
+        ),
+        "positions-in-the-data-axis": lambda: (Flattened(), torch.randn(N, 3, 2, 3)),
+        "conv1d": lambda: headed(
+            nn.Conv1d(2, 4, 3, stride=2), nn.Tanh(), x=torch.randn(line)
+        ),
+        "conv1d-causal": lambda: headed(
+            nn.Conv1d(2, 4, 3, padding=4, dilation=2), nn.Tanh(), x=torch.randn(line)
+        ),
+        "conv2d": lambda: headed(
+            nn.Conv2d(2, 4, 3, stride=(2, 1), padding=(1, 2), dilation=2),
+            nn.ReLU(inplace=True),
+            x=images(*plane),
+        ),
+        "conv2d-groups": lambda: headed(
+            nn.Conv2d(2, 6, (3, 2), groups=2, bias=False), nn.Tanh(), x=images(*plane)
+        ),
+        "conv2d-depthwise": lambda: headed(
+            nn.Conv2d(2, 2, 3, groups=2), nn.Tanh(), x=images(*plane)
+        ),
+        "conv2d-same": lambda: headed(
+            nn.Conv2d(2, 3, (4, 3), padding="same", dilation=(1, 2)),
+            nn.Tanh(),
+            x=images(*plane),
+        ),
+        "conv2d-valid": lambda: headed(
+            nn.Conv2d(2, 3, 3, padding="valid"), nn.Tanh(), x=images(*plane)
+        ),
+        **{
+            f"conv2d-{mode}": lambda mode=mode: headed(
+                nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode),
+                nn.Tanh(),
+                x=images(*plane),
+            )
+            for mode in ("reflect", "replicate", "circular")
+        },
+        "conv3d": lambda: headed(
+            nn.Conv3d(2, 4, 2, stride=(1, 2, 1)), nn.Tanh(), x=images(2, 4, 5, 3)
+        ),
+        "conv-transpose1d": lambda: headed(
+            nn.ConvTranspose1d(
+                2, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
+            ),
+            nn.Tanh(),
+            x=torch.randn(line),
+        ),
+        "conv-transpose2d": lambda: headed(
+            nn.ConvTranspose2d(
+                2, 4, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 0)
+            ),
+            nn.Tanh(),
+            x=images(*plane),
+        ),
+        "conv-transpose3d": lambda: headed(
+            nn.ConvTranspose3d(2, 3, 2), nn.Tanh(), x=images(2, 2, 3, 2)
+        ),
+        "batch-norm": lambda: headed(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), x=images(*plane)
+        ),
+        "batch-norm1d": lambda: headed(
+            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), x=torch.randn(N, 4)
+        ),
+        "group-norm": lambda: headed(
+            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), x=images(*plane)
+        ),
+        "instance-norm": lambda: headed(
+            nn.Conv2d(2, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.ReLU(),
+            x=images(*plane),
+        ),
+        "instance-norm-running": lambda: headed(
+            nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+            nn.Conv2d(2, 4, 3),
+            x=images(*plane),
+        ),
+        "layer-norm": lambda: headed(
+            nn.Linear(4, 6), nn.LayerNorm((3, 6)), nn.ReLU(), x=torch.randn(N, 3, 4)
+        ),
+        "rms-norm": lambda: headed(
+            nn.Linear(4, 6), nn.RMSNorm(6), nn.ReLU(), x=torch.randn(N, 3, 4)
+        ),
+        "embedding": lambda: (Tied(None), torch.randint(7, (N, 6))),
+        "embedding-with-padding": lambda: (Tied(2), torch.randint(7, (N, 6))),
+        "used-twice": lambda: (Twice(), torch.randn(N, 4)),
+        "matrices": lambda: (Matrices(), torch.randn(N, 4)),
+        "matrices-on-a-sequence": lambda: (Matrices(), torch.randn(N, 2, 4)),
+        "vector": lambda: (Vector(), torch.randn(N, 4)),
+    }
+
+
+NETWORKS = networks()
+
+
+def output_map(
+    net: nn.Module, x: Tensor, share: float = 0.3, seed: int = 0
+) -> OutputMap:
+    """The outputs of a network as a function of scattered elements of its weights."""
+    net = net.to(DTYPE).eval()
+    x = x.to(DTYPE) if x.is_floating_point() else x
+    generator = torch.Generator().manual_seed(seed)
+    chosen, base = {}, {}
+    for name, parameter in net.named_parameters():
+        picked = torch.rand(parameter.numel(), generator=generator) < share
+        if bool(picked.any()):
+            chosen[name] = picked.nonzero().squeeze(-1)
+            base[name] = parameter.detach().clone()
+
+    def of_sites(
+        values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        (inputs,) = (x,) if rows is None else rows
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = functional_call(net, dict(values), (inputs,))
+        return (outputs.reshape(-1, outputs.shape[-1]),)
+
+    with torch.no_grad():
+        reference = of_sites(base, None)
+    return OutputMap(
+        base=base,
+        chosen=chosen,
+        of_sites=of_sites,
+        reference=reference,
+        rows=(x,),
+        num_data=N,
+        activation_bytes=10_000,
+    )
+
+
+def random_factors(outputs: OutputMap, rank: int = 2) -> Factors:
+    return tuple(
+        torch.randn(count, rank, width, dtype=DTYPE) for count, width in outputs.shapes
+    )
+
+
+def dense_rows(outputs: OutputMap, factors: Factors) -> Tensor:
+    """R J of all elements by autograd over whole weights, row by row: (M, r, S)."""
+    leaves = {s: v.detach().requires_grad_() for s, v in outputs.base.items()}
+    (values,) = outputs.of_sites(leaves, None)
+    result = []
+    for value, factor in zip(values, factors[0], strict=True):
+        for row in factor:
+            found = torch.autograd.grad(
+                value,
+                list(leaves.values()),
+                row,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            pieces = [
+                gradient.flatten()[at]
+                for gradient, at in zip(found, outputs.chosen.values(), strict=True)
+            ]
+            result.append(torch.cat(pieces))
+    return torch.stack(result).unflatten(0, factors[0].shape[:2])
+
+
+def rows_of(
+    outputs: OutputMap, factors: Factors, route: str | None, budget: int
+) -> Tensor:
+    blocks = list(jacobian_blocks(outputs, factors, budget, route))
+    starts = [block.start for block in blocks]
+    assert starts == sorted(starts)
+    return torch.cat([block.rows for block in blocks])
+
+
+def recording(outputs: OutputMap) -> Recording:
+    return Recording(outputs, whole=True)
+
+
+# torch, of an even kernel that is padded to the same size.
+quiet = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+@quiet
+@pytest.mark.parametrize("budget", [LARGE, SMALL], ids=["all", "one"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_rows_are_dense_autograds(kind: str, budget: int) -> None:
+    outputs = output_map(*NETWORKS[kind]())
+    factors = random_factors(outputs)
+    assert not recording(outputs).tape.escaped
+    found = rows_of(outputs, factors, "layered", budget)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+@quiet
+@pytest.mark.parametrize("share", [1.0, 0.02])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_weight_and_hardly_any(kind: str, share: float) -> None:
+    """Both ways to form entries: dense blocks of channels, and gathered products."""
+    outputs = output_map(*NETWORKS[kind](), share=share, seed=3)
+    if not outputs.chosen:
+        outputs = output_map(*NETWORKS[kind](), share=0.1, seed=3)
+    factors = random_factors(outputs)
+    found = rows_of(outputs, factors, "layered", LARGE)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+# ----------------------------------------------------------------------------------
+# What it does not serve.
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, batch_first=True)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+class Squared(nn.Module):
+    """A weight that enters a layer, and a penalty that no layer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(x))) + self.out.weight.square().sum()
+
+
+class Overwritten(nn.Module):
+    """Changes the input of a layer afterwards, where autograd need not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.out = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        hidden = torch.tanh(self.inner(x))
+        x.mul_(2.0)
+        return self.out(hidden + x)
+
+
+class TimeFirst(nn.Module):
+    """Runs a layer with positions before data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x.transpose(0, 1)))
+        return self.out(hidden.transpose(0, 1).mean(1))
+
+
+class Vmapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.vmap(lambda row: torch.tanh(self.inner(row)))(x))
+
+
+class Halved(nn.Module):
+    """A layer in lower precision, as under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.linear(x.float(), self.inner.weight.float(), self.inner.bias.float())
+        return self.out(torch.tanh(inner).to(x.dtype))
+
+
+ESCAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
+    "attention": (
+        Attention,
+        (N, 3, 4),
+        {
+            "attend.in_proj_weight",
+            "attend.in_proj_bias",
+            "attend.out_proj.weight",
+            "attend.out_proj.bias",
+        },
+    ),
+    "lstm": (
+        Recurrent,
+        (N, 3, 4),
+        {
+            "lstm.weight_ih_l0",
+            "lstm.weight_hh_l0",
+            "lstm.bias_ih_l0",
+            "lstm.bias_hh_l0",
+        },
+    ),
+    "used-outside-its-layer": (Squared, (N, 4), {"out.weight"}),
+    "vmapped": (Vmapped, (N, 4), {"inner.weight", "inner.bias"}),
+    "other-precision": (Halved, (N, 4), {"inner.weight", "inner.bias"}),
+}
+
+
+@pytest.mark.parametrize("budget", [LARGE, SMALL], ids=["all", "one"])
+@pytest.mark.parametrize("kind", ESCAPES)
+def test_sites_that_escape_take_another_route(kind: str, budget: int) -> None:
+    make, shape, escaped = ESCAPES[kind]
+    outputs = output_map(make(), torch.randn(shape), share=0.6)
+    factors = random_factors(outputs)
+    assert recording(outputs).tape.escaped == escaped
+    found = rows_of(outputs, factors, None, budget)
+    exact = kind != "other-precision"  # there the derivative itself is a float32 one
+    tolerance = CLOSE if exact else {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(found, dense_rows(outputs, factors), **tolerance)
+
+
+def test_an_input_that_is_overwritten_is_torchs_own_error() -> None:
+    outputs = output_map(Overwritten(), torch.randn(N, 4), share=0.6)
+    assert recording(outputs).tape.escaped == {"inner.weight"}
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows_of(outputs, random_factors(outputs), None, LARGE)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the batch: each output needs all data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        return self.out(torch.tanh(hidden - hidden.mean(0)))
+
+
+class Neighbour(nn.Module):
+    """Couples one pair of data only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        if len(x) == N:
+            hidden = torch.cat([hidden[:1] * hidden[1:2], hidden[1:]])
+        return self.out(hidden)
+
+
+class BatchStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.norm = nn.BatchNorm1d(5, track_running_stats=False)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.norm(self.inner(x))))
+
+
+@pytest.mark.parametrize("budget", [LARGE, SMALL], ids=["all", "one"])
+@pytest.mark.parametrize(
+    "make", [Centred, Neighbour, BatchStatistics, TimeFirst], ids=lambda m: m.__name__
+)
+def test_models_that_do_not_fit_take_another_route(
+    make: Callable[[], nn.Module], budget: int
+) -> None:
+    shape = (N, N, 4) if make is TimeFirst else (N, 4)
+    outputs = output_map(make(), torch.randn(shape), share=0.6)
+    factors = random_factors(outputs)
+    with pytest.raises(NotLayered, match="layers"):
+        rows_of(outputs, factors, "layered", LARGE)
+    found = rows_of(outputs, factors, None, budget)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+def test_nothing_upstream_of_the_first_chosen_layer_is_differentiated() -> None:
+    reached = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, delta: Tensor) -> Tensor:
+            reached.append(delta)
+            return delta
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 5)
+            self.last = nn.Linear(5, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Watched.apply(torch.tanh(self.first(x))))
+
+    outputs = output_map(Deep(), torch.randn(N, 4), share=1.0).over(["last.weight"])
+    factors = random_factors(outputs)
+    found = rows_of(outputs, factors, "layered", LARGE)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+    assert not reached
+
+
+def test_data_that_differ_in_value_alone_are_noticed_late() -> None:
+    """A later group that does not separate falls back; earlier ones were right."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = self.out(x)
+            if len(x) == N:  # the last two data see each other
+                mixed = outputs[-2:].tanh().flip(0) + outputs[-2:]
+                outputs = torch.cat([outputs[:-2], mixed])
+            return outputs
+
+    outputs = output_map(Late(), torch.randn(N, 4), share=0.8)
+    factors = random_factors(outputs)
+    found = rows_of(outputs, factors, None, SMALL)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
