@@ -15,9 +15,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
+from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
-from pyro_subnet.curvature.jacobian.route import jacobian_blocks
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
 
 DTYPE = torch.float64
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -314,6 +315,26 @@ def test_every_weight_and_hardly_any(kind: str, share: float) -> None:
     assert_close(found, dense_rows(outputs, factors), **CLOSE)
 
 
+@quiet
+@pytest.mark.parametrize("budget", [LARGE, SMALL], ids=["all", "one"])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_squared_columns_are_dense_autograds(
+    kind: str, share: float, budget: int
+) -> None:
+    outputs = output_map(*NETWORKS[kind](), share=share)
+    factors = random_factors(outputs)
+
+    def never(part: OutputMap, of_part: Factors) -> Tensor:
+        raise AssertionError("no site escapes")
+
+    with torch.no_grad():
+        found = layered_diagonal(outputs, factors, budget, never)
+    expected = dense_rows(outputs, factors).square().sum((0, 1))
+    assert found.dtype == torch.float64
+    assert_close(found, expected, **CLOSE)
+
+
 # ----------------------------------------------------------------------------------
 # What it does not serve.
 
@@ -438,7 +459,10 @@ def test_sites_that_escape_take_another_route(kind: str, budget: int) -> None:
     found = rows_of(outputs, factors, None, budget)
     exact = kind != "other-precision"  # there the derivative itself is a float32 one
     tolerance = CLOSE if exact else {"rtol": 1e-4, "atol": 1e-5}
-    assert_close(found, dense_rows(outputs, factors), **tolerance)
+    expected = dense_rows(outputs, factors)
+    assert_close(found, expected, **tolerance)
+    squares = squared_columns(outputs, factors, budget)
+    assert_close(squares, expected.square().sum((0, 1)), **tolerance)
 
 
 def test_an_input_that_is_overwritten_is_torchs_own_error() -> None:
@@ -500,7 +524,10 @@ def test_models_that_do_not_fit_take_another_route(
     with pytest.raises(NotLayered, match="layers"):
         rows_of(outputs, factors, "layered", LARGE)
     found = rows_of(outputs, factors, None, budget)
-    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+    expected = dense_rows(outputs, factors)
+    assert_close(found, expected, **CLOSE)
+    squares = squared_columns(outputs, factors, budget)
+    assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
 
 
 def test_nothing_upstream_of_the_first_chosen_layer_is_differentiated() -> None:

@@ -2,12 +2,15 @@ r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the data of one call."""
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.route import Route, jacobian_blocks
+from pyro_subnet.curvature.jacobian.route import (
+    Route,
+    jacobian_blocks,
+    squared_columns,
+)
 
 
 def add_ggn_(
@@ -47,7 +50,4 @@ def ggn_diagonal(
     Returns:
         Shape (D,), float64: sums over many data keep their digits.
     """
-    diagonal = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
-    for block in jacobian_blocks(outputs, factors, budget):
-        diagonal += block.rows.flatten(0, 1).square().sum(0)
-    return diagonal
+    return squared_columns(outputs, factors, budget)

@@ -18,7 +18,11 @@ from pyro_subnet.curvature.jacobian.output_map import (
     directional_derivative,
     num_rows,
 )
-from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
+from pyro_subnet.curvature.jacobian.recording import (
+    Gradients,
+    NotLayered,
+    Recording,
+)
 
 # The checks draw one vector; any fixed seed serves.
 _SEED = 20_106_896
@@ -76,7 +80,7 @@ def check_gradient(recording: Recording, factors: Factors, rows: Tensor) -> None
             for site, gradient in zip(sites, gradients, strict=True)
         ]
     )
-    if not agree(ours, theirs):
+    if not agree(ours.unsqueeze(-1), theirs.unsqueeze(-1)):
         raise NotLayered(_COUPLED)
 
 
@@ -151,3 +155,107 @@ class DerivativeCheck:
             part = tangent[first : first + len(factor)].unsqueeze(1).to(factor)
             parts.append(torch.linalg.vecdot(factor, part).reshape(num_data, -1))
         return torch.cat(parts, dim=1)
+
+
+class SeparationCheck:
+    """Compares the derivative of a group of data with that of the whole call.
+
+    Along one random direction, for groups whose rows of J are never formed.
+
+    Args:
+        outputs: The map of the whole call.
+
+    Raises:
+        NotLayered: If no mode of differentiation serves.
+    """
+
+    def __init__(self, outputs: OutputMap):
+        self._direction = _random((outputs.size,), outputs.loc)
+        for self._forward_mode in (True, False):
+            try:
+                self._tangents = self._differentiate(outputs)
+            except (NotImplementedError, RuntimeError):
+                continue
+            return
+        raise NotLayered("the model has no derivative along a direction")
+
+    def __call__(self, part: OutputMap, start: int) -> None:
+        """Checks a group.
+
+        Args:
+            part: The map of its data alone.
+            start: Its first datum.
+
+        Raises:
+            NotLayered: If the derivatives disagree.
+        """
+        for whole, few in zip(self._tangents, self._differentiate(part), strict=True):
+            first = start * len(few) // part.num_data
+            if not agree(few, whole[first : first + len(few)]):
+                raise NotLayered(_COUPLED)
+
+    def _differentiate(self, outputs: OutputMap) -> tuple[Tensor, ...]:
+        return directional_derivative(
+            outputs.outputs, outputs.loc, self._direction, self._forward_mode
+        )[1]
+
+
+class MixtureCheck:
+    r"""Compares gradients of all data's rows, mixed at random, with one of the mixture.
+
+    Row by row the cotangents of all data are pulled back together. If no layer couples
+    data, then datum b of :math:`\sum_k u_{bk}\, \delta_k` is datum b of the gradient of
+    :math:`\sum_k u_{bk} R_{bk}\, \eta_b`. Costs one backward pass.
+
+    Args:
+        recording: A run of the group's data.
+        factors: R of the group's elements.
+    """
+
+    def __init__(self, recording: Recording, factors: Factors):
+        self._recording = recording
+        self._factors = factors
+        num_data = recording.outputs.num_data
+        counts = [num_rows(factor, num_data) for factor in factors]
+        shape = (num_data, sum(counts))
+        self._weights = _random(shape, recording.outputs.loc)
+        self._per_site = self._weights.split(counts, dim=1)
+        self._mixed: list[Tensor | None] = [None] * len(recording.edges)
+
+    def add(self, row: int, deltas: Gradients) -> None:
+        """Adds the gradients of one row of every datum.
+
+        Args:
+            row: Which, counted over all sites.
+            deltas: Gradients of the layers' outputs.
+        """
+        weights = self._weights[:, row : row + 1]
+        for edge, delta in enumerate(deltas):
+            if delta is None:
+                continue
+            part = delta.reshape(len(weights), -1) * weights.to(delta)
+            before = self._mixed[edge]
+            self._mixed[edge] = part if before is None else before.add_(part)
+
+    def finish(self) -> None:
+        """Compares.
+
+        Raises:
+            NotLayered: If they disagree.
+        """
+        sums = list[Tensor | None]([None] * len(self._mixed))
+        for site, (factor, weights) in enumerate(
+            zip(self._factors, self._per_site, strict=True)
+        ):
+            u = weights.reshape(len(factor), 1, -1).to(factor)
+            cotangent = (u @ factor).squeeze(1).unsqueeze(0)
+            (deltas,) = self._recording.gradients(site, cotangent)
+            for edge, delta in enumerate(deltas):
+                before = sums[edge]
+                if delta is not None:
+                    sums[edge] = delta if before is None else before + delta
+        for mixed, total in zip(self._mixed, sums, strict=True):
+            if mixed is None or total is None:
+                continue
+            if not agree(mixed.reshape(-1, 1), total.reshape(-1, 1)):
+                raise NotLayered(_COUPLED)

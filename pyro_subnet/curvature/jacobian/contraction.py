@@ -7,8 +7,9 @@ chosen entries are formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,9 @@ from torch import Tensor
 _GATHER_COST = 12
 # Elements that a gathered product holds at once: about what a cache holds.
 _GATHER_ELEMENTS = 2**19
+
+# Elements of the dense blocks of several data that are squared at once.
+_BLOCK_ELEMENTS = 2**22
 
 Spread = Callable[[Tensor], Tensor]
 
@@ -51,9 +55,15 @@ class Broadcast:
         object.__setattr__(self, "_in_order", in_order)
 
     @property
-    def nbytes(self) -> int:
+    def held_bytes(self) -> int:
         """Memory that it holds."""
         return 0 if self.factor is None else self.factor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, and that one call takes."""
+        taken = self.num_data * self.features.numel()
+        return self.held_bytes + taken * 4
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """Entries of J at the chosen elements.
@@ -71,6 +81,22 @@ class Broadcast:
             return picked
         total = picked.new_zeros(len(picked), self.num_columns)
         return total.index_add_(1, self.columns, picked)
+
+    def squares(self, deltas: Iterable[Tensor]) -> Float[Tensor, " s"]:
+        """Sum of squared entries over the data and over output gradients.
+
+        Args:
+            deltas: Gradients of the layer's output, in its shape.
+
+        Returns:
+            Shape (S of this use,), float64.
+        """
+        total = torch.zeros(
+            self.num_columns, dtype=torch.float64, device=self.columns.device
+        )
+        for delta in deltas:
+            total += self(delta).square().sum(0)
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +121,16 @@ class Contraction:
     p: Int[Tensor, " s"]
     q: Int[Tensor, " s"]
     num_left: int
-    _gathered: Tensor | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Gathers what all output gradients share."""
-        one = self.right.shape[-1] == 1
-        gathered = self.right[..., 0].index_select(1, self.q) if one else None
-        object.__setattr__(self, "_gathered", gathered)
+    @property
+    def one_position(self) -> bool:
+        """Whether the weight is used at a single position of each datum."""
+        return self.right.shape[-1] == 1
+
+    @cached_property
+    def _gathered(self) -> Tensor:
+        """What all output gradients share, at a single position: shape (B, S)."""
+        return self.right[..., 0].index_select(1, self.q)
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """Entries of J at the chosen elements.
@@ -113,7 +142,7 @@ class Contraction:
             Shape (B, S of this use).
         """
         left = self.left(delta)
-        if self._gathered is not None:
+        if self.one_position:
             return left[..., 0].index_select(1, self.p).mul_(self._gathered)
         if self.dense:
             block = torch.bmm(left, self.right.mT).flatten(1)
@@ -126,19 +155,53 @@ class Contraction:
         ]
         return torch.cat(parts, dim=1)
 
+    def squares(self, deltas: Iterable[Tensor]) -> Float[Tensor, " s"]:
+        r"""Sum of squared entries over the data and over output gradients.
+
+        Without an entry for each datum where the weight is used once: there
+        :math:`\sum_{kb} \ell_{kbp}^2 r_{bq}^2` is one product of matrices.
+
+        Args:
+            deltas: Gradients of the layer's output, in its shape.
+
+        Returns:
+            Shape (S of this use,), float64.
+        """
+        num_right = self.right.shape[1]
+        block = torch.zeros(
+            self.num_left, num_right, dtype=torch.float64, device=self.right.device
+        )
+        if self.one_position:
+            squares = [self.left(delta)[..., 0].square() for delta in deltas]
+            block += torch.stack(squares).sum(0).mT @ self.right[..., 0].square()
+        else:
+            step = max(1, _BLOCK_ELEMENTS // (self.num_left * num_right))
+            for delta in deltas:
+                pairs = zip(
+                    self.left(delta).split(step), self.right.split(step), strict=True
+                )
+                for left, right in pairs:
+                    block += torch.bmm(left, right.mT).square_().sum(0)
+        return block.flatten().index_select(0, self.p * num_right + self.q)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it holds."""
+        return self.right.nbytes
+
     @property
     def nbytes(self) -> int:
         """Memory that it holds, and that one call takes."""
-        gathered = 0 if self._gathered is None else self._gathered.nbytes
-        positions = self.right.shape[-1]
-        block = self.num_left * (positions + self.dense * self.right.shape[1])
-        call = len(self.right) * block * self.right.element_size()
-        return self.right.nbytes + gathered + call
+        num_data, num_right, num_positions = self.right.shape
+        call = self.num_left * (num_positions + self.dense * num_right)
+        if self.one_position:
+            call += self.p.numel()
+        return self.held_bytes + num_data * call * self.right.element_size()
 
     @property
     def dense(self) -> bool:
         """Whether the dense block of channels costs less than gathered products."""
-        if self.right.shape[-1] == 1:
+        if self.one_position:
             return False
         block = self.num_left * self.right.shape[1]
         return block <= _GATHER_COST * self.p.numel()
@@ -147,14 +210,16 @@ class Contraction:
 Entries = Broadcast | Contraction
 
 
-def compact(index: Int[Tensor, " s"]) -> tuple[Tensor, Tensor]:
+def compact(index: Int[Tensor, " s"], bound: int) -> tuple[Tensor, Tensor]:
     """Distinct values, and which of them each entry is.
 
     Args:
-        index: Shape (S,).
+        index: Non-negative, shape (S,).
+        bound: One more than any value may be.
 
     Returns:
         The distinct values, ascending, and positions among them, shape (S,).
     """
-    values, inverse = torch.unique(index, return_inverse=True)
-    return values, inverse
+    found = torch.zeros(bound, dtype=torch.bool, device=index.device)
+    found[index] = True
+    return found.nonzero().squeeze(-1), (found.cumsum(0) - 1)[index]

@@ -144,10 +144,10 @@ class _Kernel:
         out, within = channel // per_group, channel % per_group
         group = out // (self.shape[1] // self.geometry.groups)
         source = group * per_group + within
-        outs, p = compact(out)
+        outs, p = compact(out, self.shape[1])
         # Offset by offset, so that each is cut out once.
         width = self.x.shape[1]
-        pairs, q = compact(offset * width + source)
+        pairs, q = compact(offset * width + source, size * width)
         right = self.geometry.shifted(self.x.detach(), pairs % width, pairs // width)
 
         def left(delta: Tensor) -> Tensor:
@@ -161,9 +161,10 @@ class _Kernel:
         offset, channel = chosen % size, chosen // size
         source, within = channel // per_group, channel % per_group
         group = source // (self.weight.shape[0] // self.geometry.groups)
-        ins, q = compact(source)
+        ins, q = compact(source, self.weight.shape[0])
         width = self.shape[1]
-        pairs, p = compact(offset * width + group * per_group + within)
+        out = group * per_group + within
+        pairs, p = compact(offset * width + out, size * width)
 
         def left(delta: Tensor) -> Tensor:
             at = self.geometry.shifted(delta, pairs % width, pairs // width)

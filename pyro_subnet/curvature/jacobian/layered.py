@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.agreement import DerivativeCheck, check_gradient
@@ -53,10 +52,7 @@ def layered_blocks(
     check = None if group == num_data else DerivativeCheck(outputs)
     for start in range(0, num_data, group):
         stop = min(start + group, num_data)
-        sliced = tuple(
-            factor[start * len(factor) // num_data : stop * len(factor) // num_data]
-            for factor in factors
-        )
+        sliced = of_group(factors, num_data, start, stop)
         recording = Recording(outputs.at(start, stop), whole=check is None)
         rows = _group_rows(recording, sliced)
         if check is None:
@@ -70,6 +66,24 @@ def layered_blocks(
             first = start * len(factor) // (stop - start)
             shaped = block.reshape(len(factor), factor.shape[1], -1)
             yield JacobianBlock(site, first, shaped)
+
+
+def of_group(factors: Factors, num_data: int, start: int, stop: int) -> Factors:
+    """Factors of some consecutive data.
+
+    Args:
+        factors: R of each element, one (M, r, c) tensor a site.
+        num_data: N.
+        start: First datum.
+        stop: One past the last.
+
+    Returns:
+        One tensor a site.
+    """
+    return tuple(
+        factor[start * len(factor) // num_data : stop * len(factor) // num_data]
+        for factor in factors
+    )
 
 
 def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
@@ -92,14 +106,22 @@ def _group_rows(recording: Recording, factors: Factors) -> Tensor:
     columns = recording.columns()
     per_site = zip(factors, rows.split(counts, dim=1), strict=True)
     for site, (factor, target) in enumerate(per_site):
-        cotangents = _cotangents(factor, outputs.num_data)
+        cotangents = cotangent_rows(factor, outputs.num_data)
         for k, deltas in enumerate(recording.gradients(site, cotangents)):
             _add_entries(target[:, k], columns, deltas)
     return rows
 
 
-def _cotangents(factor: Tensor, num_data: int) -> Tensor:
-    """Rows of R, one of each datum at a time: shape (rows of a datum, M, c)."""
+def cotangent_rows(factor: Tensor, num_data: int) -> Tensor:
+    """Rows of R, one of each datum at a time.
+
+    Args:
+        factor: R of each element, shape (M, r, c).
+        num_data: N.
+
+    Returns:
+        Shape (rows of a datum, M, c).
+    """
     per_datum = factor.unflatten(0, (num_data, -1))
     _, count, rank, width = per_datum.shape
     spread = factor.new_zeros(count, rank, num_data, count, width)
@@ -127,17 +149,11 @@ def _fill_escaped(
     recording: Recording, factors: Factors, other: OtherRoute, rows: Tensor
 ) -> None:
     """Computes the columns of sites that this route does not serve, by another one."""
-    outputs, start = recording.outputs, 0
-    escaped = [site for site in outputs.chosen if site in recording.tape.escaped]
-    columns = []
-    for site, within in outputs.chosen.items():
-        if site in escaped:
-            columns.append(torch.arange(start, start + len(within)))
-        start += len(within)
-    place = torch.cat(columns).to(rows.device)
+    outputs = recording.outputs
+    place = recording.escaped_columns()
     counts = [num_rows(factor, outputs.num_data) for factor in factors]
     per_site = rows.split(counts, dim=1)
-    for block in other(outputs.over(escaped), factors):
+    for block in other(outputs.over(recording.tape.escaped), factors):
         each = len(factors[block.site]) // outputs.num_data
         flat = per_site[block.site].unflatten(1, (each, -1)).flatten(0, 1)
         flat[block.start : block.start + len(block.rows), :, place] = block.rows

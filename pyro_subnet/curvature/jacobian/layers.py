@@ -95,8 +95,8 @@ def _linear_entries(
     x: Tensor, weight: Tensor, chosen: Tensor, num_data: int
 ) -> Entries:
     row, column = chosen // weight.shape[1], chosen % weight.shape[1]
-    outs, p = compact(row)
-    ins, q = compact(column)
+    outs, p = compact(row, weight.shape[0])
+    ins, q = compact(column, weight.shape[1])
     right = by_data(x.detach(), num_data).flatten(1, -2).index_select(2, ins).mT
 
     def left(delta: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ def _matmul_entries(
 ) -> Entries:
     width = 1 if weight.ndim == 1 else weight.shape[1]
     row, column = chosen // width, chosen % width
-    outs, p = compact(column)
-    ins, q = compact(row)
+    outs, p = compact(column, width)
+    ins, q = compact(row, weight.shape[0])
     right = by_data(x.detach(), num_data).flatten(1, -2).index_select(2, ins).mT
 
     def left(delta: Tensor) -> Tensor:
@@ -252,8 +252,8 @@ def _embedding_entries(
     words: Tensor, weight: Tensor, padding: int | None, chosen: Tensor, num_data: int
 ) -> Entries:
     width = weight.shape[1]
-    rows, q = compact(chosen // width)
-    outs, p = compact(chosen % width)
+    rows, q = compact(chosen // width, weight.shape[0])
+    outs, p = compact(chosen % width, width)
     found = words.reshape(num_data, 1, -1) == rows[:, None]
     if padding is not None:
         found = found & (rows != padding)[:, None]

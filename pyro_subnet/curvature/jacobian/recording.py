@@ -33,15 +33,15 @@ class Column:
     """A use of a weight, and the columns of J that it adds to.
 
     Attributes:
+        site: Name of the site.
         edge: Index of the layer's output among the recording's.
-        shape: Shape of that output.
         entries: From the output's gradient to entries of J.
         columns: Where they belong, (S of this use,).
         first: Whether these are all columns of the site, and none were written before.
     """
 
+    site: str
     edge: int
-    shape: torch.Size
     entries: Entries
     columns: Tensor | slice
     first: bool
@@ -97,6 +97,15 @@ class Recording:
                 self.tape.escaped.add(use.weight.site)
         self.tape.settle()
 
+    def escaped_columns(self) -> Tensor:
+        """Columns of J of the sites that this route does not serve."""
+        counts = [at.numel() for at in self.outputs.chosen.values()]
+        flags = torch.tensor(
+            [site in self.tape.escaped for site in self.outputs.chosen]
+        )
+        of_column = flags.repeat_interleave(torch.tensor(counts))
+        return of_column.nonzero().squeeze(-1).to(self.outputs.loc.device)
+
     def columns(self) -> list[Column]:
         """Uses of the weights, with what they need besides output gradients.
 
@@ -116,22 +125,25 @@ class Recording:
     def _column(
         self, use: Use, within: Tensor, start: int, first: bool
     ) -> Column | None:
-        index = use.weight.index.flatten()
-        size = self.outputs.base[use.weight.site].numel()
-        where = torch.full((size,), -1, device=index.device)
-        where[within] = torch.arange(len(within), device=index.device)
-        found = where[index]
-        at = (found >= 0).nonzero().squeeze(-1)
+        if use.weight.as_is:
+            at, columns = within, torch.arange(len(within), device=within.device)
+        else:
+            index = use.weight.index.flatten()
+            size = self.outputs.base[use.weight.site].numel()
+            where = torch.full((size,), -1, device=index.device)
+            where[within] = torch.arange(len(within), device=index.device)
+            found = where[index]
+            at = (found >= 0).nonzero().squeeze(-1)
+            columns = found[at]
         if not at.numel():
             return None
         entries = use.entries(at, self.outputs.num_data)
-        columns = found[at]
         whole = columns.numel() == within.numel() and bool(
             (columns[1:] > columns[:-1]).all()
         )
         place = slice(start, start + len(within)) if whole else start + columns
         edge = self.edges.index(use.edge)
-        return Column(edge, use.shape, entries, place, first and whole)
+        return Column(use.weight.site, edge, entries, place, first and whole)
 
     def gradients(self, site: int, cotangents: Tensor) -> Iterator[Gradients]:
         """Gradients of all layers' outputs, row by row.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.full_batch import (
     forward_blocks,
@@ -12,6 +13,7 @@ from pyro_subnet.curvature.jacobian.full_batch import (
     reverse_blocks,
 )
 from pyro_subnet.curvature.jacobian.layered import layered_blocks
+from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
@@ -87,6 +89,32 @@ def jacobian_blocks(
         yield block
         with torch.no_grad():  # not across the yield: there it would be the caller's
             block = next(blocks, None)
+
+
+def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor:
+    r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements of all sites.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that may be held at once; one datum is always done.
+
+    Returns:
+        Shape (S,), float64: sums over many data keep their digits.
+    """
+
+    def general(part: OutputMap, of_part: Factors) -> Tensor:
+        route = choose_route(part, of_part, budget)
+        total = torch.zeros(part.size, dtype=torch.float64, device=part.loc.device)
+        for block in _GENERAL[route](part, of_part, budget):
+            total += block.rows.flatten(0, 1).square().sum(0)
+        return total
+
+    with torch.no_grad():
+        try:
+            return layered_diagonal(outputs, factors, budget, general)
+        except NotLayered:
+            return general(outputs, factors)
 
 
 def _blocks(

@@ -28,10 +28,12 @@ class Weight:
     Attributes:
         site: Name of the site.
         index: Flat positions within the site, in the shape that the layer sees.
+        as_is: Whether it is the site's value, not a rearrangement.
     """
 
     site: str
     index: Tensor
+    as_is: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ class Tape(TorchFunctionMode):
         self._marked: dict[int, tuple[Tensor, Weight]] = {}
         for site, leaf in leaves.items():
             index = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
-            self._marked[id(leaf)] = (leaf, Weight(site, index))
+            self._marked[id(leaf)] = (leaf, Weight(site, index, as_is=True))
 
     def __torch_function__(
         self,

@@ -1,0 +1,117 @@
+r"""Diagonal of :math:`(R J)^\top R J`, without an entry for each datum and weight.
+
+Where a weight enters one layer, its squared entries are summed over the data inside the
+layer; a weight with several uses has its entries added up first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, SeparationCheck
+from pyro_subnet.curvature.jacobian.contraction import Contraction
+from pyro_subnet.curvature.jacobian.layered import cotangent_rows, of_group
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
+
+OtherDiagonal = Callable[[OutputMap, Factors], Tensor]
+
+
+def layered_diagonal(
+    outputs: OutputMap, factors: Factors, budget: int, other: OtherDiagonal
+) -> Tensor:
+    """Squared columns of :math:`R J`, summed over the data.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of data may take.
+        other: What serves the chosen sites that do not enter layers only.
+
+    Returns:
+        Shape (S,), float64.
+
+    Raises:
+        NotLayered: If the model does not fit.
+    """
+    num_data = outputs.num_data
+    group = _group(outputs, budget)
+    separates = None if group == num_data else SeparationCheck(outputs)
+    total = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
+    for start in range(0, num_data, group):
+        stop = min(start + group, num_data)
+        part = outputs.at(start, stop)
+        if separates is not None:
+            separates(part, start)
+        recording = Recording(part, whole=separates is None)
+        sliced = of_group(factors, num_data, start, stop)
+        _add_squares(total, recording, sliced)
+        if recording.tape.escaped:
+            rest = other(part.over(recording.tape.escaped), sliced)
+            total[recording.escaped_columns()] += rest
+    return total
+
+
+def _group(outputs: OutputMap, budget: int) -> int:
+    """How many data fit in the budget, by what a single one takes."""
+    if outputs.num_data == 1:
+        return 1
+    probe = Recording(outputs.at(0, 1), whole=False)
+    held = 2 * sum(column.entries.held_bytes for column in probe.columns())
+    # With the gradients, and their mixture.
+    activations = 4 * outputs.activation_bytes // outputs.num_data
+    return max(1, min(outputs.num_data, budget // (held + activations)))
+
+
+def _add_squares(total: Tensor, recording: Recording, factors: Factors) -> None:
+    columns = recording.columns()
+    uses: dict[str, list[Column]] = {}
+    for column in columns:
+        uses.setdefault(column.site, []).append(column)
+    single = [own[0] for own in uses.values() if len(own) == 1]
+    several = [own for own in uses.values() if len(own) > 1]
+    # One product of matrices serves all rows of these.
+    waiting: dict[int, list[Tensor]] = {}
+    check, row = MixtureCheck(recording, factors), 0
+    for site, factor in enumerate(factors):
+        cotangents = cotangent_rows(factor, recording.outputs.num_data)
+        for deltas in recording.gradients(site, cotangents):
+            check.add(row, deltas)
+            row += 1
+            for place, column in enumerate(single):
+                delta = deltas[column.edge]
+                if delta is None:
+                    continue
+                entries = column.entries
+                if isinstance(entries, Contraction) and entries.one_position:
+                    waiting.setdefault(place, []).append(delta)
+                else:
+                    total[column.columns] += entries.squares([delta])
+            for own in several:
+                _add_summed_squares(total, own, deltas, recording.outputs)
+    check.finish()
+    for place, held in waiting.items():
+        total[single[place].columns] += single[place].entries.squares(held)
+
+
+def _add_summed_squares(
+    total: Tensor, uses: list[Column], deltas: Gradients, outputs: OutputMap
+) -> None:
+    """Adds one row's squares at a site that enters several layers."""
+    names = list(outputs.chosen)
+    counts = [at.numel() for at in outputs.chosen.values()]
+    site = names.index(uses[0].site)
+    start, size = sum(counts[:site]), counts[site]
+    entries = outputs.loc.new_zeros(outputs.num_data, size)
+    for use in uses:
+        delta = deltas[use.edge]
+        if delta is None:
+            continue
+        if isinstance(use.columns, slice):
+            entries += use.entries(delta)
+        else:
+            entries.index_add_(1, use.columns - start, use.entries(delta))
+    total[start : start + size] += entries.square().sum(0)
