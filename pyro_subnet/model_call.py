@@ -260,10 +260,12 @@ class ModelCall:
                 site: value.detach().clone().requires_grad_()
                 for site, value in self.latents.values.items()
             }
+            weights = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
             # Other random numbers than the reference run's, to show a random model.
             torch.rand((), device=self.latents.loc.device)
             trace = self.run(leaves, rows)
-        return Graph(leaves, trace, sum(saved.values()))
+        activations = sum(size for at, size in saved.items() if at not in weights)
+        return Graph(leaves, trace, activations)
 
     def _tells_all(self, graph: Graph) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""

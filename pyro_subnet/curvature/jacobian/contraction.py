@@ -7,7 +7,8 @@ chosen entries are formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,8 +28,60 @@ _BLOCK_ELEMENTS = 2**22
 Spread = Callable[[Tensor], Tensor]
 
 
+class Entries(ABC):
+    """Entries of J at the chosen elements of one weight, at one of its uses."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Memory that it holds."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory that it holds, and that one call takes."""
+
+    @abstractmethod
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """Entries for one output gradient.
+
+        Args:
+            delta: Gradient of the layer's output, in its shape.
+
+        Returns:
+            Shape (B, S of this use).
+        """
+
+    def new_squares(self) -> Tensor:
+        """What :meth:`add_squares_` adds to, and :meth:`squares` reads."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
+        """Adds the squared entries of one output gradient, summed over the data.
+
+        Args:
+            total: The sum so far; it may be overwritten.
+            delta: Gradient of the layer's output, in its shape.
+
+        Returns:
+            The sum.
+        """
+        return total + self(delta).square().sum(0)
+
+    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
+        """Sums of squares at the chosen elements.
+
+        Args:
+            total: The sum.
+
+        Returns:
+            Shape (S of this use,).
+        """
+        return total
+
+
 @dataclass(frozen=True, eq=False)
-class Broadcast:
+class Broadcast(Entries):
     r"""A weight that is added to, or multiplies, what it is broadcast to.
 
     .. math:: J_{bs} = \sum_f [E_f = s]\, \delta_{bf} a_{bf}
@@ -56,24 +109,17 @@ class Broadcast:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that it holds."""
+        """See :attr:`Entries.held_bytes`."""
         return 0 if self.factor is None else self.factor.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds, and that one call takes."""
+        """See :attr:`Entries.nbytes`."""
         taken = self.num_data * self.features.numel()
         return self.held_bytes + taken * 4
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
-        """Entries of J at the chosen elements.
-
-        Args:
-            delta: Gradient of the layer's output, in its shape.
-
-        Returns:
-            Shape (B, S of this use).
-        """
+        """See :meth:`Entries.__call__`."""
         picked = delta.reshape(self.num_data, -1).index_select(1, self.features)
         if self.factor is not None:
             picked = picked * self.factor
@@ -82,25 +128,47 @@ class Broadcast:
         total = picked.new_zeros(len(picked), self.num_columns)
         return total.index_add_(1, self.columns, picked)
 
-    def squares(self, deltas: Iterable[Tensor]) -> Float[Tensor, " s"]:
-        """Sum of squared entries over the data and over output gradients.
 
-        Args:
-            deltas: Gradients of the layer's output, in its shape.
+@dataclass(frozen=True, eq=False)
+class Channelwise(Entries):
+    r"""A weight per channel, that is added to or multiplies all positions of it.
 
-        Returns:
-            Shape (S of this use,), float64.
-        """
-        total = torch.zeros(
-            self.num_columns, dtype=torch.float64, device=self.columns.device
-        )
-        for delta in deltas:
-            total += self(delta).square().sum(0)
-        return total
+    .. math:: J_{bs} = \sum_t \delta_{b c_s t}\, a_{b c_s t}
+
+    Attributes:
+        num_data: B.
+        axis: The channels' axis of the output.
+        channels: The chosen channels, shape (S,).
+        factor: a at those channels, in the output's shape; None for one.
+    """
+
+    num_data: int
+    axis: int
+    channels: Int[Tensor, " s"]
+    factor: Tensor | None
+
+    @property
+    def held_bytes(self) -> int:
+        """See :attr:`Entries.held_bytes`."""
+        return 0 if self.factor is None else self.factor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Entries.nbytes`."""
+        return 2 * self.held_bytes
+
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """See :meth:`Entries.__call__`."""
+        picked = delta.index_select(self.axis, self.channels)
+        if self.factor is not None:
+            picked = picked.mul_(self.factor)
+        others = [axis for axis in range(1, delta.ndim) if axis != self.axis]
+        rows = picked.sum(others) if others else picked
+        return rows.unflatten(0, (self.num_data, -1)).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
-class Contraction:
+class Contraction(Entries):
     r"""A weight that couples channels p of one side to channels q of the other.
 
     .. math:: J_{bs} = \sum_t \ell_{b p_s t}\, r_{b q_s t}
@@ -133,14 +201,7 @@ class Contraction:
         return self.right[..., 0].index_select(1, self.q)
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
-        """Entries of J at the chosen elements.
-
-        Args:
-            delta: Gradient of the layer's output, in its shape.
-
-        Returns:
-            Shape (B, S of this use).
-        """
+        """See :meth:`Entries.__call__`."""
         left = self.left(delta)
         if self.one_position:
             return left[..., 0].index_select(1, self.p).mul_(self._gathered)
@@ -155,43 +216,44 @@ class Contraction:
         ]
         return torch.cat(parts, dim=1)
 
-    def squares(self, deltas: Iterable[Tensor]) -> Float[Tensor, " s"]:
-        r"""Sum of squared entries over the data and over output gradients.
-
-        Without an entry for each datum where the weight is used once: there
-        :math:`\sum_{kb} \ell_{kbp}^2 r_{bq}^2` is one product of matrices.
-
-        Args:
-            deltas: Gradients of the layer's output, in its shape.
+    def new_squares(self) -> Tensor:
+        r"""See :meth:`Entries.new_squares`.
 
         Returns:
-            Shape (S of this use,), float64.
+            Where the weight is used once, :math:`\sum_k \ell_{kbp}^2`, shape (B, P):
+            there one product of matrices does the rest. Else squares of the dense block
+            of channels, shape (P, Q).
         """
-        num_right = self.right.shape[1]
-        block = torch.zeros(
-            self.num_left, num_right, dtype=torch.float64, device=self.right.device
-        )
+        num_data, num_right, _ = self.right.shape
         if self.one_position:
-            squares = [self.left(delta)[..., 0].square() for delta in deltas]
-            block += torch.stack(squares).sum(0).mT @ self.right[..., 0].square()
-        else:
-            step = max(1, _BLOCK_ELEMENTS // (self.num_left * num_right))
-            for delta in deltas:
-                pairs = zip(
-                    self.left(delta).split(step), self.right.split(step), strict=True
-                )
-                for left, right in pairs:
-                    block += torch.bmm(left, right.mT).square_().sum(0)
-        return block.flatten().index_select(0, self.p * num_right + self.q)
+            return self.right.new_zeros(num_data, self.num_left)
+        return self.right.new_zeros(self.num_left, num_right)
+
+    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
+        """See :meth:`Entries.add_squares_`."""
+        left = self.left(delta)
+        if self.one_position:
+            return total.addcmul_(left[..., 0], left[..., 0])
+        step = max(1, _BLOCK_ELEMENTS // total.numel())
+        for some, right in zip(left.split(step), self.right.split(step), strict=True):
+            for block in torch.bmm(some, right.mT):
+                total.addcmul_(block, block)
+        return total
+
+    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
+        """See :meth:`Entries.squares`."""
+        if self.one_position:
+            total = total.mT @ self.right[..., 0].square()
+        return total.flatten()[self.p * self.right.shape[1] + self.q]
 
     @property
     def held_bytes(self) -> int:
-        """Memory that it holds."""
+        """See :attr:`Entries.held_bytes`."""
         return self.right.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds, and that one call takes."""
+        """See :attr:`Entries.nbytes`."""
         num_data, num_right, num_positions = self.right.shape
         call = self.num_left * (num_positions + self.dense * num_right)
         if self.one_position:
@@ -205,9 +267,6 @@ class Contraction:
             return False
         block = self.num_left * self.right.shape[1]
         return block <= _GATHER_COST * self.p.numel()
-
-
-Entries = Broadcast | Contraction
 
 
 def compact(index: Int[Tensor, " s"], bound: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, SeparationCheck
-from pyro_subnet.curvature.jacobian.contraction import Contraction
 from pyro_subnet.curvature.jacobian.layered import cotangent_rows, of_group
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
@@ -73,8 +72,7 @@ def _add_squares(total: Tensor, recording: Recording, factors: Factors) -> None:
         uses.setdefault(column.site, []).append(column)
     single = [own[0] for own in uses.values() if len(own) == 1]
     several = [own for own in uses.values() if len(own) > 1]
-    # One product of matrices serves all rows of these.
-    waiting: dict[int, list[Tensor]] = {}
+    sums = [column.entries.new_squares() for column in single]
     check, row = MixtureCheck(recording, factors), 0
     for site, factor in enumerate(factors):
         cotangents = cotangent_rows(factor, recording.outputs.num_data)
@@ -83,18 +81,13 @@ def _add_squares(total: Tensor, recording: Recording, factors: Factors) -> None:
             row += 1
             for place, column in enumerate(single):
                 delta = deltas[column.edge]
-                if delta is None:
-                    continue
-                entries = column.entries
-                if isinstance(entries, Contraction) and entries.one_position:
-                    waiting.setdefault(place, []).append(delta)
-                else:
-                    total[column.columns] += entries.squares([delta])
+                if delta is not None:
+                    sums[place] = column.entries.add_squares_(sums[place], delta)
             for own in several:
                 _add_summed_squares(total, own, deltas, recording.outputs)
     check.finish()
-    for place, held in waiting.items():
-        total[single[place].columns] += single[place].entries.squares(held)
+    for column, squares in zip(single, sums, strict=True):
+        total[column.columns] += column.entries.squares(squares)
 
 
 def _add_summed_squares(

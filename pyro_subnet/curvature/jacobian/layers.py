@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.contraction import (
     Broadcast,
+    Channelwise,
     Contraction,
     Entries,
     compact,
@@ -54,6 +55,14 @@ def broadcast(
     Returns:
         The function of chosen positions and number of data.
     """
+    axes = [axis for axis, length in enumerate(weight.shape) if length > 1]
+
+    def channelwise(chosen: Tensor, num_data: int) -> Entries:
+        axis = len(shape) - weight.ndim + axes[0]
+        picked = None
+        if factor is not None:
+            picked = factor.detach().expand(shape).index_select(axis, chosen)
+        return Channelwise(num_data, axis, chosen, picked)
 
     def entries(chosen: Tensor, num_data: int) -> Entries:
         column = torch.full((weight.numel(),), -1, device=weight.device)
@@ -68,7 +77,7 @@ def broadcast(
             picked = wide.index_select(1, features)
         return Broadcast(num_data, features, of_datum[features], len(chosen), picked)
 
-    return entries
+    return channelwise if len(axes) == 1 else entries
 
 
 def _broadcasts(weight: Any, result: Tensor) -> bool:
