@@ -2,20 +2,24 @@ r"""The user's model with its outputs expanded to first order about the MAP."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_subnet.curvature.jacobian.output_map import (
+    OutputMap,
     directional_derivative,
     forward_mode_agrees,
+    identity_factors,
 )
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.draws import Draws, rebuilt
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall
@@ -31,6 +35,9 @@ from pyro_subnet.trace import (
 # What is expanded: the parameters of an output site, a deterministic site, or a tensor
 # among what the model returns.
 _Key = tuple[str, str]
+# A row of a datum's Jacobian costs about as much as the derivative along a draw, and
+# the checks behind it a few more.
+_ROW_COST = 1
 
 
 class LinearizedModel:
@@ -66,14 +73,14 @@ class LinearizedModel:
             What the user's model returns, tensors expanded to first order.
         """
         call = ModelCall.read(self._model, self._latents, args, kwargs)
-        expansion = _Expansion(call)
         if self._structure is None:
+            expansion = _Expansion(call, _expanded_keys(call))
             with torch.no_grad():
                 agrees = forward_mode_agrees(expansion, call.latents.values)
             self._structure = latent_parents(call), agrees
         parents, forward_mode = self._structure
         draws = Draws(call, parents)
-        tangents = _tangents(expansion, draws, forward_mode)
+        tangents = _tangents(call, draws, forward_mode)
         factors = _log_factors(call, draws)
         with _LinearizedOutputs(call, draws, tangents, factors):
             returned = self._model(*args, **kwargs)
@@ -195,18 +202,29 @@ def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
 
 
 class _Expansion:
-    """Everything of a call that is expanded, as a function of the latent sites.
+    """What of a call is expanded, as a function of the latent sites.
 
     Attributes:
         keys: What is expanded, in order.
     """
 
-    def __init__(self, call: ModelCall):
+    def __init__(self, call: ModelCall, keys: Sequence[_Key]):
         self.call = call
-        self.keys = _expanded_keys(call)
+        self.keys = keys
 
     def __call__(self, unconstrained: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        nodes = self.call.run(unconstrained).nodes
+        return self.read(self.call.run(unconstrained))
+
+    def read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
+        """Values of a run.
+
+        Args:
+            trace: The run.
+
+        Returns:
+            One tensor a key.
+        """
+        nodes = trace.nodes
         sites = {site.name: site for site in self.call.sites}
         returned = tree_flatten(nodes["_RETURN"]["value"])[0]
         found = []
@@ -220,27 +238,109 @@ class _Expansion:
         return tuple(found)
 
 
-def _tangents(
-    expansion: _Expansion, draws: Draws, forward_mode: bool
-) -> dict[_Key, Tensor]:
+def _tangents(call: ModelCall, draws: Draws, forward_mode: bool) -> dict[_Key, Tensor]:
     r""":math:`J (\theta - \hat\theta)` of everything that is expanded.
+
+    For many draws J is formed once, for the elements that any draw moves; otherwise one
+    derivative a draw is cheaper.
 
     Returns:
         For each key the tangent in the value's shape (for outputs: element shape, then
         all parameters), with one leading axis for the draws if there are any.
     """
-    call = expansion.call
+    keys = _expanded_keys(call)
+    directions = draws.directions()
+    graph = call.graph()
+    dense = _keys_of_data(call, keys, draws, directions)
+    rest = [key for key in keys if key not in dense]
+    found: dict[_Key, Tensor] = {}
+    if dense:
+        expansion = _Expansion(call, dense)
+        products = _jacobian_products(
+            expansion, directions, draws, graph.activation_bytes
+        )
+        found.update(zip(dense, products, strict=True))
+    if rest:
+        expansion = _Expansion(call, rest)
+        base = call.latents.values
+
+        def push(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return directional_derivative(expansion, base, direction, forward_mode)[1]
+
+        one = graph.activation_bytes + call.latents.loc.nbytes
+        group = None if draws.count is None else max(1, DEFAULT_BUDGET // (2 * one))
+        pushed = draws.over_draws(push, directions, group)
+        found.update(zip(rest, pushed, strict=True))
+    return found
+
+
+def _keys_of_data(
+    call: ModelCall,
+    keys: Sequence[_Key],
+    draws: Draws,
+    directions: Mapping[str, Tensor],
+) -> list[_Key]:
+    """Keys whose Jacobian costs less than one derivative for every draw.
+
+    Returns:
+        Those with the data on their first axis; none where gradients flow to the draws
+        (also elements that no draw moves would have some).
+    """
+    if draws.count is None or any(u.requires_grad for u in directions.values()):
+        return []
+    values = _Expansion(call, keys).read(call.trace)
+    dense, rows = [], 0
+    for key, value in zip(keys, values, strict=True):
+        if value.ndim and len(value) == call.num_data:
+            dense.append(key)
+            rows += value[0].numel()
+    return dense if _ROW_COST * rows < draws.count else []
+
+
+def _jacobian_products(
+    expansion: _Expansion,
+    directions: Mapping[str, Tensor],
+    draws: Draws,
+    activation_bytes: int,
+) -> list[Tensor]:
+    """Products of one Jacobian with the directions of all draws: (K, *shape) a key."""
+    call, count = expansion.call, draws.count or 1
     base = call.latents.values
+    flat = {
+        site: u.reshape(-1, base[site].numel()).expand(count, -1)
+        for site, u in directions.items()
+    }
+    moved = {site: (u != 0).any(0).nonzero().squeeze(-1) for site, u in flat.items()}
+    chosen = {site: at for site, at in moved.items() if at.numel()}
+    values = expansion.read(call.trace)
+    if not chosen:
+        return [value.new_zeros(count, *value.shape) for value in values]
 
-    def push(directions: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return directional_derivative(expansion, base, directions, forward_mode)[1]
+    def of_sites(
+        sites: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        found = expansion.read(call.run({**base, **sites}, rows))
+        return tuple(value.reshape(len(value), -1) for value in found)
 
-    group = None
-    if draws.count is not None:
-        one = call.graph().activation_bytes + call.latents.loc.nbytes
-        group = max(1, DEFAULT_BUDGET // (2 * one))
-    found = draws.over_draws(push, draws.directions(), group)
-    return dict(zip(expansion.keys, found, strict=True))
+    outputs = OutputMap(
+        base={site: base[site] for site in chosen},
+        chosen=chosen,
+        of_sites=of_sites,
+        reference=tuple(value.reshape(len(value), -1) for value in values),
+        rows=call.data_rows(),
+        num_data=call.num_data,
+        activation_bytes=activation_bytes,
+    )
+    columns = torch.cat([flat[site][:, at] for site, at in chosen.items()], dim=1)
+    parts: list[list[Tensor]] = [[] for _ in values]
+    blocks = jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET)
+    for block in blocks:
+        product = block.rows.flatten(0, 1) @ columns.to(block.rows).mT
+        parts[block.site].append(product.unflatten(0, block.rows.shape[:2]))
+    return [
+        torch.cat(part).movedim(-1, 0).reshape(count, *value.shape)
+        for part, value in zip(parts, values, strict=True)
+    ]
 
 
 def _log_factors(call: ModelCall, draws: Draws) -> dict[str, Tensor]:

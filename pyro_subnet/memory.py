@@ -12,7 +12,7 @@ from pyro_subnet.exceptions import MemoryLimitError
 # The precision and its Cholesky factor are alive together while it is factored.
 _MATRICES_PER_FIT = 2
 # Jacobian blocks and the activations behind them are cut to about this size.
-DEFAULT_BUDGET = 2**30
+DEFAULT_BUDGET = 2**28
 
 
 def available_bytes(device: torch.device) -> int:

@@ -23,7 +23,8 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, linearized
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.exceptions import ModelError
 from tests.tolerances import FALSE_ALARM_RATE, tolerance
 
@@ -285,9 +286,20 @@ def test_one_draw_is_the_expansion(family_fit: Fit) -> None:
         assert_close(trace.nodes["_RETURN"]["value"], squared, **EXACT)
 
 
-def test_many_draws_are_the_expansion(family_fit: Fit) -> None:
+@pytest.mark.parametrize("times", [1, 20])
+def test_many_draws_are_the_expansion(
+    family_fit: Fit, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a derivative for every draw, and by one Jacobian for all."""
+    jacobians = []
+
+    def watched(*args: Any) -> Any:
+        jacobians.append(args)
+        return jacobian_blocks(*args)
+
+    monkeypatch.setattr(linearized, "jacobian_blocks", watched)
     model, x = family_fit.posterior.linearized_model, family_fit.x
-    draws = family_fit.draws
+    draws = list(family_fit.draws) * times
     trace = run_batched(model, draws, x)
     read = family_fit.family.read(trace.nodes["y"]["fn"])
     expected = torch.stack([family_fit.outputs(values) for values in draws])
@@ -299,6 +311,7 @@ def test_many_draws_are_the_expansion(family_fit: Fit) -> None:
     ]:
         wanted = torch.stack([expansion(function, family_fit.at, v) for v in draws])
         assert_close(trace.nodes[site]["value"].squeeze(), wanted.squeeze(), **EXACT)
+    assert jacobians or times == 1
 
 
 def test_at_the_map_it_is_the_model(family_fit: Fit) -> None:
