@@ -7,6 +7,7 @@ arXiv 2010.14689).
 
 from pyro_subnet import exceptions, nn, selection
 from pyro_subnet._version import __version__
+from pyro_subnet.curvature.jacobian.route import compare_routes
 from pyro_subnet.guide import AutoSubnetLaplace
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.subnet import Subnet
@@ -16,6 +17,7 @@ __all__ = [
     "AutoSubnetMultivariateNormal",
     "Subnet",
     "__version__",
+    "compare_routes",
     "exceptions",
     "nn",
     "selection",

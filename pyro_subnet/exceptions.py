@@ -50,6 +50,11 @@ class MemoryLimitError(SubnetError, RuntimeError):
 
 
 @final
+class RouteError(SubnetError, RuntimeError):
+    """Raised when two ways to the same Jacobian disagree, where that is checked."""
+
+
+@final
 class OptionError(SubnetError, ValueError):
     """Raised when an option has a value outside of those it allows."""
 

@@ -15,10 +15,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
+from pyro_subnet import compare_routes
+from pyro_subnet.curvature.jacobian import layered
+from pyro_subnet.curvature.jacobian.contraction import Contraction
 from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
+from pyro_subnet.exceptions import RouteError
 
 DTYPE = torch.float64
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -578,3 +582,46 @@ def test_data_that_differ_in_value_alone_are_noticed_late() -> None:
     factors = random_factors(outputs)
     found = rows_of(outputs, factors, None, SMALL)
     assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+# ----------------------------------------------------------------------------------
+# The switch that compares both routes.
+
+
+def test_comparing_passes_where_routes_agree() -> None:
+    outputs = output_map(*NETWORKS["conv2d"]())
+    factors = random_factors(outputs)
+    with compare_routes():
+        found = rows_of(outputs, factors, None, SMALL)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+def test_comparing_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that forgets a factor: the random checks find it, and so does this."""
+    monkeypatch.setattr(layered, "check_gradient", lambda *args: None)
+    right = Contraction.__call__
+    monkeypatch.setattr(
+        Contraction, "__call__", lambda self, delta: 1.001 * right(self, delta)
+    )
+    outputs = output_map(*NETWORKS["linear"]())
+    factors = random_factors(outputs)
+    message = (
+        r"must give the same Jacobian to .*; got .* at element \d of observed site 0"
+    )
+    with compare_routes(), pytest.raises(RouteError, match=message):
+        rows_of(outputs, factors, None, LARGE)
+    rows_of(outputs, factors, None, LARGE)  # and the switch is off again
+
+
+def test_a_wrong_layer_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Contraction.__call__
+    monkeypatch.setattr(
+        Contraction, "__call__", lambda self, delta: 1.001 * right(self, delta)
+    )
+    outputs = output_map(*NETWORKS["linear"]())
+    factors = random_factors(outputs)
+    for budget in (LARGE, SMALL):
+        with pytest.raises(NotLayered, match="layers"):
+            rows_of(outputs, factors, "layered", budget)
+        found = rows_of(outputs, factors, None, budget)
+        assert_close(found, dense_rows(outputs, factors), **CLOSE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -26,6 +29,7 @@ from pyro_subnet.curvature.jacobian.per_datum import (
     separates_by_datum,
 )
 from pyro_subnet.curvature.jacobian.recording import NotLayered
+from pyro_subnet.exceptions import RouteError
 
 Route = Literal["layered", "per-datum", "forward", "reverse"]
 
@@ -34,6 +38,7 @@ Route = Literal["layered", "per-datum", "forward", "reverse"]
 _FORWARD_PASSES = 2
 _REVERSE_PASSES = 3
 
+_COMPARES = ContextVar("compares", default=False)
 _GENERAL = {
     "per-datum": per_datum_blocks,
     "forward": forward_blocks,
@@ -117,6 +122,28 @@ def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor
             return general(outputs, factors)
 
 
+@contextmanager
+def compare_routes() -> Iterator[None]:
+    """Computes every Jacobian by the structured and by a general route, and compares.
+
+    For finding out whether a layer is differentiated as it should be; slow, and holds
+    whole Jacobians.
+
+    ::
+
+        with compare_routes():
+            posterior = guide.laplace_approximation(x, y)
+
+    Yields:
+        Nothing; inside, disagreement raises a ``RouteError``.
+    """
+    token = _COMPARES.set(True)
+    try:
+        yield
+    finally:
+        _COMPARES.reset(token)
+
+
 def _blocks(
     outputs: OutputMap, factors: Factors, budget: int, route: Route | None
 ) -> Blocks:
@@ -130,6 +157,8 @@ def _blocks(
     done = [0] * len(factors)
     try:
         for block in layered_blocks(outputs, factors, budget, general):
+            if _COMPARES.get():
+                _compare(block, general(outputs, factors))
             yield block
             done[block.site] += len(block.rows)
     except NotLayered:
@@ -139,6 +168,27 @@ def _blocks(
             rest = _after(block, done[block.site])
             if rest is not None:
                 yield rest
+
+
+def _compare(block: JacobianBlock, others: Blocks) -> None:
+    start, stop = block.start, block.start + len(block.rows)
+    tolerance = 10 * torch.finfo(block.rows.dtype).eps ** 0.75
+    for other in others:
+        first, last = max(start, other.start), min(stop, other.start + len(other.rows))
+        if other.site != block.site or first >= last:
+            continue
+        expected = other.rows[first - other.start : last - other.start]
+        gap = (block.rows[first - start : last - start] - expected).abs()
+        limit = tolerance * float(expected.abs().amax())
+        if float(gap.amax()) > limit:
+            row, rank, column = torch.unravel_index(gap.argmax(), gap.shape)
+            raise RouteError(
+                f"Both routes must give the same Jacobian to {limit:.1e}; got "
+                f"{float(gap.amax()):.1e} between them at element "
+                f"{first + int(row)} of observed site {block.site}, row {int(rank)}, "
+                f"subnet element {int(column)}. Please report the layer that this "
+                "weight enters."
+            )
 
 
 def _after(block: JacobianBlock, start: int) -> JacobianBlock | None:
