@@ -247,8 +247,9 @@ class ModelCall:
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            # By its own size: some data are a view of all.
+            storage = tensor.untyped_storage().data_ptr()
+            saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
             return tensor
 
         with (
