@@ -7,22 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from pyro_subnet import compare_routes
-from pyro_subnet.curvature.jacobian import layered
+from pyro_subnet import AutoSubnetLaplace, compare_routes
+from pyro_subnet.curvature.jacobian import layered, route
 from pyro_subnet.curvature.jacobian.contraction import Contraction
 from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
 from pyro_subnet.exceptions import RouteError
+from pyro_subnet.nn import bayesianize
+from pyro_subnet.selection import RandomSubnet
+
+Model = Callable[..., None]
 
 DTYPE = torch.float64
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -279,9 +286,9 @@ def dense_rows(outputs: OutputMap, factors: Factors) -> Tensor:
 
 
 def rows_of(
-    outputs: OutputMap, factors: Factors, route: str | None, budget: int
+    outputs: OutputMap, factors: Factors, which: str | None, budget: int
 ) -> Tensor:
-    blocks = list(jacobian_blocks(outputs, factors, budget, route))
+    blocks = list(jacobian_blocks(outputs, factors, budget, which))
     starts = [block.start for block in blocks]
     assert starts == sorted(starts)
     return torch.cat([block.rows for block in blocks])
@@ -625,3 +632,97 @@ def test_a_wrong_layer_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
             rows_of(outputs, factors, "layered", budget)
         found = rows_of(outputs, factors, None, budget)
         assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+# ----------------------------------------------------------------------------------
+# The route is found by itself, in whatever way the model is written.
+
+
+def sampled_layers(likelihood: Callable[[Tensor], dist.Distribution]) -> Model:
+    """``PyroModule`` layers whose weights are ``PyroSample``s."""
+    net = PyroModule[nn.Sequential](
+        PyroModule[nn.Linear](4, 6), nn.Tanh(), PyroModule[nn.Linear](6, C)
+    )
+    for layer in (net[0], net[2]):
+        for name, value in list(layer.named_parameters()):
+            prior = dist.Normal(torch.zeros(value.shape, dtype=DTYPE), 1.0)
+            setattr(layer, name, PyroSample(prior.to_event(value.ndim)))
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        observe(likelihood(net(x)), x, y)
+
+    return model
+
+
+def lifted_network(likelihood: Callable[[Tensor], dist.Distribution]) -> Model:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C)).to(DTYPE)
+    bnn = bayesianize(net)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        observe(likelihood(bnn(x)), x, y)
+
+    return model
+
+
+def sampled_matrices(likelihood: Callable[[Tensor], dist.Distribution]) -> Model:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        shapes = {"w": (4, 6), "b": (6,), "v": (6, C)}
+        at = {
+            name: pyro.sample(
+                name,
+                dist.Normal(torch.zeros(shape, dtype=DTYPE), 1.0).to_event(len(shape)),
+            )
+            for name, shape in shapes.items()
+        }
+        outputs = torch.tanh(x @ at["w"] + at["b"]) @ at["v"]
+        observe(likelihood(outputs), x, y)
+
+    return model
+
+
+def observe(distribution: dist.Distribution, x: Tensor, y: Tensor | None) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", distribution, obs=y)
+
+
+LIKELIHOODS = {
+    "categorical": lambda f: dist.Categorical(logits=f),
+    "normal": lambda f: dist.Normal(f, 0.3).to_event(1),
+    "heteroscedastic": lambda f: dist.Normal(f[:, 0], f[:, 1].exp()),
+}
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(
+    "make", [sampled_layers, lifted_network, sampled_matrices], ids=lambda m: m.__name__
+)
+def test_every_idiom_is_served(
+    make: Callable[..., Model], likelihood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(LIKELIHOODS[likelihood])
+    x = torch.randn(N, 4, dtype=DTYPE)
+    y = {
+        "categorical": torch.randint(C, (N,)),
+        "normal": torch.randn(N, C, dtype=DTYPE),
+        "heteroscedastic": torch.randn(N, dtype=DTYPE),
+    }[likelihood]
+    guide = AutoSubnetLaplace(model, RandomSubnet(17))
+    guide(x, y)
+    monkeypatch.setattr(route, "layered_blocks", refuse)
+    general = guide.laplace_approximation(x, y)
+    outputs = general.output_distribution(x)
+    monkeypatch.undo()
+    monkeypatch.setattr(route, "choose_route", never)
+    posterior = guide.laplace_approximation(x, y)
+    found = posterior.get_posterior().precision_matrix
+    assert_close(found, general.get_posterior().precision_matrix, **CLOSE)
+    closed = posterior.output_distribution(x)
+    assert_close(closed.covariance_matrix, outputs.covariance_matrix, **CLOSE)
+
+
+def refuse(*args: object) -> None:
+    raise NotLayered("layers are switched off in this test")
+
+
+def never(*args: object) -> None:
+    raise AssertionError("a general route was taken")

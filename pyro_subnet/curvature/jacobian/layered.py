@@ -93,7 +93,8 @@ def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
     probe = Recording(outputs.at(0, 1), whole=False)
     held = sum(column.entries.nbytes for column in probe.columns())
     rows = sum(num_rows(factor, outputs.num_data) for factor in factors)
-    jacobian = 2 * rows * outputs.size * outputs.loc.element_size()
+    # A row is added to as it is made: a quarter more is there for a while.
+    jacobian = 5 * rows * outputs.size * outputs.loc.element_size() // 4
     activations = 2 * outputs.activation_bytes // outputs.num_data
     return max(1, min(outputs.num_data, budget // (held + jacobian + activations)))
 
