@@ -7,6 +7,7 @@ formed: draws, log density, marginal and projected variances are triangular solv
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import NonFiniteError, PrecisionError
+from pyro_subnet.triangular import cholesky_, multiply_rows, solve_rows_
 
-# Columns of a triangular solve against the identity done at once: bounds the extra
-# memory of the marginal variances to S x 512 instead of S x S.
-_SOLVE_COLUMNS = 512
+# Rows of the identity that are solved for, or rows of a matrix that are looked through,
+# at once: bounds the extra memory to S x 512 instead of S x S.
+_BLOCK_ROWS = 512
 # Above this size the eigenvalues behind an error message would take minutes.
 _MAX_EIGENVALUE_SIZE = 4096
 
@@ -69,7 +71,8 @@ class PrecisionGaussian:
         Returns:
             Shape (...), in nats.
         """
-        whitened = (value - self.loc) @ self.precision_tril.tril()
+        centred = (value - self.loc).reshape(-1, self.size)
+        whitened = multiply_rows(centred, self.precision_tril).reshape(value.shape)
         constant = 0.5 * self.size * math.log(2 * math.pi)
         return self.half_log_det() - 0.5 * whitened.square().sum(-1) - constant
 
@@ -85,25 +88,21 @@ class PrecisionGaussian:
     def variance(self) -> Float[Tensor, " subnet"]:
         r"""Marginal variances :math:`\operatorname{diag} \Sigma`, shape (S,).
 
-        Costs S^3/3 operations and S x 512 numbers, not an S x S inverse.
+        Costs S^3/3 operations and S x 512 numbers, not an S x S inverse. Not
+        differentiable.
 
         Returns:
             Shape (S,).
         """
         parts = []
-        for start in range(0, self.size, _SOLVE_COLUMNS):
-            stop = min(start + _SOLVE_COLUMNS, self.size)
-            # Columns start:stop of L^-1 vanish above row `start`, so the solve needs
-            # only the trailing triangle.
-            identity = torch.eye(
-                self.size - start,
-                stop - start,
-                dtype=self.loc.dtype,
-                device=self.loc.device,
-            )
-            trailing = self.precision_tril[start:, start:]
-            columns = torch.linalg.solve_triangular(trailing, identity, upper=False)
-            parts.append(columns.square().sum(0))
+        block = self.precision_tril.new_empty(_BLOCK_ROWS, self.size)
+        for start in range(0, self.size, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, self.size - start)
+            # Columns of L^-1, as rows. They vanish above row `start`, so the solve
+            # needs only the trailing triangle.
+            rows = block[:count, start:].zero_().fill_diagonal_(1.0)
+            solve_rows_(self.precision_tril[start:, start:], rows)
+            parts.append(rows.square_().sum(1))
         return torch.cat(parts)
 
     def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
@@ -149,30 +148,33 @@ class PrecisionGaussian:
         return inverse.mT.flip(-2, -1).contiguous()
 
 
-def factor_precision(
-    precision: Float[Tensor, "subnet subnet"], remedy: str
-) -> Float[Tensor, "subnet subnet"]:
-    """Cholesky factor of a precision matrix; only its lower triangle is read.
+def factor_precision_(
+    precision: Float[Tensor, "subnet subnet"],
+    remedy: str,
+    restore: Callable[[], object],
+) -> None:
+    """Replaces a precision matrix by its Cholesky factor L, in the lower triangle.
 
-    No jitter is ever added: a matrix that is not positive definite is an error.
+    No jitter is ever added: a matrix that is not positive definite is an error. The
+    strict upper triangle is neither read nor written.
 
     Args:
-        precision: Shape (S, S).
+        precision: P in its lower triangle, shape (S, S).
         remedy: What the caller's user can do about a failure, one sentence.
-
-    Returns:
-        Lower factor L, shape (S, S).
+        restore: Puts P back into the lower triangle, where a failed factorization has
+            overwritten it and the message needs it.
 
     Raises:
         NonFiniteError: If an entry is NaN or infinite.
         PrecisionError: If the matrix is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(precision)
+    failed = cholesky_(precision)
     # LAPACK's info is no word on NaN, but any NaN reaches the factor's diagonal.
-    if int(info) == 0 and bool(factor.diagonal().isfinite().all()):
-        return factor
+    if failed == 0 and bool(precision.diagonal().isfinite().all()):
+        return
+    restore()
     size = precision.shape[-1]
-    bad = (~precision.tril().isfinite()).any(dim=1).nonzero()
+    bad = _rows_not_finite(precision)
     if bad.numel():
         raise NonFiniteError(
             f"The precision must be finite; got NaN or inf in {bad.numel()} of {size} "
@@ -183,8 +185,20 @@ def factor_precision(
         smallest = float(torch.linalg.eigvalsh(precision)[0])
         found = f"smallest eigenvalue {smallest:.3e}"
     else:
-        found = f"its leading block of size {int(info)} is not positive definite"
+        found = f"its leading block of size {failed} is not positive definite"
     raise PrecisionError(
         f"Posterior precision at S={size} must be positive definite; got {found}. "
         f"{remedy}"
+    )
+
+
+def _rows_not_finite(lower: Tensor) -> Tensor:
+    """Positions of the rows that are not finite up to the diagonal."""
+    return torch.cat(
+        [
+            (~rows.tril(start).isfinite()).any(dim=1).nonzero().squeeze(1) + start
+            for start, rows in zip(
+                range(0, len(lower), _BLOCK_ROWS), lower.split(_BLOCK_ROWS), strict=True
+            )
+        ]
     )

@@ -27,7 +27,8 @@ class SubnetCurvature:
     """Both parts of the posterior precision over a subnet.
 
     Attributes:
-        ggn: Sum over the data, shape (S, S), nats per parameter squared.
+        ggn: Sum over the data, shape (S, S), nats per parameter squared. Symmetric, in
+            its lower triangle; what stands above the diagonal has no meaning.
         prior: Negative Hessian of the log prior, unscaled.
         has_outputs: Whether the model has any observed site.
     """
@@ -67,7 +68,7 @@ def subnet_curvature(
         budget: Bytes of Jacobian and activations that may be held at once.
 
     Returns:
-        GGN and prior precision.
+        GGN, in its lower triangle, and prior precision.
 
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689.
     """

@@ -9,8 +9,8 @@ import torch
 
 from pyro_subnet.exceptions import MemoryLimitError
 
-# The precision and its Cholesky factor are alive together while it is factored.
-_MATRICES_PER_FIT = 2
+# The precision is summed and factored in place; a quarter is for blocks beside it.
+_MATRICES_PER_FIT = 1.25
 # Jacobian blocks and the activations behind them are cut to about this size.
 DEFAULT_BUDGET = 2**28
 
@@ -40,11 +40,11 @@ def check_factor_fits(size: int, dtype: torch.dtype, device: torch.device) -> No
     Raises:
         MemoryLimitError: If it does not fit; says the largest S that does.
     """
-    per_entry = _MATRICES_PER_FIT * torch.finfo(dtype).bits // 8
-    needed = per_entry * size**2
+    per_entry = _MATRICES_PER_FIT * torch.finfo(dtype).bits / 8
+    needed = math.ceil(per_entry * size**2)
     free = available_bytes(device)
     if needed > free:
-        largest = math.isqrt(free // per_entry)
+        largest = math.isqrt(int(free / per_entry))
         raise MemoryLimitError(
             f"A subnet must have an S x S factor that fits in memory; got S={size}, "
             f"which needs {needed / 2**30:.1f} GiB ({needed} bytes) where "

@@ -20,13 +20,14 @@ from pyro_subnet.exceptions import (
     OptionError,
     warn,
 )
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision
+from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
 from pyro_subnet.laplace import SubnetCurvature
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.predictive import output_distribution
 from pyro_subnet.state import copied, portable_state, sharing
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
+from pyro_subnet.triangular import mirror_
 
 # What the guide's own set-up found out about the model's sites.
 _PROTOTYPE = (
@@ -79,7 +80,8 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
             model: The user's model.
             loc: The MAP, packed, shape (D,).
             subnet: The chosen elements.
-            curvature: GGN, which is overwritten, and prior precision.
+            curvature: GGN in the lower triangle of a matrix that becomes the guide's
+                buffer, and prior precision.
 
         Returns:
             The posterior guide.
@@ -90,13 +92,14 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         """
         diagonal = curvature.ggn.diagonal().clone()
         _warn_about_curvature(diagonal, curvature.has_outputs)
-        factor = _factor(curvature.ggn, curvature.prior, 1.0)
+        mirror_(curvature.ggn)
+        _factor_(curvature.ggn, diagonal, curvature.prior, 1.0)
         new = cls(model, prototype)
         new.explained_variance = subnet.explained_variance
         new._register(
             loc=loc,
             subnet_positions=subnet.flat,
-            factor_and_ggn=curvature.ggn.triu_(1).add_(factor),
+            factor_and_ggn=curvature.ggn,
             ggn_diagonal=diagonal,
             prior_diagonal=curvature.prior.diagonal,
             prior_coupled=curvature.prior.coupled,
@@ -163,9 +166,8 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
 
     def ggn(self) -> Tensor:
         """The generalized Gauss-Newton matrix, shape (S, S), summed over the data."""
-        upper = self.factor_and_ggn.triu(1)
-        ggn = upper + upper.mT
-        ggn.diagonal().copy_(self.ggn_diagonal)
+        ggn = self.factor_and_ggn.clone()
+        _restore_ggn_(ggn, self.ggn_diagonal)
         return ggn
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> PrecisionNormal:
@@ -226,8 +228,8 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     def with_prior_precision(self, scale: int | float) -> AutoSubnetMultivariateNormal:
         """The posterior under a prior of other precision, at the same MAP.
 
-        Takes no pass over the data: one copy of the S x S matrix and one
-        factorization.
+        Takes no pass over the data: one copy of the S x S matrix, which is factored in
+        place.
 
         Args:
             scale: What the model's own prior precision is multiplied by, positive;
@@ -247,10 +249,10 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
                 "model's own prior precision."
             )
         ggn = self.ggn()
-        factor = _factor(ggn, self.prior_precision, scale)
+        _factor_(ggn, self.ggn_diagonal, self.prior_precision, scale)
         new = sharing(self)
         new.prior_scale = scale
-        new.factor_and_ggn = ggn.triu_(1).add_(factor)
+        new.factor_and_ggn = ggn
         return new
 
     @property
@@ -317,16 +319,31 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         return copied(self, memo)
 
 
-def _factor(ggn: Tensor, prior: PriorPrecision, scale: float) -> Tensor:
-    """Cholesky factor of the precision GGN + scale * P0; the GGN is left alone."""
-    precision = ggn.clone()
-    prior.add_to_(precision, scale)
+def _restore_ggn_(factor_and_ggn: Tensor, ggn_diagonal: Tensor) -> None:
+    """Puts the GGN of the strict upper triangle into the lower one as well."""
+    mirror_(factor_and_ggn.mT)
+    factor_and_ggn.diagonal().copy_(ggn_diagonal)
+
+
+def _factor_(
+    ggn: Tensor, ggn_diagonal: Tensor, prior: PriorPrecision, scale: float
+) -> None:
+    """Puts the factor of GGN + scale * P0 into the lower triangle, in place.
+
+    The GGN stays in the strict upper one.
+    """
+
+    def restore() -> None:
+        _restore_ggn_(ggn, ggn_diagonal)
+        prior.add_to_lower_(ggn, scale)
+
+    prior.add_to_lower_(ggn, scale)
     remedy = (
         "Train closer to the MAP, raise the prior's precision (now "
         f"{scale:g} times the model's), or choose another subnet: a weight that "
         "neither the data nor the prior curve has no Gaussian."
     )
-    return factor_precision(precision, remedy)
+    factor_precision_(ggn, remedy, restore)
 
 
 def _warn_about_curvature(ggn_diagonal: Tensor, has_outputs: bool) -> None:

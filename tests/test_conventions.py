@@ -22,6 +22,7 @@ LAYERS = {
     "grad_mode": 1,
     "memory": 1,
     "subnet": 1,
+    "triangular": 1,
     "curvature": 2,
     "data": 3,
     "laplace": 3,

@@ -49,19 +49,22 @@ class PriorPrecision:
     coupled: Int[Tensor, " coupled"]
     columns: Float[Tensor, "subnet coupled"]
 
-    def add_to_(self, matrix: Float[Tensor, "subnet subnet"], scale: float) -> None:
-        """Adds ``scale`` times P0 to a matrix, in place.
+    def add_to_lower_(
+        self, lower: Float[Tensor, "subnet subnet"], scale: float
+    ) -> None:
+        """Adds ``scale`` times P0 to the lower triangle of a matrix, in place.
 
         Args:
-            matrix: Shape (S, S).
+            lower: Shape (S, S); what is above its diagonal stays.
             scale: Factor of the prior precision, dimensionless.
         """
-        uncoupled = self.diagonal.index_fill(0, self.coupled, 0.0)
-        matrix.diagonal().add_(uncoupled, alpha=scale)
-        matrix.index_add_(1, self.coupled, self.columns, alpha=scale)
-        # Rows of the coupled elements, without the block that both already cover.
-        rows = self.columns.index_fill(0, self.coupled, 0.0).mT
-        matrix.index_add_(0, self.coupled, rows, alpha=scale)
+        lower.diagonal().add_(self.diagonal, alpha=scale)
+        # Left of the diagonal only what couples to no column, which covers the rest.
+        rows = self.columns.index_fill(0, self.coupled, 0.0)
+        for k, position in enumerate(self.coupled.tolist()):
+            below = slice(position + 1, None)
+            lower[below, position].add_(self.columns[below, k], alpha=scale)
+            lower[position, :position].add_(rows[:position, k], alpha=scale)
 
 
 def prior_precision(
