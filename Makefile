@@ -9,7 +9,7 @@ DEV = $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup test slow-test lint format clean
+.PHONY: help quickstart setup test slow-test benchmark lint format clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,9 @@ test: $(DEV)  ## Run the tests, the docstrings' examples among them
 
 slow-test: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+benchmark: $(DEV)  ## Measure the curvature engine beside laplace-torch (an hour or two)
+	$(BIN)/python -m benchmarks.engine
 
 lint: $(DEV)  ## Check style, formatting, types and the conventions of the code
 	$(BIN)/python -m ruff check .

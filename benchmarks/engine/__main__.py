@@ -1,0 +1,72 @@
+"""Runs the benchmark and prints its table; see benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.engine import table
+from benchmarks.engine.cases import CASES
+from benchmarks.engine.compare import problem
+from benchmarks.engine.machine import description
+from benchmarks.engine.runner import Launcher, run_case
+from benchmarks.engine.scaling import draw_scaling
+
+SCALING = Path("docs/engine-scaling.png")
+_DEFAULT = [name for name, case in CASES.items() if case.by_default]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=_DEFAULT,
+        metavar="CASE",
+        help=f"of: {', '.join(CASES)}",
+    )
+    parser.add_argument("--backends", nargs="+", help="only these")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--num-data", type=int, help="at most, to try it out")
+    parser.add_argument("--timeout", type=float, default=900.0, help="of a process, s")
+    parser.add_argument(
+        "--scaling",
+        nargs="?",
+        type=Path,
+        const=SCALING,
+        metavar="PICTURE",
+        help="draw the scaling curves of ours instead",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.scaling is not None:
+        draw_scaling(options.scaling)
+        return
+    print(f"{description()}, laplace-torch {version('laplace-torch')}")
+    print(f"medians of {options.pairs} pairs; seconds, GB beyond the imports")
+    print(table.HEADER, flush=True)
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = Launcher(Path(folder), options.timeout)
+        for name in options.cases:
+            case = CASES[name]
+            if options.num_data is not None:
+                case = case.smaller(options.num_data)
+            launcher.prepare(case)
+            report = run_case(case, options.backends, options.pairs, launcher)
+            print(table.block(report), flush=True)
+            problems.append(problem(case, report.rows))
+    found = [text for text in problems if text is not None]
+    if found:
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

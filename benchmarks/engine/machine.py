@@ -1,0 +1,67 @@
+"""What the machine can do: the floor under a fit."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_PRODUCT_SIZE = 2048
+_REPEATS = 5
+_BATCH_SIZES = (16, 64)
+
+
+def product_rate() -> float:
+    """Operations a second of the best of some float32 matrix products."""
+    left, right = torch.rand(2, _PRODUCT_SIZE, _PRODUCT_SIZE)
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _PRODUCT_SIZE**3 / min(seconds)
+
+
+def passes_seconds(net: nn.Module, x: Tensor) -> float:
+    """One forward and C backward passes to the outputs of the layers, at best.
+
+    Gradients of weights are not computed; backpropagation ends at the output of the
+    first layer with weights.
+    """
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    _run_passes(net, x[:2])
+    seconds = []
+    for batch_size in _BATCH_SIZES:
+        start = time.perf_counter()
+        for part in x.split(batch_size):
+            _run_passes(net, part)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _run_passes(net: nn.Module, x: Tensor) -> None:
+    first = next(m for m in net.modules() if m._parameters)
+    starts: list[Tensor] = []
+    handle = first.register_forward_hook(
+        lambda module, inputs, output: starts.append(output.requires_grad_())
+    )
+    outputs = net(x)
+    handle.remove()
+    for total in outputs.sum(0):
+        torch.autograd.grad(total, starts, retain_graph=True)
+
+
+def description() -> str:
+    """Processor, threads and the version of torch, on one line."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,122 @@
+"""The networks that are measured, untrained: what they cost is not what they know.
+
+Each activation and pool is a module of its own, used once, as laplace-torch's hooks
+need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+
+NUM_CLASSES = 10
+
+
+def toy() -> nn.Module:
+    """D = 59: to try the benchmark itself."""
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def mlp_regression() -> nn.Module:
+    """D = 2,701."""
+    return nn.Sequential(
+        nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1)
+    )
+
+
+def mlp_classes(width: int = 256) -> nn.Module:
+    """D = 269,322 at the default width."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, NUM_CLASSES),
+    )
+
+
+def lenet() -> nn.Module:
+    """LeNet-5 with ReLU and max pooling: D = 61,706."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, NUM_CLASSES),
+    )
+
+
+def cnn(num_outputs: int = NUM_CLASSES) -> nn.Module:
+    """Two 5 x 5 convolutions and two dense layers: D = 366,806."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3136, 100),
+        nn.ReLU(),
+        nn.Linear(100, num_outputs),
+    )
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions around which the input is led."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+            norm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+            norm(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels)
+            )
+        self.last = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.body(x) + self.shortcut(x))
+
+
+def _resnet18(norm: Norm) -> nn.Module:
+    """ResNet-18 for 32 x 32 images (He et al., 2016; no pooling at the stem)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        norm(64),
+        nn.ReLU(),
+    ]
+    channels_in = 64
+    for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers.append(Block(channels_in, channels, stride, norm))
+        layers.append(Block(channels, channels, 1, norm))
+        channels_in = channels
+    layers += [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(512, NUM_CLASSES)]
+    return nn.Sequential(*layers)
+
+
+def resnet18_batchnorm() -> nn.Module:
+    """D = 11,173,962."""
+    return _resnet18(nn.BatchNorm2d)
+
+
+def resnet18_groupnorm() -> nn.Module:
+    """D = 11,173,962."""
+    return _resnet18(lambda channels: nn.GroupNorm(32, channels))
