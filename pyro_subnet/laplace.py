@@ -146,7 +146,7 @@ class _Tally:
 
     def check(self, call: ModelCall, graph: Graph) -> list[DensityTerm]:
         """Counts one call; returns its log prior."""
-        terms = call.prior_terms(graph)
+        terms = graph.prior_terms
         value = sum(term.log_density.item() for term in terms)
         tolerance = torch.finfo(call.latents.loc.dtype).eps ** 0.5
         if self.log_prior is None:

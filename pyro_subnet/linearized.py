@@ -179,7 +179,7 @@ def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
     """
     graph = call.graph()
     found = {}
-    for term in call.prior_terms(graph):
+    for term in graph.prior_terms:
         if term.site is None or not term.log_density.requires_grad:
             continue
         others = {site: u for site, u in graph.leaves.items() if site != term.site}
@@ -250,7 +250,7 @@ def _tangents(call: ModelCall, draws: Draws, forward_mode: bool) -> dict[_Key, T
     """
     keys = _expanded_keys(call)
     directions = draws.directions()
-    graph = call.graph()
+    graph = call.graph(with_prior=False)
     dense = _keys_of_data(call, keys, draws, directions)
     rest = [key for key in keys if key not in dense]
     found: dict[_Key, Tensor] = {}

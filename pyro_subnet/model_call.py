@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,11 +44,22 @@ class Graph:
         leaves: Unconstrained value of every latent site, a leaf that needs gradients.
         trace: The run's trace.
         activation_bytes: What the run keeps for its backward pass.
+        latents: The latent sites.
     """
 
     leaves: Mapping[str, Tensor]
     trace: poutine.Trace
     activation_bytes: int
+    latents: Latents
+
+    @cached_property
+    def prior_terms(self) -> list[DensityTerm]:
+        """The log prior in unconstrained space, with its graph to the latent sites.
+
+        One term for each latent site and each factor.
+        """
+        with differentiable():
+            return log_prior_terms(self.trace, self.latents, self.leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +227,14 @@ class ModelCall:
             if moved[site.name]
         )
 
-    def graph(self) -> Graph:
+    def graph(self, *, with_prior: bool = True) -> Graph:
         """Runs the model with a graph from latent leaves to everything.
 
         On a few of the data if they tell the same: outputs that do not depend on other
         data, and the same prior.
+
+        Args:
+            with_prior: Whether its prior will be read, and so must be that of all data.
 
         Returns:
             The run.
@@ -231,13 +246,14 @@ class ModelCall:
             rows = tuple(row[:_PROBE] for row in self.data_rows())
             try:
                 graph = self._graph(rows)
+                scaled = graph.activation_bytes * self.num_data // _PROBE
+                graph = replace(graph, activation_bytes=scaled)
             # On fewer data the user's code may fail in ways of its own: a fixed plate
             # size, a view.
             except Exception:
                 graph = None
-            if graph is not None and self._tells_all(graph):
-                scaled = graph.activation_bytes * self.num_data // _PROBE
-                return replace(graph, activation_bytes=scaled)
+            if graph is not None and self._tells_all(graph, with_prior):
+                return graph
         graph = self._graph(None)
         for site in self.sites:
             site.check_repeats(graph.trace.nodes[site.name])
@@ -266,9 +282,9 @@ class ModelCall:
             torch.rand((), device=self.latents.loc.device)
             trace = self.run(leaves, rows)
         activations = sum(size for at, size in saved.items() if at not in weights)
-        return Graph(leaves, trace, activations)
+        return Graph(leaves, trace, activations, self.latents)
 
-    def _tells_all(self, graph: Graph) -> bool:
+    def _tells_all(self, graph: Graph, with_prior: bool) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""
         if set(graph.trace.nodes) != set(self.trace.nodes):
             return False
@@ -281,12 +297,14 @@ class ModelCall:
                 tolerance = torch.finfo(few.dtype).eps ** 0.5
                 if not torch.allclose(few, whole[:_PROBE], tolerance, tolerance):
                     return False
+            if not with_prior:
+                return True
             base = self.latents.values
             ours = [
                 term.log_density
                 for term in log_prior_terms(self.trace, self.latents, base)
             ]
-            theirs = [term.log_density for term in self.prior_terms(graph)]
+            theirs = [term.log_density for term in graph.prior_terms]
             return all(
                 torch.allclose(a, b.to(a)) for a, b in zip(ours, theirs, strict=True)
             )
@@ -308,18 +326,6 @@ class ModelCall:
                 site.name: site.moved_parts(nodes[site.name], leaves)
                 for site in self.sites
             }
-
-    def prior_terms(self, graph: Graph) -> list[DensityTerm]:
-        """The log prior in unconstrained space, with its graph to the latent sites.
-
-        Args:
-            graph: A run of this call.
-
-        Returns:
-            One term for each latent site and each factor.
-        """
-        with differentiable():
-            return log_prior_terms(graph.trace, self.latents, graph.leaves)
 
     def data_rows(self) -> tuple[Tensor, ...]:
         """Tensors of the call whose first axis is as long as the data."""

@@ -48,7 +48,7 @@ def output_distribution(
     Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
     """
     call = ModelCall.read(model, latents, *call_arguments)
-    graph = call.graph()
+    graph = call.graph(with_prior=False)
     moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
     del graph
     _check_axis(call, moved)

@@ -18,6 +18,9 @@ from torch import Tensor
 # once, both by measurement: smaller ones lose to calls, larger ones do twice the needed
 # operations on a triangle (CPU), or leave a GPU idle.
 _LEAF = {"cpu": 128, "cuda": 512}
+# LAPACK's own factorization is faster than this one's calls up to here, and what it
+# copies is still small.
+_FACTOR_LEAF = 1024
 _SOLVE_ROWS = 512
 _MIRROR_ROWS = 512
 
@@ -66,7 +69,7 @@ def cholesky_(lower: Float[Tensor, "subnet subnet"]) -> int:
         0, or the order of the first leading minor that is not positive definite, as
         LAPACK's ``info``. NaN may go unnoticed here, but reaches the diagonal.
     """
-    if lower.shape[-1] <= _leaf(lower):
+    if lower.shape[-1] <= _FACTOR_LEAF:
         factor, info = torch.linalg.cholesky_ex(lower)
         _set_lower_(lower, factor)
         return int(info)

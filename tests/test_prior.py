@@ -332,7 +332,7 @@ def found_precision(case: Case, subnet: list[int], budget: int) -> PriorPrecisio
     """What the package finds from one run of the model."""
     call, chosen = read_call(case, subnet)
     graph = call.graph()
-    return prior_precision(call.prior_terms(graph), graph.leaves, chosen, budget)
+    return prior_precision(graph.prior_terms, graph.leaves, chosen, budget)
 
 
 def as_matrix(found: PriorPrecision, scale: float = 1.0) -> Tensor:
@@ -378,7 +378,7 @@ def test_the_diagonal(name: str, budget: int) -> None:
     case = PRIORS[name](DOUBLE)
     call, _ = read_call(case, [0])
     graph = call.graph()
-    found = prior_diagonal(call.prior_terms(graph), graph.leaves, budget)
+    found = prior_diagonal(graph.prior_terms, graph.leaves, budget)
     assert_close(found, case.prior().diagonal(), **DOUBLE_TOLERANCE)
 
 
