@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import pyro
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
-from pyro_subnet.laplace import subnet_curvature, whole_subnet
+from pyro_subnet.laplace import (
+    CURVATURES,
+    Curvature,
+    subnet_curvature,
+    whole_subnet,
+)
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.selection import LargestVariance, Mask
@@ -56,7 +61,14 @@ class AutoSubnetLaplace(AutoContinuous):
             from sites to bool masks or flat positions.
         init_loc_fn: Where the MAP search starts, as everywhere in Pyro; with the
             values of a MAP found elsewhere no training is needed.
-        curvature: ``"ggn"``, the generalized Gauss-Newton matrix.
+        curvature: Of the likelihood. ``"ggn"``, the generalized Gauss-Newton matrix,
+            is positive semidefinite and exact for the linearized model. ``"ggn-mc"``
+            estimates it without bias from labels drawn from the model, one backward
+            pass in place of one a class. ``"ef"``, the empirical Fisher, takes the
+            data's own labels: as cheap, but no estimate of the GGN where the model
+            does not fit them. ``"hessian"`` is exact, costs S passes and may not be
+            positive definite; with ``subnet=None`` it gives what
+            ``AutoLaplaceApproximation`` does.
 
     Raises:
         SelectionError: If ``subnet`` is a number that is no size.
@@ -71,12 +83,14 @@ class AutoSubnetLaplace(AutoContinuous):
         subnet: SubnetChoice = None,
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        curvature: Literal["ggn"] = "ggn",
+        curvature: Curvature = "ggn",
     ):
-        if curvature != "ggn":
+        if curvature not in CURVATURES:
             raise OptionError(
-                f"`curvature` must be 'ggn'; got {curvature!r}. Leave it out."
+                f"`curvature` must be one of {', '.join(map(repr, CURVATURES))}; got "
+                f"{curvature!r}. Leave it out for the GGN."
             )
+        self.curvature = curvature
         self._selector = _selector(subnet)
         self._user_model = (model,)
         super().__init__(model, init_loc_fn)
@@ -191,8 +205,8 @@ class AutoSubnetLaplace(AutoContinuous):
 
         with :math:`J_n` the Jacobian of datum n's distribution parameters,
         :math:`\Lambda_n` their Fisher information, :math:`w_n` the site's scale times
-        mask, and :math:`P_0` the negative Hessian of the log prior. The guide itself
-        stays as it was.
+        mask, and :math:`P_0` the negative Hessian of the log prior. Other choices of
+        ``curvature`` replace the sum. The guide itself stays as it was.
 
         Args:
             args: Positional arguments of the model, with the training data.
@@ -270,7 +284,7 @@ class AutoSubnetLaplace(AutoContinuous):
                     "`Subnet.from_positions(guide.latents.layout, positions)`."
                 )
             check_factor_fits(subnet.size, latents.loc.dtype, latents.loc.device)
-        curvature = subnet_curvature(model, latents, subnet, data)
+        curvature = subnet_curvature(model, latents, subnet, data, kind=self.curvature)
         return AutoSubnetMultivariateNormal.from_curvature(
             self, model, latents.loc, subnet, curvature
         )

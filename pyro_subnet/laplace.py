@@ -1,13 +1,20 @@
-r"""Curvature of the negative log joint over the data: GGN plus prior."""
+r"""Curvature of the negative log joint over the data: likelihood plus prior."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pyro_subnet.curvature.ggn import add_ggn_, ggn_diagonal
+from pyro_subnet.curvature.hessian import subtract_hessian_
+from pyro_subnet.curvature.jacobian.output_map import (
+    Factors,
+    OutputMap,
+    identity_factors,
+)
 from pyro_subnet.curvature.prior import (
     DensityTerm,
     PriorPrecision,
@@ -16,10 +23,14 @@ from pyro_subnet.curvature.prior import (
 )
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.log_likelihood import log_likelihood_map
 from pyro_subnet.memory import DEFAULT_BUDGET
-from pyro_subnet.model_call import Graph, ModelCall
+from pyro_subnet.model_call import Graph, ModelCall, MovedParts
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
+
+Curvature = Literal["ggn", "ggn-mc", "ef", "hessian"]
+CURVATURES: tuple[str, ...] = get_args(Curvature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +38,9 @@ class SubnetCurvature:
     """Both parts of the posterior precision over a subnet.
 
     Attributes:
-        ggn: Sum over the data, shape (S, S), nats per parameter squared. Symmetric, in
-            its lower triangle; what stands above the diagonal has no meaning.
+        ggn: That of the likelihood, summed over the data, shape (S, S), nats per
+            parameter squared. Symmetric, in its lower triangle; what stands above the
+            diagonal has no meaning.
         prior: Negative Hessian of the log prior, unscaled.
         has_outputs: Whether the model has any observed site.
     """
@@ -56,21 +68,35 @@ def subnet_curvature(
     latents: Latents,
     subnet: Subnet,
     data: Data,
+    *,
+    kind: Curvature = "ggn",
     budget: int = DEFAULT_BUDGET,
 ) -> SubnetCurvature:
-    r"""One pass over the data: :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, and P0.
+    r"""One pass over the data: the likelihood's curvature, and P0.
+
+    With :math:`\ell_n = \sum_e \sqrt{w_{ne}} \log p(y_{ne} \mid \theta)` over the
+    elements e of datum n, and labels :math:`\tilde y` drawn from the model at the MAP:
+
+    ============= =====================================================================
+    ``"ggn"``     :math:`\sum_n w_n J_n^\top \Lambda_n J_n`
+    ``"ggn-mc"``  :math:`\sum_n \nabla_S \tilde\ell_n \nabla_S \tilde\ell_n^\top`
+    ``"ef"``      :math:`\sum_n \nabla_S \ell_n \nabla_S \ell_n^\top`
+    ``"hessian"`` :math:`-\nabla_S^2 \sum_{ne} w_{ne} \log p(y_{ne} \mid \theta)`
+    ============= =====================================================================
 
     Args:
         model: The user's model.
         latents: Its latent sites at the MAP.
         subnet: The chosen elements.
         data: The training data.
+        kind: Which curvature of the likelihood.
         budget: Bytes of Jacobian and activations that may be held at once.
 
     Returns:
-        GGN, in its lower triangle, and prior precision.
+        Curvature, in its lower triangle, and prior precision.
 
-    Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689.
+    Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
+    (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
     tally, prior = _Tally(data), list[PriorPrecision]()
     ggn = latents.loc.new_zeros(subnet.size, subnet.size)
@@ -83,15 +109,22 @@ def subnet_curvature(
         moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
         del graph, terms  # frees the activations before the Jacobian needs the room
         if any(moved.values()) and call.num_data:
-            factors = call.factors(moved, without_plates=not data.whole)
-            outputs = call.output_map(subnet, moved, activations)
-            add_ggn_(ggn, outputs, factors, budget)
+            weighted = _Weighted(call, subnet, moved, activations, not data.whole)
+            if kind == "hessian":
+                subtract_hessian_(ggn, weighted.log_likelihood(1.0), budget)
+            else:
+                add_ggn_(ggn, *weighted.rows(kind), budget)
     ggn.mul_(tally.scale())
     return SubnetCurvature(ggn, prior[0], tally.has_outputs)
 
 
 def diagonal_curvature(
-    model: Model, latents: Latents, data: Data, budget: int = DEFAULT_BUDGET
+    model: Model,
+    latents: Latents,
+    data: Data,
+    *,
+    kind: Literal["ggn", "ef"] = "ggn",
+    budget: int = DEFAULT_BUDGET,
 ) -> DiagonalCurvature:
     """One pass over the data for the diagonals over all D elements.
 
@@ -99,6 +132,7 @@ def diagonal_curvature(
         model: The user's model.
         latents: Its latent sites at the MAP.
         data: The training data.
+        kind: As for :func:`subnet_curvature`.
         budget: Bytes of Jacobian and activations that may be held at once.
 
     Returns:
@@ -116,9 +150,8 @@ def diagonal_curvature(
         moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
         del graph, terms
         if any(moved.values()) and call.num_data:
-            factors = call.factors(moved, without_plates=not data.whole)
-            outputs = call.output_map(everything, moved, activations)
-            ggn += ggn_diagonal(outputs, factors, budget)
+            weighted = _Weighted(call, everything, moved, activations, not data.whole)
+            ggn += ggn_diagonal(*weighted.rows(kind), budget)
     return DiagonalCurvature(ggn * tally.scale(), prior[0].to(torch.float64))
 
 
@@ -133,6 +166,38 @@ def whole_subnet(latents: Latents) -> Subnet:
     """
     count = latents.layout.num_params
     return Subnet(latents.layout, torch.arange(count, device=latents.loc.device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighted:
+    """What the curvature of one call is made of."""
+
+    call: ModelCall
+    subnet: Subnet
+    moved: MovedParts
+    activation_bytes: int
+    without_plates: bool
+
+    def rows(self, kind: Curvature) -> tuple[OutputMap, Factors]:
+        """A map and factors whose weighted Jacobian's Gram matrix is the curvature."""
+        if kind == "ggn":
+            outputs = self.call.output_map(
+                self.subnet, self.moved, self.activation_bytes
+            )
+            return outputs, self.call.factors(self.moved, self.without_plates)
+        outputs = self.log_likelihood(0.5, sampled=kind == "ggn-mc")
+        return outputs, identity_factors(outputs)
+
+    def log_likelihood(self, power: float, *, sampled: bool = False) -> OutputMap:
+        return log_likelihood_map(
+            self.call,
+            self.subnet,
+            self.moved,
+            self.activation_bytes,
+            power=power,
+            without_plates=self.without_plates,
+            sampled=sampled,
+        )
 
 
 class _Tally:

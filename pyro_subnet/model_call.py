@@ -248,11 +248,12 @@ class ModelCall:
                 graph = self._graph(rows)
                 scaled = graph.activation_bytes * self.num_data // _PROBE
                 graph = replace(graph, activation_bytes=scaled)
+                tells_all = self._tells_all(graph, with_prior)
             # On fewer data the user's code may fail in ways of its own: a fixed plate
             # size, a view.
             except Exception:
-                graph = None
-            if graph is not None and self._tells_all(graph, with_prior):
+                tells_all = False
+            if tells_all:
                 return graph
         graph = self._graph(None)
         for site in self.sites:

@@ -26,6 +26,7 @@ LAYERS = {
     "curvature": 2,
     "data": 3,
     "laplace": 3,
+    "log_likelihood": 3,
     "log_prior": 3,
     "model_call": 3,
     "output_site": 3,

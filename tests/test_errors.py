@@ -232,7 +232,8 @@ def test_a_bad_kind_of_subnet_is_refused_when_the_guide_is_made(subnet: Any) -> 
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("curvature", ["GGN", "kfac", None, True])
 def test_a_bad_curvature_is_refused_when_the_guide_is_made(curvature: Any) -> None:
-    message = rf"`curvature` must be 'ggn'; got {curvature!r}\. Leave it out"
+    known = r"'ggn', 'ggn-mc', 'ef', 'hessian'"
+    message = rf"`curvature` must be one of {known}; got {curvature!r}\. Leave it out"
     with pytest.raises(OptionError, match=message):
         AutoSubnetLaplace(Counted(), curvature=curvature)
 

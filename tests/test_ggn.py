@@ -143,7 +143,7 @@ def test_ggn_and_prior_at_any_budget(name: str, budget: int) -> None:
     case = CASES[name](DOUBLE)
     call, chosen = read_call(case, case.scattered())
     data = Data.single(case.args, case.kwargs)
-    found = subnet_curvature(case.model, call.latents, chosen, data, budget)
+    found = subnet_curvature(case.model, call.latents, chosen, data, budget=budget)
     order = chosen.flat.tolist()
     expected = case.ggn()[order][:, order].tril()
     assert_close(found.ggn.tril(), expected, **DOUBLE_TOLERANCE)
@@ -589,7 +589,7 @@ def test_the_diagonal_is_that_of_the_matrix(name: str, budget: int) -> None:
     case = CASES[name](DOUBLE)
     call, _ = read_call(case, [0])
     data = Data.single(case.args, case.kwargs)
-    found = diagonal_curvature(case.model, call.latents, data, budget)
+    found = diagonal_curvature(case.model, call.latents, data, budget=budget)
     assert_close(found.ggn, case.ggn().diagonal(), **DOUBLE_TOLERANCE)
     assert_close(found.prior, case.prior().diagonal(), **DOUBLE_TOLERANCE)
 

@@ -375,7 +375,9 @@ def as_users_run_it() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_unknown_estimator() -> None:
-    with pytest.raises(OptionError, match=r"`estimator` must be 'ggn'; got 'kfac'"):
+    with pytest.raises(
+        OptionError, match=r"`estimator` must be 'ggn' or 'ef'; got 'kfac'"
+    ):
         LargestVariance(3, estimator="kfac")  # type: ignore[arg-type]
 
 

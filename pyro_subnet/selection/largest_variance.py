@@ -41,7 +41,8 @@ class LargestVariance(Selector):
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
         estimator: How the variances are estimated: ``"ggn"``, the exact diagonal of
-            the generalized Gauss-Newton matrix.
+            the generalized Gauss-Newton matrix; ``"ef"``, that of the empirical Fisher,
+            one backward pass in place of one a class.
         keep_dead: Whether weights without any curvature may be chosen.
 
     Raises:
@@ -52,7 +53,7 @@ class LargestVariance(Selector):
     """
 
     size: int | float
-    estimator: Literal["ggn"] = "ggn"
+    estimator: Literal["ggn", "ef"] = "ggn"
     keep_dead: bool = True
 
     passes_over_data = True
@@ -60,9 +61,10 @@ class LargestVariance(Selector):
     def __post_init__(self) -> None:
         """Checks the options."""
         check_size(self.size)
-        if self.estimator != "ggn":
+        if self.estimator not in ("ggn", "ef"):
             raise OptionError(
-                f"`estimator` must be 'ggn'; got {self.estimator!r}. Leave it out."
+                f"`estimator` must be 'ggn' or 'ef'; got {self.estimator!r}. Leave it "
+                "out for the GGN."
             )
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
@@ -83,7 +85,9 @@ class LargestVariance(Selector):
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
         check_factor_fits(size, latents.loc.dtype, latents.loc.device)
-        curvature = diagonal_curvature(guide.user_model, latents, data)
+        curvature = diagonal_curvature(
+            guide.user_model, latents, data, kind=self.estimator
+        )
         variance = _marginal_variance(curvature, layout)
         scores = variance
         if not self.keep_dead:

@@ -1,0 +1,89 @@
+r"""The exact Hessian of a scalar function, restricted to the chosen elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import OutputMap, forward_mode_agrees
+from pyro_subnet.curvature.jacobian.per_datum import separates_by_datum
+from pyro_subnet.grad_mode import differentiable
+
+# What a direction keeps for a while, in activations of a run: its forward pass, two
+# backward.
+_PASSES = 4
+# Directions that are batched where the data, too, must be grouped to fit the budget.
+_FEW_DIRECTIONS = 8
+
+
+def subtract_hessian_(
+    total: Float[Tensor, "subnet subnet"], outputs: OutputMap, budget: int
+) -> None:
+    r"""Subtracts :math:`\nabla_S^2 \sum_n f_n` from the lower triangle, in place.
+
+    By Hessian-vector products, one for each chosen element: S times a few passes, where
+    the Gauss-Newton matrix takes one a class.
+
+    Args:
+        total: The sum so far, shape (S, S).
+        outputs: The map :math:`\theta_S \mapsto f`, one number a datum.
+        budget: Bytes of activations and gradients that may be held at once.
+
+    Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
+    """
+    for part in _groups(outputs, budget):
+        with differentiable():
+            theta = part.loc.detach().clone().requires_grad_()
+            value = torch.stack([f.sum() for f in part.outputs(theta)]).sum()
+            gradient = torch.zeros_like(theta)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, theta, create_graph=True)
+        if gradient.requires_grad:
+            for start, rows in _rows(gradient, theta, _directions(part, budget)):
+                stop = start + len(rows)
+                total[start:stop, :stop] -= rows[:, :stop]
+
+
+def _rows(gradient: Tensor, theta: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of the Hessian, some at a time, with the first one's position."""
+    size, batched = len(theta), True
+    for start in range(0, size, count):
+        stop = min(start + count, size)
+        basis = gradient.new_zeros(stop - start, size)
+        basis[:, start:stop].fill_diagonal_(1.0)
+        if batched:
+            try:
+                yield start, _product(gradient, theta, basis, batched)
+                continue
+            except RuntimeError:  # what has no batching rule
+                batched = False
+        products = [_product(gradient, theta, row, batched) for row in basis]
+        yield start, torch.stack(products)
+
+
+def _product(gradient: Tensor, theta: Tensor, v: Tensor, batched: bool) -> Tensor:
+    return torch.autograd.grad(
+        gradient, theta, v, retain_graph=True, is_grads_batched=batched
+    )[0]
+
+
+def _directions(part: OutputMap, budget: int) -> int:
+    """How many directions fit in the budget, for some data."""
+    dense = 2 * part.num_touched * part.loc.element_size()
+    return max(1, budget // (_PASSES * part.activation_bytes + dense))
+
+
+def _groups(outputs: OutputMap, budget: int) -> Iterator[OutputMap]:
+    """The data in groups that fit in the budget, if they can be separated."""
+    num_data = outputs.num_data
+    needed = _PASSES * _FEW_DIRECTIONS * outputs.activation_bytes
+    group = max(1, min(num_data, num_data * budget // max(1, needed)))
+    if group < num_data:
+        forward_mode = forward_mode_agrees(outputs.outputs, outputs.loc)
+        if not separates_by_datum(outputs, budget, forward_mode):
+            group = num_data
+    for start in range(0, num_data, group):
+        yield outputs.at(start, min(start + group, num_data))
