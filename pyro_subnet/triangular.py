@@ -18,9 +18,9 @@ from torch import Tensor
 # once, both by measurement: smaller ones lose to calls, larger ones do twice the needed
 # operations on a triangle (CPU), or leave a GPU idle.
 _LEAF = {"cpu": 128, "cuda": 512}
-# LAPACK's own factorization is faster than this one's calls up to here, and what it
-# copies is still small.
-_FACTOR_LEAF = 1024
+# Side up to which a whole matrix, or a block of a larger one, is factored by LAPACK:
+# faster than the calls here, and what it copies is small.
+_FACTOR_WHOLE, _FACTOR_LEAF = 2048, 1024
 _SOLVE_ROWS = 512
 _MIRROR_ROWS = 512
 
@@ -48,7 +48,8 @@ def add_gram_(
     """
     size = lower.shape[-1]
     if size <= _leaf(lower):
-        _set_lower_(lower, torch.addmm(lower, rows.mT, rows, alpha=alpha))
+        product = torch.addmm(lower, rows.mT, rows, alpha=alpha)
+        _set_lower_(lower, product.tril_())
         return
     half = _half(lower)
     add_gram_(lower[:half, :half], rows[:, :half], alpha)
@@ -69,18 +70,23 @@ def cholesky_(lower: Float[Tensor, "subnet subnet"]) -> int:
         0, or the order of the first leading minor that is not positive definite, as
         LAPACK's ``info``. NaN may go unnoticed here, but reaches the diagonal.
     """
-    if lower.shape[-1] <= _FACTOR_LEAF:
+    return _cholesky_(lower, _FACTOR_WHOLE)
+
+
+def _cholesky_(lower: Float[Tensor, "subnet subnet"], leaf: int) -> int:
+    """See :func:`cholesky_`; by LAPACK where the matrix is no larger than ``leaf``."""
+    if lower.shape[-1] <= leaf:
         factor, info = torch.linalg.cholesky_ex(lower)
         _set_lower_(lower, factor)
         return int(info)
     half = _half(lower)
     leading, below = lower[:half, :half], lower[half:, :half]
     trailing = lower[half:, half:]
-    if failed := cholesky_(leading):
+    if failed := _cholesky_(leading, _FACTOR_LEAF):
         return failed
     solve_rows_(leading, below)
     add_gram_(trailing, below.mT, alpha=-1.0)
-    failed = cholesky_(trailing)
+    failed = _cholesky_(trailing, _FACTOR_LEAF)
     return half + failed if failed else 0
 
 
@@ -142,7 +148,7 @@ def mirror_(matrix: Float[Tensor, "subnet subnet"]) -> None:
         stop = start + _MIRROR_ROWS
         matrix[:start, start:stop].copy_(matrix[start:stop, :start].mT)
         block = matrix[start:stop, start:stop]
-        _set_lower_(block.mT, block)
+        _set_lower_(block.mT, block.tril())
 
 
 def _leaf(matrix: Tensor) -> int:
@@ -156,7 +162,6 @@ def _half(matrix: Tensor) -> int:
     return -(-matrix.shape[-1] // (2 * leaf)) * leaf
 
 
-def _set_lower_(block: Tensor, values: Tensor) -> None:
-    """Sets the lower triangle of a small block; the strict upper one keeps its bits."""
-    is_lower = torch.ones_like(block, dtype=torch.bool).tril_()
-    block.copy_(torch.where(is_lower, values, block))
+def _set_lower_(block: Tensor, lower: Tensor) -> None:
+    """Sets the lower triangle to that of a triangular matrix; keeps what is above."""
+    block.triu_(1).add_(lower)

@@ -34,6 +34,7 @@ LAYERS = {
     "selection": 4,
     "distribution": 5,
     "draws": 5,
+    "expansion": 5,
     "guide": 5,
     "hybrid": 5,
     "linearized": 5,

@@ -23,7 +23,8 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, linearized
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet import expansion as expansion_module
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.exceptions import ModelError
 from tests.tolerances import FALSE_ALARM_RATE, tolerance
@@ -286,21 +287,28 @@ def test_one_draw_is_the_expansion(family_fit: Fit) -> None:
         assert_close(trace.nodes["_RETURN"]["value"], squared, **EXACT)
 
 
-@pytest.mark.parametrize("times", [1, 20])
-def test_many_draws_are_the_expansion(
-    family_fit: Fit, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a derivative for every draw, and by one Jacobian for all."""
+def watch_jacobians(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Jacobians are formed for linearized models from now on."""
     jacobians = []
 
     def watched(*args: Any) -> Any:
         jacobians.append(args)
         return jacobian_blocks(*args)
 
-    monkeypatch.setattr(linearized, "jacobian_blocks", watched)
+    monkeypatch.setattr(expansion_module, "jacobian_blocks", watched)
+    return jacobians
+
+
+@pytest.mark.parametrize("times", [1, 20])
+def test_many_draws_are_the_expansion(
+    family_fit: Fit, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a derivative for every draw, and by one Jacobian for all."""
+    jacobians = watch_jacobians(monkeypatch)
     model, x = family_fit.posterior.linearized_model, family_fit.x
     draws = list(family_fit.draws) * times
-    trace = run_batched(model, draws, x)
+    with torch.no_grad():
+        trace = run_batched(model, draws, x)
     read = family_fit.family.read(trace.nodes["y"]["fn"])
     expected = torch.stack([family_fit.outputs(values) for values in draws])
     assert_close(read, expected, **EXACT)
@@ -312,6 +320,84 @@ def test_many_draws_are_the_expansion(
         wanted = torch.stack([expansion(function, family_fit.at, v) for v in draws])
         assert_close(trace.nodes[site]["value"].squeeze(), wanted.squeeze(), **EXACT)
     assert jacobians or times == 1
+
+
+def agrees(family_fit: Fit, trace: Any, values: Any, x: Tensor) -> None:
+    f = expansion(lambda w: network(w, x), family_fit.at, values)
+    assert_close(trace.nodes["f"]["value"], f, **EXACT)
+
+
+def test_the_jacobian_of_a_call_that_comes_again_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jacobians = watch_jacobians(monkeypatch)
+    family_fit = fit("normal")
+    model, x = family_fit.posterior.linearized_model, family_fit.x.clone()
+    with torch.no_grad():
+        counts = []
+        for values in list(family_fit.draws) * 2:
+            agrees(family_fit, run(model, values, x), values, x)
+            counts.append(len(jacobians))
+        assert counts == [0, *[1] * (len(counts) - 1)]
+        # The same numbers elsewhere are another call.
+        other = x.clone()
+        agrees(family_fit, run(model, values, other), values, other)
+        assert len(jacobians) == 1
+        agrees(family_fit, run(model, values, other), values, other)
+        assert len(jacobians) == 2
+        # So is what was written to.
+        other.mul_(0.5)
+        for _ in range(2):
+            agrees(family_fit, run(model, values, other), values, other)
+        assert len(jacobians) == 3
+
+
+def test_a_kept_jacobian_grows_with_what_the_draws_move() -> None:
+    family_fit = fit("normal")
+    model, x = family_fit.posterior.linearized_model, family_fit.x
+    first = next(iter(family_fit.at))
+    flat = family_fit.at[first].flatten()
+    with torch.no_grad():
+        for element in (0, 0, 0, len(flat) - 1, len(flat) - 1):
+            moved = flat.clone()
+            moved[element] += 0.7
+            values = {**family_fit.at, first: moved.view_as(family_fit.at[first])}
+            agrees(family_fit, run(model, values, x), values, x)
+
+
+def test_a_model_that_changed_is_expanded_anew() -> None:
+    scale = torch.ones((), dtype=torch.float64)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", normal(NUM_INPUTS))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", scale * torch.sin(x @ w))
+            pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+    x, at = double(NUM_DATA, NUM_INPUTS), {"w": double(NUM_INPUTS)}
+    linearized = fitted(model, at, x, double(NUM_DATA)).linearized_model
+    values = {"w": double(NUM_INPUTS)}
+    with torch.no_grad():
+        for factor in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
+            scale.fill_(factor)
+            found = run(linearized, values, x).nodes["f"]["value"]
+            wanted = expansion(lambda w: scale * torch.sin(x @ w["w"]), at, values)
+            assert_close(found, wanted, **EXACT)
+
+
+def test_gradients_flow_to_the_inputs_whatever_was_kept() -> None:
+    family_fit = fit("normal")
+    model, x = family_fit.posterior.linearized_model, family_fit.x.clone()
+    values = next(iter(family_fit.draws))
+    with torch.no_grad():
+        for _ in range(3):
+            run(model, values, x)
+    x.requires_grad_()
+    total = run(model, values, x).nodes["f"]["value"].sum()
+    (found,) = torch.autograd.grad(total, x)
+    step = {site: value - family_fit.at[site] for site, value in values.items()}
+    wanted = torch.func.jvp(lambda w: network(w, x), (dict(family_fit.at),), (step,))
+    assert_close(found, torch.autograd.grad(sum(wanted).sum(), x)[0], **EXACT)
 
 
 def test_at_the_map_it_is_the_model(family_fit: Fit) -> None:

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from laplace import Laplace
+from laplace.curvature import CurvlinopsEF
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
@@ -315,3 +316,26 @@ def test_group_norm_weights_are_counted() -> None:
     theirs = peer(pair.theirs.model, "classification", indices, loader)
     ours_precision = ours.get_posterior().precision_matrix
     assert_close(ours_precision, theirs.posterior_precision, **PEER)
+
+
+def test_the_empirical_fisher_of_classes_agrees() -> None:
+    """Theirs leaves out a factor 1 / noise variance in regression."""
+    pair = make_pair("mlp", "classification")
+    guide = AutoSubnetLaplace(
+        pair.ours.user_model,
+        init_loc_fn=init_to_module(pair.theirs.model),
+        curvature="ef",
+    )
+    ours = guide.laplace_approximation(*pair.train)
+    order = their_positions(pair.theirs.model, ours.subnet)
+    theirs = Laplace(
+        deepcopy(pair.theirs.model),
+        "classification",
+        subset_of_weights="all",
+        hessian_structure="full",
+        prior_precision=PRIOR_PRECISION,
+        backend=CurvlinopsEF,
+    )
+    theirs.fit(DataLoader(TensorDataset(*pair.train), batch_size=NUM_TRAIN))
+    expected = theirs.posterior_precision[order][:, order]
+    assert_close(ours.get_posterior().precision_matrix, expected, **PEER)
