@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.distribution import PrecisionNormal
+from pyro_subnet.evidence import factor_scaled_, log_det_precision, restore_ggn_
 from pyro_subnet.exceptions import (
     ModelError,
     NoObservedSiteWarning,
@@ -20,7 +21,7 @@ from pyro_subnet.exceptions import (
     OptionError,
     warn,
 )
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
+from pyro_subnet.gaussian import PrecisionGaussian
 from pyro_subnet.laplace import SubnetCurvature
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.predictive import output_distribution
@@ -93,7 +94,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         diagonal = curvature.ggn.diagonal().clone()
         _warn_about_curvature(diagonal, curvature.has_outputs)
         mirror_(curvature.ggn)
-        _factor_(curvature.ggn, diagonal, curvature.prior, 1.0)
+        factor_scaled_(curvature.ggn, diagonal, curvature.prior, 1.0)
         new = cls(model, prototype)
         new.explained_variance = subnet.explained_variance
         new._register(
@@ -167,7 +168,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     def ggn(self) -> Tensor:
         """The generalized Gauss-Newton matrix, shape (S, S), summed over the data."""
         ggn = self.factor_and_ggn.clone()
-        _restore_ggn_(ggn, self.ggn_diagonal)
+        restore_ggn_(ggn, self.ggn_diagonal)
         return ggn
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> PrecisionNormal:
@@ -249,11 +250,43 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
                 "model's own prior precision."
             )
         ggn = self.ggn()
-        _factor_(ggn, self.ggn_diagonal, self.prior_precision, scale)
+        factor_scaled_(ggn, self.ggn_diagonal, self.prior_precision, scale)
         new = sharing(self)
         new.prior_scale = scale
         new.factor_and_ggn = ggn
         return new
+
+    def log_det_precision(self, prior_scales: Tensor) -> Tensor:
+        r"""Log determinant of the precision at each of many prior precisions.
+
+        .. math:: \log\det (G + s P_0)
+
+        with the GGN G and the model's own prior precision P0: what tuning the prior by
+        the evidence needs, without a pass over the data. From about ten scales on, one
+        eigenvalue decomposition in float64 serves all of them. For fewer, for a prior
+        that couples weights, and where memory is short, each takes a factorization in
+        the posterior's dtype, as in :meth:`with_prior_precision`.
+
+        Args:
+            prior_scales: Each s that the model's own prior precision is multiplied by,
+                positive: a floating point tensor of any shape. ``prior_scale`` of this
+                posterior does not enter.
+
+        Returns:
+            Shape of ``prior_scales``, float64, in nats. Not differentiable. Where the
+            posterior is float32, so is its GGN: eigenvalues below about 1e-7 of its
+            largest are noise, and so is what a smaller s adds to them.
+
+        Raises:
+            OptionError: If a scale is not a positive finite number.
+            PrecisionError: If the precision at a scale is not positive definite.
+
+        Source: MacKay (1992), "Bayesian interpolation", doi 10.1162/neco.1992.4.3.415,
+        for the eigenvalues.
+        """
+        return log_det_precision(
+            self.factor_and_ggn, self.ggn_diagonal, self.prior_precision, prior_scales
+        )
 
     @property
     def linearized_model(self) -> LinearizedModel:
@@ -317,33 +350,6 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoSubnetMultivariateNormal:
         """A copy that shares the model."""
         return copied(self, memo)
-
-
-def _restore_ggn_(factor_and_ggn: Tensor, ggn_diagonal: Tensor) -> None:
-    """Puts the GGN of the strict upper triangle into the lower one as well."""
-    mirror_(factor_and_ggn.mT)
-    factor_and_ggn.diagonal().copy_(ggn_diagonal)
-
-
-def _factor_(
-    ggn: Tensor, ggn_diagonal: Tensor, prior: PriorPrecision, scale: float
-) -> None:
-    """Puts the factor of GGN + scale * P0 into the lower triangle, in place.
-
-    The GGN stays in the strict upper one.
-    """
-
-    def restore() -> None:
-        _restore_ggn_(ggn, ggn_diagonal)
-        prior.add_to_lower_(ggn, scale)
-
-    prior.add_to_lower_(ggn, scale)
-    remedy = (
-        "Train closer to the MAP, raise the prior's precision (now "
-        f"{scale:g} times the model's), or choose another subnet: a weight that "
-        "neither the data nor the prior curve has no Gaussian."
-    )
-    factor_precision_(ggn, remedy, restore)
 
 
 def _warn_about_curvature(ggn_diagonal: Tensor, has_outputs: bool) -> None:

@@ -48,8 +48,7 @@ def add_gram_(
     """
     size = lower.shape[-1]
     if size <= _leaf(lower):
-        product = torch.addmm(lower, rows.mT, rows, alpha=alpha)
-        _set_lower_(lower, product.tril_())
+        _set_lower_(lower, torch.addmm(lower, rows.mT, rows, alpha=alpha))
         return
     half = _half(lower)
     add_gram_(lower[:half, :half], rows[:, :half], alpha)
@@ -148,7 +147,7 @@ def mirror_(matrix: Float[Tensor, "subnet subnet"]) -> None:
         stop = start + _MIRROR_ROWS
         matrix[:start, start:stop].copy_(matrix[start:stop, :start].mT)
         block = matrix[start:stop, start:stop]
-        _set_lower_(block.mT, block.tril())
+        _set_lower_(block.mT, block.clone())
 
 
 def _leaf(matrix: Tensor) -> int:
@@ -162,6 +161,7 @@ def _half(matrix: Tensor) -> int:
     return -(-matrix.shape[-1] // (2 * leaf)) * leaf
 
 
-def _set_lower_(block: Tensor, lower: Tensor) -> None:
-    """Sets the lower triangle to that of a triangular matrix; keeps what is above."""
-    block.triu_(1).add_(lower)
+def _set_lower_(block: Tensor, values: Tensor) -> None:
+    """Sets the lower triangle; the strict upper one keeps its bits."""
+    is_lower = torch.ones_like(block, dtype=torch.bool).tril_()
+    torch.where(is_lower, values, block, out=block)

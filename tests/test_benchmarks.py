@@ -119,6 +119,27 @@ def test_the_best_backend_is_the_fastest_per_datum() -> None:
     assert best([few, all_data], "predict") is None
 
 
+def test_the_target_of_prior_tuning_speaks_of_the_100_steps() -> None:
+    """Both rows and their ratios are printed; the verdict is held against one."""
+    case = replace(CASES["prior-tuning"], num_data=30)
+    steps = {"seconds": {"fit": 80.0}, "values": {"a": torch.ones(1)}}
+    sides = {
+        "ours": {**steps, "seconds": {"fit": 4.0}, "figures": {}},
+        "100 steps": steps,
+        "100 values": {**steps, "seconds": {"fit": 20.0}},
+    }
+    run = Fake({side: {**result(), **found} for side, found in sides.items()})
+    report = run_case(case, None, 1, run)
+    row = best(report.rows, "fit")
+    assert row is not None
+    assert row.backend == "100 steps"
+    text = table.block(report)
+    assert "fit 20.0x of 10x (100 steps)" in text
+    assert [found in text for found in ("20.0x ", "5.0x ")] == [True, True]
+    failed = [Failure("100 steps", "out of memory"), report.rows[1]]
+    assert best(failed, "fit") is None
+
+
 @pytest.mark.parametrize("theirs", [torch.tensor([math.nan]), torch.ones(2)])
 def test_what_cannot_be_compared_is_infinitely_far(theirs: torch.Tensor) -> None:
     assert same_numbers({"a": torch.ones(1)}, {"a": theirs}) == math.inf
@@ -199,6 +220,15 @@ def test_both_sides_agree_on_the_toy(toy: Case, work: Any) -> None:
     assert same_numbers(mine["values"], theirs["values"]) < case.tolerance
     assert mine["seconds"].keys() == theirs["seconds"].keys()
     assert mine["memory"] < mine["whole_memory"]
+
+
+def test_both_sides_agree_on_tuning_the_prior(toy: Case) -> None:
+    case = replace(toy, work="prior-tuning")
+    mine = answer(ours, case, "ours")
+    theirs = answer(laplace_torch, case, "100 values")
+    assert mine["values"]["log_determinant"].shape == (100,)
+    assert same_numbers(mine["values"], theirs["values"]) < case.tolerance
+    assert mine["seconds"].keys() == theirs["seconds"].keys() == {"fit"}
 
 
 def test_the_floor_is_measured_and_leaves_no_hook() -> None:

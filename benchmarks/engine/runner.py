@@ -16,7 +16,8 @@ from benchmarks.engine.cases import Case
 from benchmarks.engine.compare import Failure, Result, Row, compare
 from benchmarks.engine.process import is_out_of_memory
 
-# A backend that would need longer than this for all the data gets those of the trial.
+# Seconds. A backend that would need longer for all the data gets those of the trial;
+# one that needs longer even for those is run once, and with no larger batches.
 PATIENCE = 120.0
 _REASON_WIDTH = 100
 _MODULES = {"ours": "ours", "Pyro": "weight_space"}
@@ -115,6 +116,8 @@ def plan(case: Case, backend: str, run: Run) -> Plan | Failure:
                 break  # what is too much for this batch size is for larger ones
             continue
         seconds[size] = outcome["seconds"]
+        if sum(outcome["seconds"].values()) > PATIENCE:
+            break
     if not seconds:
         return Failure(backend, reasons[0])
     fits, predictions = (
@@ -148,6 +151,8 @@ def run_backend(case: Case, backend: str, num_pairs: int, run: Run) -> Row | Fai
         if isinstance(theirs, str):
             return Failure(backend, theirs)
         pairs.append((ours, theirs))
+        if sum(theirs["seconds"].values()) > PATIENCE:
+            break
     return compare(planned.case, backend, planned.batches, pairs)
 
 

@@ -8,14 +8,16 @@ chosen entries are formed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # A gathered product moves memory where a dense block multiplies matrices: per
 # multiplication it costs about this many times more (measured on CPU, float32).
@@ -27,6 +29,7 @@ _GATHER_ELEMENTS = 2**20
 _BLOCK_ELEMENTS = 2**22
 
 Spread = Callable[[Tensor], Tensor]
+Plan = TypeVar("Plan")
 
 
 class Entries(ABC):
@@ -279,6 +282,27 @@ def _gathered_rows(
     num_data, num_rows, num_positions = tensor.shape
     start = torch.arange(0, num_data * num_rows, num_rows, device=index.device)
     return F.embedding(start.unsqueeze(1) + index, tensor.reshape(-1, num_positions))
+
+
+# What follows from chosen positions alone, by their tensor: groups of data share them.
+_PLANS: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
+
+
+def planned(chosen: Int[Tensor, " s"], key: Any, make: Callable[[], Plan]) -> Plan:
+    """What follows from chosen positions, worked out once while their tensor lives.
+
+    Args:
+        chosen: The positions; not written to.
+        key: All else that it follows from, hashable.
+        make: Works it out.
+
+    Returns:
+        What ``make`` returns, or returned.
+    """
+    plans = _PLANS.setdefault(chosen, {})
+    if key not in plans:
+        plans[key] = make()
+    return plans[key]
 
 
 def compact(index: Int[Tensor, " s"], bound: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from pyro_subnet.curvature.jacobian.contraction import (
     Contraction,
     Entries,
     compact,
+    planned,
 )
 from pyro_subnet.curvature.jacobian.layers import broadcast
 from pyro_subnet.curvature.jacobian.tape import Layer, Part
@@ -139,15 +140,8 @@ class _Kernel:
 
     def entries(self, chosen: Tensor, num_data: int) -> Entries:
         """Entries at a kernel (out, in per group, *kernel): the input is shifted."""
-        size, per_group = math.prod(self.geometry.kernel), self.weight.shape[1]
-        offset, channel = chosen % size, chosen // size
-        out, within = channel // per_group, channel % per_group
-        group = out // (self.shape[1] // self.geometry.groups)
-        source = group * per_group + within
-        outs, p = compact(out, self.shape[1])
-        # Offset by offset, so that each is cut out once.
         width = self.x.shape[1]
-        pairs, q = compact(offset * width + source, size * width)
+        outs, p, pairs, q = self._plan(chosen, self.shape[1], width)
         right = self.geometry.shifted(self.x.detach(), pairs % width, pairs // width)
 
         def left(delta: Tensor) -> Tensor:
@@ -157,14 +151,8 @@ class _Kernel:
 
     def transposed_entries(self, chosen: Tensor, num_data: int) -> Entries:
         """Entries at a kernel (in, out per group, *kernel): the gradient is shifted."""
-        size, per_group = math.prod(self.geometry.kernel), self.weight.shape[1]
-        offset, channel = chosen % size, chosen // size
-        source, within = channel // per_group, channel % per_group
-        group = source // (self.weight.shape[0] // self.geometry.groups)
-        ins, q = compact(source, self.weight.shape[0])
         width = self.shape[1]
-        out = group * per_group + within
-        pairs, p = compact(offset * width + out, size * width)
+        ins, q, pairs, p = self._plan(chosen, self.weight.shape[0], width)
 
         def left(delta: Tensor) -> Tensor:
             at = self.geometry.shifted(delta, pairs % width, pairs // width)
@@ -172,6 +160,32 @@ class _Kernel:
 
         right = self.x.detach().flatten(2).index_select(1, ins)
         return Contraction(left, _of_rows(right, num_data), p, q, len(pairs))
+
+    def _plan(
+        self, chosen: Tensor, fixed: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Channels of the two sides that hold a chosen entry, and its place in each.
+
+        Args:
+            chosen: Flat positions within the kernel.
+            fixed: Channels of the side that does not shift, axis 0 of the kernel.
+            width: Channels of the side that does.
+
+        Returns:
+            Of the first side, its channels and places; of the second, pairs of offset
+            and channel as ``offset * width + channel``, and places. Offset by offset,
+            so that each is cut out once.
+        """
+        size, per_group = math.prod(self.geometry.kernel), self.weight.shape[1]
+        groups = self.geometry.groups
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            offset, channel = chosen % size, chosen // size
+            own, within = channel // per_group, channel % per_group
+            other = own // (fixed // groups) * per_group + within
+            return *compact(own, fixed), *compact(offset * width + other, size * width)
+
+        return planned(chosen, (size, per_group, groups, fixed, width), make)
 
 
 def _convolution(bound: Mapping[str, Any], result: Tensor) -> Mapping[str, Part] | None:

@@ -21,6 +21,7 @@ from pyro_subnet.curvature.jacobian.contraction import (
     Contraction,
     Entries,
     compact,
+    planned,
 )
 from pyro_subnet.curvature.jacobian.tape import Layer, Part
 
@@ -103,15 +104,24 @@ def _linear(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
 def _linear_entries(
     x: Tensor, weight: Tensor, chosen: Tensor, num_data: int
 ) -> Entries:
-    row, column = chosen // weight.shape[1], chosen % weight.shape[1]
-    outs, p = compact(row, weight.shape[0])
-    ins, q = compact(column, weight.shape[1])
+    outs, p, ins, q = _matrix_plan(chosen, weight.shape[0], weight.shape[1])
     right = by_data(x.detach(), num_data).flatten(1, -2).index_select(2, ins).mT
 
     def left(delta: Tensor) -> Tensor:
         return by_data(delta, num_data).flatten(1, -2).index_select(2, outs).mT
 
     return Contraction(left, right, p, q, len(outs))
+
+
+def _matrix_plan(
+    chosen: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows and columns of a matrix that hold a chosen entry, and its place in each."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *compact(chosen // width, height), *compact(chosen % width, width)
+
+    return planned(chosen, (height, width), make)
 
 
 def _matmul(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
@@ -125,9 +135,7 @@ def _matmul_entries(
     x: Tensor, weight: Tensor, chosen: Tensor, num_data: int
 ) -> Entries:
     width = 1 if weight.ndim == 1 else weight.shape[1]
-    row, column = chosen // width, chosen % width
-    outs, p = compact(column, width)
-    ins, q = compact(row, weight.shape[0])
+    ins, q, outs, p = _matrix_plan(chosen, weight.shape[0], width)
     right = by_data(x.detach(), num_data).flatten(1, -2).index_select(2, ins).mT
 
     def left(delta: Tensor) -> Tensor:
