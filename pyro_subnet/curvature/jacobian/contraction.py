@@ -26,7 +26,7 @@ _GATHER_COST = 12
 _GATHER_ELEMENTS = 2**20
 
 # Elements of the dense blocks of several data that are squared at once.
-_BLOCK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS = 2**20
 
 Spread = Callable[[Tensor], Tensor]
 Plan = TypeVar("Plan")
@@ -240,9 +240,11 @@ class Contraction(Entries):
         left = self.left(delta)
         if self.one_position:
             return total.addcmul_(left[..., 0], left[..., 0])
-        step = max(1, _BLOCK_ELEMENTS // total.numel())
+        step = max(1, min(len(left), _BLOCK_ELEMENTS // total.numel()))
+        blocks = total.new_empty(step, *total.shape)
         for some, right in zip(left.split(step), self.right.split(step), strict=True):
-            for block in torch.bmm(some, right.mT):
+            # Into the same memory: new pages would take longer than the products.
+            for block in torch.bmm(some, right.mT, out=blocks[: len(some)]):
                 total.addcmul_(block, block)
         return total
 
