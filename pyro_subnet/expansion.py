@@ -19,6 +19,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 )
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.draws import Draws
+from pyro_subnet.full_precision import full_precision
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall
 from pyro_subnet.trace import is_deterministic
@@ -150,6 +151,7 @@ class Expander:
         self._jacobian: _Jacobian | None = None
         self._forward_mode: bool | None = None
 
+    @full_precision()
     def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
         r""":math:`J (\theta - \hat\theta)` of everything that is expanded.
 
@@ -214,7 +216,7 @@ class Expander:
             jacobian = parts.jacobian()
             self._jacobian = jacobian
         columns = _columns(u, jacobian.chosen, call, count)
-        products = [columns @ rows.mT for rows in jacobian.rows]
+        products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
         return _shaped(products, dense, draws.count)
 
     def _by_derivative(
@@ -280,7 +282,7 @@ class _ProductsOrRows:
 
     def products(self, columns: Tensor) -> list[Tensor]:
         """One (K, numbers) product a key, without J as a whole."""
-        return self._joined(lambda rows: columns @ rows.mT, columns.shape[0])
+        return self._joined(lambda rows: columns.to(rows) @ rows.mT, columns.shape[0])
 
     def jacobian(self) -> _Jacobian:
         """J as a whole."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.full_precision import at_least_float32, full_precision
 from pyro_subnet.laplace import (
     CURVATURES,
     Curvature,
@@ -134,6 +135,7 @@ class AutoSubnetLaplace(AutoContinuous):
     def _take_key(self) -> None:
         """Takes a param-store key that holds no other guide's parameter."""
         store, count = pyro.get_param_store(), 0
+        dtype = self._init_loc().dtype
         name: str = self._pyro_name
         while True:
             key = f"{self._pyro_name}.loc"
@@ -141,7 +143,9 @@ class AutoSubnetLaplace(AutoContinuous):
             live = owner is not None and owner is not self
             # What a dead guide or a loaded store left there is taken over, if it fits.
             if key not in store or (
-                not live and store[key].shape == (self.latent_dim,)
+                not live
+                and store[key].shape == (self.latent_dim,)
+                and store[key].dtype == dtype
             ):
                 break
             count += 1
@@ -267,13 +271,14 @@ class AutoSubnetLaplace(AutoContinuous):
         return self._approximate(data)
 
     @torch.inference_mode(False)
+    @full_precision()
     def _approximate(self, data: Data) -> AutoSubnetMultivariateNormal:
         # The guide may be trained on: the posterior keeps a copy of its MAP.
         latents = Latents.from_guide(self, self.loc.detach().clone())
-        model = self.user_model
+        model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
         if self._selector is None:
             size = latents.layout.num_params
-            check_factor_fits(size, latents.loc.dtype, latents.loc.device)
+            check_factor_fits(size, dtype, latents.loc.device)
             subnet = whole_subnet(latents)
         else:
             subnet = self._selector(self, data)
@@ -283,7 +288,7 @@ class AutoSubnetLaplace(AutoContinuous):
                     f"{type(subnet).__name__}. Build one with "
                     "`Subnet.from_positions(guide.latents.layout, positions)`."
                 )
-            check_factor_fits(subnet.size, latents.loc.dtype, latents.loc.device)
+            check_factor_fits(subnet.size, dtype, latents.loc.device)
         curvature = subnet_curvature(model, latents, subnet, data, kind=self.curvature)
         return AutoSubnetMultivariateNormal.from_curvature(
             self, model, latents.loc, subnet, curvature

@@ -23,6 +23,7 @@ from pyro_subnet.curvature.prior import (
 )
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.log_likelihood import log_likelihood_map
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import Graph, ModelCall, MovedParts
@@ -99,13 +100,14 @@ def subnet_curvature(
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
     tally, prior = _Tally(data), list[PriorPrecision]()
-    ggn = latents.loc.new_zeros(subnet.size, subnet.size)
+    dtype = at_least_float32(latents.loc.dtype)
+    ggn = latents.loc.new_zeros(subnet.size, subnet.size, dtype=dtype)
     for args, kwargs in data.calls("GGN"):
         call = ModelCall.read(model, latents, args, kwargs)
         graph = call.graph()
         terms = tally.check(call, graph)
         if not prior:
-            prior.append(prior_precision(terms, graph.leaves, subnet, budget))
+            prior.append(prior_precision(terms, graph.leaves, subnet, budget).to(dtype))
         moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
         del graph, terms  # frees the activations before the Jacobian needs the room
         if any(moved.values()) and call.num_data:

@@ -21,6 +21,7 @@ from pyro_subnet.exceptions import (
     OptionError,
     warn,
 )
+from pyro_subnet.full_precision import full_precision
 from pyro_subnet.gaussian import PrecisionGaussian
 from pyro_subnet.laplace import SubnetCurvature
 from pyro_subnet.linearized import LinearizedModel
@@ -162,7 +163,8 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     def gaussian(self) -> PrecisionGaussian:
         """The Gaussian over the subnet, without Pyro's interface."""
         return PrecisionGaussian(
-            self.loc.index_select(0, self.subnet_positions), self.factor_and_ggn
+            self.loc.index_select(0, self.subnet_positions).to(self.factor_and_ggn),
+            self.factor_and_ggn,
         )
 
     def ggn(self) -> Tensor:
@@ -218,7 +220,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
             if name in chosen:
                 wide = value.flatten().expand(*batch_shape, -1)
                 within = chosen[name].expand_as(pieces[name])
-                value = wide.scatter(-1, within, pieces[name])
+                value = wide.scatter(-1, within, pieces[name].to(wide))
                 # As in Pyro: batch dimensions stand left of the site's event.
                 event_dim = site["fn"].event_dim + base[name].ndim - site["value"].ndim
                 event = (1,) * event_dim
@@ -226,6 +228,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
                 value = value.reshape(shape)
             yield site, value
 
+    @full_precision()
     def with_prior_precision(self, scale: int | float) -> AutoSubnetMultivariateNormal:
         """The posterior under a prior of other precision, at the same MAP.
 
@@ -256,6 +259,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         new.factor_and_ggn = ggn
         return new
 
+    @full_precision()
     def log_det_precision(self, prior_scales: Tensor) -> Tensor:
         r"""Log determinant of the precision at each of many prior precisions.
 
@@ -302,6 +306,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         return LinearizedModel(self.user_model, self.latents)
 
     @torch.inference_mode(False)
+    @full_precision()
     def output_distribution(
         self, *args: Any, joint: bool = False, **kwargs: Any
     ) -> dist.MultivariateNormal:

@@ -10,7 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.output_map import OutputMap, identity_factors
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    OutputMap,
+    identity_factors,
+)
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.gaussian import PrecisionGaussian
@@ -18,6 +22,10 @@ from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall, MovedParts
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
+
+# Blocks of fewer rows are put together before they are solved for: a solve reads the
+# whole factor, which at large S takes longer than the operations of a few rows.
+_FEW_ROWS = 512
 
 
 def output_distribution(
@@ -59,6 +67,7 @@ def output_distribution(
             [_by_datum(call, moved, site, value) for site, value in enumerate(values)],
             dim=-1,
         )
+        loc = loc.to(gaussian.loc)
         whitened = _whitened(call, moved, outputs, gaussian)
         if joint:
             rows = torch.cat(list(whitened)).flatten(0, 1)
@@ -103,12 +112,13 @@ def _whitened(
     blocks = jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET)
     one_element_a_datum = outputs.shapes[0][0] == call.num_data
     if len(outputs.shapes) == 1 and one_element_a_datum:
-        for block in blocks:
-            yield _by_datum(call, moved, 0, gaussian.whiten(block.rows))
+        for rows in _joined(blocks):
+            whitened = gaussian.whiten(rows.to(gaussian.loc))
+            yield _by_datum(call, moved, 0, whitened)
         return
     parts: list[list[Tensor]] = [[] for _ in outputs.shapes]
     for block in blocks:
-        parts[block.site].append(gaussian.whiten(block.rows))
+        parts[block.site].append(gaussian.whiten(block.rows.to(gaussian.loc)))
     yield torch.cat(
         [
             _by_datum(call, moved, site, torch.cat(rows))
@@ -116,6 +126,19 @@ def _whitened(
         ],
         dim=1,
     )
+
+
+def _joined(blocks: Blocks) -> Iterator[Tensor]:
+    """Rows of successive blocks of one site, put together while they are few."""
+    few, count = list[Tensor](), 0
+    for block in blocks:
+        few.append(block.rows)
+        count += block.rows.shape[0] * block.rows.shape[1]
+        if count >= _FEW_ROWS:
+            yield torch.cat(few)
+            few, count = [], 0
+    if few:
+        yield torch.cat(few)
 
 
 def _by_datum(call: ModelCall, moved: MovedParts, index: int, rows: Tensor) -> Tensor:

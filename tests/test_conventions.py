@@ -18,6 +18,7 @@ import pytest
 LAYERS = {
     "_version": 0,
     "exceptions": 0,
+    "full_precision": 1,
     "gaussian": 1,
     "grad_mode": 1,
     "memory": 1,

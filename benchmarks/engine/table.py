@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from benchmarks.engine.cases import LAPLACE_TORCH, Case, Target
@@ -100,7 +101,7 @@ def alone(case: Case, ours: Result) -> Iterator[str]:
     shares = f"GGN {products / rate / fit:.0%}, "
     shares += f"GGN and factor {(products + factor) / rate / fit:.0%}"
     yield f"of the product rate ({rate / 1e9:.0f} GFLOP/s) in the fit: {shares}"
-    if fit > figures["fixed"]:
+    if fit > figures.get("fixed", math.inf):
         share = products / rate / (fit - figures["fixed"])
         yield (
             f"without what a fit of 2 data costs ({_seconds(figures['fixed'])} s): "

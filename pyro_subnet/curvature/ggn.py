@@ -44,7 +44,7 @@ def add_ggn_(
     few = ggn.new_empty(_FEW_ROWS, outputs.size)
     held = 0
     for block in jacobian_blocks(outputs, factors, budget, route):
-        rows = block.rows.flatten(0, 1)
+        rows = block.rows.flatten(0, 1).to(ggn)
         if len(rows) >= _FEW_ROWS:
             add_gram_(ggn, rows)
             continue

@@ -49,6 +49,19 @@ class PriorPrecision:
     coupled: Int[Tensor, " coupled"]
     columns: Float[Tensor, "subnet coupled"]
 
+    def to(self, dtype: torch.dtype) -> PriorPrecision:
+        """The same in another floating point type.
+
+        Args:
+            dtype: The type.
+
+        Returns:
+            P0.
+        """
+        return PriorPrecision(
+            self.diagonal.to(dtype), self.coupled, self.columns.to(dtype)
+        )
+
     def add_to_lower_(
         self, lower: Float[Tensor, "subnet subnet"], scale: float
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import OptionError, PrecisionError, SelectionError
+from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.laplace import DiagonalCurvature, diagonal_curvature
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.selection.base import (
@@ -84,7 +85,8 @@ class LargestVariance(Selector):
         latents = guide.latents
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
-        check_factor_fits(size, latents.loc.dtype, latents.loc.device)
+        dtype = at_least_float32(latents.loc.dtype)
+        check_factor_fits(size, dtype, latents.loc.device)
         curvature = diagonal_curvature(
             guide.user_model, latents, data, kind=self.estimator
         )

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_subnet.full_precision import at_least_float32
+
 # A gathered product moves memory where a dense block multiplies matrices: per
 # multiplication it costs about this many times more (measured on CPU, float32).
 _GATHER_COST = 12
@@ -124,7 +126,8 @@ class Broadcast(Entries):
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
-        picked = delta.reshape(self.num_data, -1).index_select(1, self.features)
+        flat = _widened(delta.reshape(self.num_data, -1))
+        picked = flat.index_select(1, self.features)
         if self.factor is not None:
             picked = picked * self.factor
         if self._in_order:
@@ -163,7 +166,7 @@ class Channelwise(Entries):
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
-        picked = delta.index_select(self.axis, self.channels)
+        picked = _widened(delta.index_select(self.axis, self.channels))
         if self.factor is not None:
             picked = picked.mul_(self.factor)
         others = [axis for axis in range(1, delta.ndim) if axis != self.axis]
@@ -194,6 +197,10 @@ class Contraction(Entries):
     q: Int[Tensor, " s"]
     num_left: int
 
+    def __post_init__(self) -> None:
+        """Makes sure that sums of half-precision products keep their digits."""
+        object.__setattr__(self, "right", _widened(self.right))
+
     @property
     def one_position(self) -> bool:
         """Whether the weight is used at a single position of each datum."""
@@ -206,7 +213,7 @@ class Contraction(Entries):
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
-        left = self.left(delta)
+        left = _widened(self.left(delta))
         if self.one_position:
             return left[..., 0].index_select(1, self.p).mul_(self._gathered)
         if self.dense:
@@ -237,7 +244,7 @@ class Contraction(Entries):
 
     def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
         """See :meth:`Entries.add_squares_`."""
-        left = self.left(delta)
+        left = _widened(self.left(delta))
         if self.one_position:
             return total.addcmul_(left[..., 0], left[..., 0])
         step = max(1, min(len(left), _BLOCK_ELEMENTS // total.numel()))
@@ -275,6 +282,10 @@ class Contraction(Entries):
             return False
         block = self.num_left * self.right.shape[1]
         return block <= _GATHER_COST * self.p.numel()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(at_least_float32(tensor.dtype))
 
 
 def _gathered_rows(

@@ -26,6 +26,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
     num_rows,
 )
 from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
+from pyro_subnet.full_precision import at_least_float32
 
 OtherRoute = Callable[[OutputMap, Factors], Blocks]
 
@@ -103,7 +104,12 @@ def _group_rows(recording: Recording, factors: Factors) -> Tensor:
     """Rows of :math:`R J` of a recording's data, shape (B, rows of a datum, S)."""
     outputs = recording.outputs
     counts = [num_rows(factor, outputs.num_data) for factor in factors]
-    rows = outputs.loc.new_zeros(outputs.num_data, sum(counts), outputs.size)
+    rows = outputs.loc.new_zeros(
+        outputs.num_data,
+        sum(counts),
+        outputs.size,
+        dtype=at_least_float32(outputs.loc.dtype),
+    )
     columns = recording.columns()
     per_site = zip(factors, rows.split(counts, dim=1), strict=True)
     for site, (factor, target) in enumerate(per_site):
@@ -157,5 +163,6 @@ def _fill_escaped(
     for block in other(outputs.over(recording.tape.escaped), factors):
         each = len(factors[block.site]) // outputs.num_data
         flat = per_site[block.site].unflatten(1, (each, -1)).flatten(0, 1)
-        flat[block.start : block.start + len(block.rows), :, place] = block.rows
+        few = slice(block.start, block.start + len(block.rows))
+        flat[few, :, place] = block.rows.to(flat)
         per_site[block.site].copy_(flat.reshape(per_site[block.site].shape))

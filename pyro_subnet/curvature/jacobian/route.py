@@ -30,6 +30,7 @@ from pyro_subnet.curvature.jacobian.per_datum import (
 )
 from pyro_subnet.curvature.jacobian.recording import NotLayered
 from pyro_subnet.exceptions import RouteError
+from pyro_subnet.full_precision import at_least_float32
 
 Route = Literal["layered", "per-datum", "forward", "reverse"]
 
@@ -112,7 +113,8 @@ def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor
         route = choose_route(part, of_part, budget)
         total = torch.zeros(part.size, dtype=torch.float64, device=part.loc.device)
         for block in _GENERAL[route](part, of_part, budget):
-            total += block.rows.flatten(0, 1).square().sum(0)
+            rows = block.rows.flatten(0, 1).to(at_least_float32(block.rows.dtype))
+            total += rows.square().sum(0)
         return total
 
     with torch.no_grad():
