@@ -79,7 +79,7 @@ class NoOutputVarianceWarning(SubnetWarning):
 
 
 # Ours, and those whose decorators stand on our functions.
-_BETWEEN = ("pyro_subnet", "torch", "jaxtyping", "beartype")
+_BETWEEN = ("pyro_subnet", "contextlib", "torch", "jaxtyping", "beartype")
 
 
 def warn(message: str, category: type[SubnetWarning]) -> None:
