@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_scaling(options.scaling)
         return
     print(f"{description()}, laplace-torch {version('laplace-torch')}")
-    print(f"medians of {options.pairs} pairs; seconds, GB beyond the imports")
+    print(f"medians of up to {options.pairs} pairs; seconds, GB beyond the imports")
     print(table.HEADER, flush=True)
     problems = []
     with tempfile.TemporaryDirectory() as folder:

@@ -47,6 +47,7 @@ class Row:
         memory: GB beyond what the imports took.
         apart: Largest distance between the two sides' numbers.
         right: Whether they are as close as they must be.
+        num_pairs: How many pairs the medians are of.
     """
 
     backend: str
@@ -56,6 +57,7 @@ class Row:
     memory: Ratio
     apart: float
     right: bool
+    num_pairs: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def compare(
     memory = Ratio.of([(ours["memory"], theirs["memory"]) for ours, theirs in pairs])
     sizes = (case.num_data, case.num_predict)
     right = apart <= case.tolerance
-    return Row(backend, sizes, batches, parts, memory, apart, right)
+    return Row(backend, sizes, batches, parts, memory, apart, right, len(pairs))
 
 
 def best(rows: Iterable[Row | Failure], part: str) -> Row | None:

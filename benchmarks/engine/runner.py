@@ -17,8 +17,9 @@ from benchmarks.engine.compare import Failure, Result, Row, compare
 from benchmarks.engine.process import is_out_of_memory
 
 # Seconds. A backend that would need longer for all the data gets those of the trial;
-# one that needs longer even for those is run once, and with no larger batches.
-PATIENCE = 120.0
+# one that needs longer even for those is tried with no larger batches. One whose run
+# takes longer than ONCE is run in a single pair.
+PATIENCE, ONCE = 120.0, 30.0
 _REASON_WIDTH = 100
 _MODULES = {"ours": "ours", "Pyro": "weight_space"}
 
@@ -151,7 +152,7 @@ def run_backend(case: Case, backend: str, num_pairs: int, run: Run) -> Row | Fai
         if isinstance(theirs, str):
             return Failure(backend, theirs)
         pairs.append((ours, theirs))
-        if sum(theirs["seconds"].values()) > PATIENCE:
+        if sum(theirs["seconds"].values()) > ONCE:
             break
     return compare(planned.case, backend, planned.batches, pairs)
 

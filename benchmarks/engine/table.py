@@ -17,7 +17,7 @@ HEADER = (
     f"{'case, backend':{_NAME}}{'N':>11}{'batch':>10}"
     f"{'fit: ours  theirs ratio':>{_CELLS}}"
     f"{'predict: ours  theirs ratio':>{_CELLS + 3}}"
-    f"{'GB: ours theirs':>17}{'apart':>9}"
+    f"{'GB: ours theirs':>17}{'apart':>9}{'pairs':>7}"
 )
 
 
@@ -44,7 +44,8 @@ def line(row: Row | Failure) -> str:
     counts = "/".join(map(str, dict.fromkeys(row.num_data)))
     batches = "/".join(map(str, dict.fromkeys(row.batches)))
     return (
-        f"{name}{counts:>11}{batches:>10}{''.join(cells)}{memory}{row.apart:9.0e}{note}"
+        f"{name}{counts:>11}{batches:>10}{''.join(cells)}"
+        f"{memory}{row.apart:9.0e}{row.num_pairs:7}{note}"
     )
 
 
