@@ -34,6 +34,10 @@ class LinearizedModel:
     batched latent values (``Predictive(parallel=True)``, vectorized particles) need no
     batched layers.
 
+    Many draws cost one Jacobian and one product. So do many calls: where no gradients
+    are wanted, the Jacobian of a call that comes again with the same tensors is kept
+    until another call comes, if it takes no more than 256 MiB.
+
     Args:
         model: The user's model.
         latents: Its latent sites at the MAP.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.agreement import DerivativeCheck, check_gradient
@@ -27,6 +28,10 @@ from pyro_subnet.curvature.jacobian.output_map import (
 )
 from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
 from pyro_subnet.full_precision import at_least_float32
+
+# What layers hold is a few times their activations: data this many times below the
+# budget fit without a look at it.
+_FAR_BELOW = 32
 
 OtherRoute = Callable[[OutputMap, Factors], Blocks]
 
@@ -89,14 +94,16 @@ def of_group(factors: Factors, num_data: int, start: int, stop: int) -> Factors:
 
 def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
     """How many data fit in the budget, by what a single one takes."""
-    if outputs.num_data == 1:
-        return 1
-    probe = Recording(outputs.at(0, 1), whole=False)
-    held = sum(column.entries.nbytes for column in probe.columns())
     rows = sum(num_rows(factor, outputs.num_data) for factor in factors)
     # A row is added to as it is made: a quarter more is there for a while.
-    jacobian = 5 * rows * outputs.size * outputs.loc.element_size() // 4
+    element_size = torch.finfo(at_least_float32(outputs.loc.dtype)).bits // 8
+    jacobian = 5 * rows * outputs.size * element_size // 4
     activations = 2 * outputs.activation_bytes // outputs.num_data
+    needed = outputs.num_data * (jacobian + activations)
+    if outputs.num_data == 1 or needed * _FAR_BELOW <= budget:
+        return outputs.num_data
+    probe = Recording(outputs.at(0, 1), whole=False)
+    held = sum(column.entries.nbytes for column in probe.columns())
     return max(1, min(outputs.num_data, budget // (held + jacobian + activations)))
 
 
