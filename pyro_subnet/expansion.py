@@ -30,9 +30,9 @@ Key = tuple[str, str]
 # A row of a datum's Jacobian costs about as much as the derivative along a draw, and
 # the checks behind it a few more.
 _ROW_COST = 1
-# A call that has come before is expected again, so many times as to pay for this many
+# Each call without gradients lets expect more of the same, enough to pay for this many
 # rows: `Predictive` calls a model twice before it draws, then once a draw.
-_ROWS_PER_REPEAT = 32
+_ROWS_PER_CALL = 32
 # Elements of draws that are compared with the MAP at once: about what a cache holds.
 _COMPARED_AT_ONCE = 2**21
 # Arguments that are the same if they are equal.
@@ -194,7 +194,8 @@ class Expander:
         }
         rows = sum(value[0].numel() for value in dense.values())
         count = draws.count or 1
-        pays = _ROW_COST * rows < count or rows <= _ROWS_PER_REPEAT * self._repeats
+        calls = self._repeats + 1
+        pays = _ROW_COST * rows < count or rows <= _ROWS_PER_CALL * calls
         if not dense or not (pays or self._jacobian is not None):
             return {}
         u = {
