@@ -115,5 +115,16 @@ def _draw(panel: Axes, curve: Curve, found: Sequence[tuple[float, float]]) -> No
     panel.loglog(sizes, fits, "o-", color="C0", label="fit")
     panel.loglog(sizes, passes, "s--", color="C1", label="passes alone")
     panel.loglog(sizes, line, ":", color="0.6", label="in proportion")
+    panel.set_xticks(sizes, [_short(size) for size in sizes])
+    panel.minorticks_off()
     panel.set_xlabel(f"{curve.symbol} (dotted: as ${power}$)")
     panel.set_ylim(bottom=min(*fits, *passes) / 2)
+
+
+def _short(size: int) -> str:
+    """A size for an axis: 250, 2k, 1.9M."""
+    for unit, suffix in ((10**6, "M"), (10**3, "k")):
+        if size >= unit:
+            digits = 0 if size >= 10 * unit or size % unit == 0 else 1
+            return f"{size / unit:.{digits}f}{suffix}"
+    return str(size)
