@@ -2,7 +2,7 @@ r"""First-order expansions of a call about the MAP: :math:`J (\theta - \hat\thet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,12 +210,15 @@ class Expander:
             fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
             if not fits and _ROW_COST * rows >= count:
                 return {}
-            parts = _ProductsOrRows(call, dense, moved)
             if not fits:
-                products = parts.products(_columns(u, moved, call, count))
+                columns = _columns(u, moved, call, count)
+                products = _from_blocks(
+                    call, dense, moved, count, lambda rows: columns.to(rows) @ rows.mT
+                )
                 return _shaped(products, dense, draws.count)
-            jacobian = parts.jacobian()
-            self._jacobian = jacobian
+            transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
+            rows_by_key = tuple(part.mT for part in transposed)
+            self._jacobian = jacobian = _Jacobian(tuple(dense), moved, rows_by_key)
         columns = _columns(u, jacobian.chosen, call, count)
         products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
         return _shaped(products, dense, draws.count)
@@ -225,7 +228,9 @@ class Expander:
     ) -> tuple[Tensor, ...]:
         """Tangents by one derivative a draw."""
         expansion, base = Expansion(call, keys), call.latents.values
-        if self._forward_mode is None and (draws.count is not None or self._wants_it):
+        again = draws.count is not None or self._repeats > 0
+        if self._forward_mode is None and (again or torch.is_grad_enabled()):
+            # More of the same is likely, which pays for finding out.
             with torch.no_grad():
                 self._forward_mode = forward_mode_agrees(expansion, base)
         forward_mode = bool(self._forward_mode)
@@ -239,11 +244,6 @@ class Expander:
             one = activations + call.latents.loc.nbytes
             group = max(1, DEFAULT_BUDGET // (2 * one))
         return draws.over_draws(push, draws.directions(), group)
-
-    @property
-    def _wants_it(self) -> bool:
-        """Whether finding out if forward mode serves will pay."""
-        return torch.is_grad_enabled() or self._repeats > 0
 
 
 def expanded_keys(call: ModelCall) -> list[Key]:
@@ -265,40 +265,23 @@ def expanded_keys(call: ModelCall) -> list[Key]:
     return keys
 
 
-class _ProductsOrRows:
-    """J of some keys, data by data, at the elements that some draw moves."""
-
-    def __init__(
-        self,
-        call: ModelCall,
-        values: Mapping[Key, Tensor],
-        chosen: Mapping[str, Tensor],
-    ):
-        self.keys = tuple(values)
-        self.chosen = chosen
-        self._num_sites = len(values)
-        self._numbers = [value.numel() for value in values.values()]
-        self._like = call.latents.loc
-        self._outputs = _output_map(call, values, chosen) if chosen else None
-
-    def products(self, columns: Tensor) -> list[Tensor]:
-        """One (K, numbers) product a key, without J as a whole."""
-        return self._joined(lambda rows: columns.to(rows) @ rows.mT, columns.shape[0])
-
-    def jacobian(self) -> _Jacobian:
-        """J as a whole."""
-        size = sum(at.numel() for at in self.chosen.values())
-        rows = self._joined(lambda rows: rows.mT, size)
-        return _Jacobian(self.keys, self.chosen, tuple(part.mT for part in rows))
-
-    def _joined(self, function: Any, count: int) -> list[Tensor]:
-        if self._outputs is None:
-            return [self._like.new_zeros(count, size) for size in self._numbers]
-        parts: list[list[Tensor]] = [[] for _ in self._numbers]
-        factors = identity_factors(self._outputs)
-        for block in jacobian_blocks(self._outputs, factors, DEFAULT_BUDGET):
-            parts[block.site].append(function(block.rows.flatten(0, 1)))
-        return [torch.cat(part, dim=1) for part in parts]
+def _from_blocks(
+    call: ModelCall,
+    values: Mapping[Key, Tensor],
+    chosen: Mapping[str, Tensor],
+    count: int,
+    function: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """What a function makes of J's rows, (count, rows) a block, joined by key."""
+    if not chosen:
+        like = call.latents.loc
+        return [like.new_zeros(count, value.numel()) for value in values.values()]
+    outputs = _output_map(call, values, chosen)
+    parts: list[list[Tensor]] = [[] for _ in values]
+    factors = identity_factors(outputs)
+    for block in jacobian_blocks(outputs, factors, DEFAULT_BUDGET):
+        parts[block.site].append(function(block.rows.flatten(0, 1)))
+    return [torch.cat(part, dim=1) for part in parts]
 
 
 def _output_map(

@@ -106,5 +106,5 @@ def _labels(
             value = value.where(live, other)
     if not taken.element_shape:
         value = value.unsqueeze(0)
-    dtype = site.family.outputs(taken.base).popitem()[1].dtype
+    dtype = next(iter(site.family.outputs(taken.base).values())).dtype
     return value.detach(), weight.to(dtype)
