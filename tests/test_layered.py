@@ -252,7 +252,7 @@ def output_map(
         of_sites=of_sites,
         reference=reference,
         rows=(x,),
-        num_data=N,
+        num_data=len(x),
         activation_bytes=10_000,
     )
 
@@ -538,6 +538,49 @@ def test_models_that_do_not_fit_take_another_route(
     expected = dense_rows(outputs, factors)
     assert_close(found, expected, **CLOSE)
     squares = squared_columns(outputs, factors, budget)
+    assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
+
+
+class StoppedGradient(nn.Module):
+    """Values follow single data; derivatives follow others too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        others = hidden.roll(3, 0)
+        return self.out(hidden + others - others.detach())
+
+
+class ByPlace(nn.Module):
+    """A weight for each place in the batch; they are equal, so values do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.scale = nn.Parameter(torch.ones(30, 1))
+        self.out = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(x)) * self.scale[: len(x)])
+
+
+@pytest.mark.parametrize("count", [2, 6, 7, 23])
+@pytest.mark.parametrize("make", [StoppedGradient, ByPlace], ids=lambda m: m.__name__)
+def test_derivatives_that_do_not_separate_are_noticed(
+    make: Callable[[], nn.Module], count: int
+) -> None:
+    """Though each group's values are those of the whole call."""
+    outputs = output_map(make(), torch.randn(count, 4), share=0.6)
+    factors = random_factors(outputs)
+    with pytest.raises(NotLayered, match="couple data"):
+        rows_of(outputs, factors, "layered", SMALL)
+    expected = dense_rows(outputs, factors)
+    assert_close(rows_of(outputs, factors, None, SMALL), expected, **CLOSE)
+    squares = squared_columns(outputs, factors, SMALL)
     assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
 
 

@@ -164,7 +164,8 @@ def test_largest_magnitude(size: int) -> None:
     assert subnet.flat.tolist() == top(packed.abs(), size)
 
 
-def test_random_subnet_is_uniform_without_replacement() -> None:
+@pytest.mark.parametrize("size", [7, D // 2, D - 3])
+def test_random_subnet_is_uniform_without_replacement(size: int) -> None:
     """Each of D positions is drawn in S / D of the seeds: 5.5 standard errors.
 
     Fixed seeds, so this either always passes or never does.
@@ -172,7 +173,7 @@ def test_random_subnet_is_uniform_without_replacement() -> None:
     at, (x, y) = values(), inputs()
     guide = AutoSubnetLaplace(model, init_loc_fn=init_to_value(values=at))
     guide(x, y)
-    counts, trials, size = torch.zeros(D), 2000, 7
+    counts, trials = torch.zeros(D), 2000
     for seed in range(trials):
         flat = RandomSubnet(size, seed)(guide, Data.single((x, y), {})).flat
         assert len(flat.unique()) == size
@@ -191,9 +192,6 @@ def test_random_subnet_goes_by_its_seed_alone() -> None:
     assert_close(torch.get_rng_state(), state, **EQUAL)
     other = choose(RandomSubnet(6, seed=6), at, x, y).flat
     assert not torch.equal(other, first)
-    generator = torch.Generator().manual_seed(5)
-    expected = torch.randperm(D, generator=generator)[:6].sort().values
-    assert_close(first, expected, **EQUAL)
 
 
 def test_last_layer() -> None:

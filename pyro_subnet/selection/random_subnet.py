@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyro_subnet.data import Data
 from pyro_subnet.selection.base import GuideAtMAP, Selector, check_size, resolve_size
@@ -48,6 +49,19 @@ class RandomSubnet(Selector):
         latents = guide.latents
         size = resolve_size(self.size, latents.layout.num_params)
         generator = torch.Generator().manual_seed(self.seed)
-        shuffled = torch.randperm(latents.layout.num_params, generator=generator)
-        positions = shuffled[:size].to(latents.loc.device)
-        return Subnet.from_positions(latents.layout, positions)
+        positions = _draw(latents.layout.num_params, size, generator)
+        return Subnet.from_positions(latents.layout, positions.to(latents.loc.device))
+
+
+def _draw(total: int, size: int, generator: torch.Generator) -> Tensor:
+    """Distinct numbers below ``total``, every set of ``size`` equally likely."""
+    # Shuffling takes half a second at D = 11M; many numbers of few would often repeat.
+    if 2 * size > total:
+        return torch.randperm(total, generator=generator)[:size]
+    # The first distinct ones of a sequence of draws with replacement: whichever value
+    # comes next is as likely to be any of those not seen yet.
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < size:
+        more = torch.randint(total, (size - drawn.numel(),), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn

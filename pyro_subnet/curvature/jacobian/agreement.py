@@ -6,8 +6,6 @@ that couples its data, or whose layers have them on another axis, does not agree
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -26,6 +24,9 @@ from pyro_subnet.curvature.jacobian.recording import (
 
 # The checks draw one vector; any fixed seed serves.
 _SEED = 20_106_896
+# Data that are differentiated together and apart. Odd, so that steps of a power of two
+# from datum to datum do not end where they began.
+_FEW = 7
 _COUPLED = "the layers couple data, or have them on another axis than the first"
 
 
@@ -84,120 +85,49 @@ def check_gradient(recording: Recording, factors: Factors, rows: Tensor) -> None
         raise NotLayered(_COUPLED)
 
 
-class DerivativeCheck:
-    """Compares with the derivative of the whole call along a random direction.
+def check_separation(outputs: OutputMap) -> None:
+    """Compares the derivative at a few data with that at parts of them.
 
-    As :func:`check_gradient`, for groups of data: forward mode keeps no activations.
-
-    Args:
-        outputs: The map of the whole call.
-    """
-
-    def __init__(self, outputs: OutputMap):
-        self.outputs = outputs
-        self._direction = _random((outputs.size,), outputs.loc)
-        self._modes = [False, True]  # of differentiation: the last one is tried first
-        self._escaped: frozenset[str] | None = None
-        self._tangents: tuple[Tensor, ...] = ()
-
-    def __call__(
-        self, rows: Tensor, factors: Factors, start: int, escaped: Collection[str]
-    ) -> None:
-        """Checks the rows of a group of data.
-
-        Args:
-            rows: Shape (B, rows of a datum, S).
-            factors: R of the group's elements.
-            start: First datum of the group.
-            escaped: Sites whose columns are not filled yet.
-
-        Raises:
-            NotLayered: If they disagree.
-        """
-        if self._escaped != frozenset(escaped):
-            self._escaped = frozenset(escaped)
-            self._direction = self._without(escaped)
-            self._tangents = ()
-        found = rows @ self._direction
-        while self._tangents or self._modes:
-            if self._tangents and agree(found, self._expected(factors, start)):
-                return
-            self._tangents = ()
-            if self._modes:
-                self._differentiate(forward_mode=self._modes.pop())
-        raise NotLayered(_COUPLED)
-
-    def _without(self, escaped: Collection[str]) -> Tensor:
-        sizes = [at.numel() for at in self.outputs.chosen.values()]
-        pieces = self._direction.split(sizes)
-        return torch.cat(
-            [
-                torch.zeros_like(piece) if site in escaped else piece
-                for site, piece in zip(self.outputs.chosen, pieces, strict=True)
-            ]
-        )
-
-    def _differentiate(self, forward_mode: bool) -> None:
-        outputs = self.outputs
-        try:
-            self._tangents = directional_derivative(
-                outputs.outputs, outputs.loc, self._direction, forward_mode
-            )[1]
-        # What an operation that cannot be transformed raises depends on it.
-        except (NotImplementedError, RuntimeError):
-            self._tangents = ()
-
-    def _expected(self, factors: Factors, start: int) -> Tensor:
-        num_data = len(factors[0]) // (len(self._tangents[0]) // self.outputs.num_data)
-        parts = []
-        for factor, tangent in zip(factors, self._tangents, strict=True):
-            first = start * len(tangent) // self.outputs.num_data
-            part = tangent[first : first + len(factor)].unsqueeze(1).to(factor)
-            parts.append(torch.linalg.vecdot(factor, part).reshape(num_data, -1))
-        return torch.cat(parts, dim=1)
-
-
-class SeparationCheck:
-    """Compares the derivative of a group of data with that of the whole call.
-
-    Along one random direction, for groups whose rows of J are never formed.
+    Along one random direction. With :func:`check_gradient` or :class:`MixtureCheck` on
+    every group of data, and every group's values those of the whole call
+    (:class:`~pyro_subnet.curvature.jacobian.recording.Recording`), it makes sure that
+    groups may be differentiated by themselves. What those two miss is a derivative
+    that follows other data, or a datum's place, where values do not: a term whose
+    gradient is stopped, a row of a constant weight.
 
     Args:
-        outputs: The map of the whole call.
+        outputs: The map of the whole call, of two data at least.
 
     Raises:
-        NotLayered: If no mode of differentiation serves.
+        NotLayered: If they disagree, or the model does not run on fewer data.
     """
+    stop = outputs.num_data
+    start = max(0, stop - _FEW)
+    middle = (start + stop) // 2
+    direction = _random((outputs.size,), outputs.loc)
 
-    def __init__(self, outputs: OutputMap):
-        self._direction = _random((outputs.size,), outputs.loc)
-        for self._forward_mode in (True, False):
-            try:
-                self._tangents = self._differentiate(outputs)
-            except (NotImplementedError, RuntimeError):
-                continue
+    def derivative(first: int, last: int, forward_mode: bool) -> tuple[Tensor, ...]:
+        function = outputs.at(first, last).outputs
+        return directional_derivative(function, outputs.loc, direction, forward_mode)[1]
+
+    for forward_mode in (True, False):
+        try:
+            together = derivative(start, stop, forward_mode)
+            apart = [
+                derivative(start, middle, forward_mode),
+                derivative(middle, stop, forward_mode),
+            ]
+        # What an operation that cannot be transformed raises depends on it, and a model
+        # on fewer data may fail in ways of its own: a fixed plate size, a view.
+        except Exception:
+            continue
+        if all(
+            agree(torch.cat(parts), whole)
+            for whole, *parts in zip(together, *apart, strict=True)
+        ):
             return
-        raise NotLayered("the model has no derivative along a direction")
-
-    def __call__(self, part: OutputMap, start: int) -> None:
-        """Checks a group.
-
-        Args:
-            part: The map of its data alone.
-            start: Its first datum.
-
-        Raises:
-            NotLayered: If the derivatives disagree.
-        """
-        for whole, few in zip(self._tangents, self._differentiate(part), strict=True):
-            first = start * len(few) // part.num_data
-            if not agree(few, whole[first : first + len(few)]):
-                raise NotLayered(_COUPLED)
-
-    def _differentiate(self, outputs: OutputMap) -> tuple[Tensor, ...]:
-        return directional_derivative(
-            outputs.outputs, outputs.loc, self._direction, self._forward_mode
-        )[1]
+        raise NotLayered(_COUPLED)
+    raise NotLayered("the model has no derivative along a direction, on fewer data")
 
 
 class MixtureCheck:

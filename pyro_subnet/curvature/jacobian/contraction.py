@@ -25,7 +25,7 @@ from pyro_subnet.full_precision import at_least_float32
 # multiplication it costs about this many times more (measured on CPU, float32).
 _GATHER_COST = 12
 # Elements that a gathered product holds at once: about what a cache holds.
-_GATHER_ELEMENTS = 2**20
+_GATHER_ELEMENTS = 2**19
 
 # Elements of the dense blocks of several data that are squared at once.
 _BLOCK_ELEMENTS = 2**20
@@ -187,15 +187,18 @@ class Contraction(Entries):
         left: From the output's gradient to its channels p, shape (B, P, T).
         right: The other side, shape (B, Q, T).
         p: Row of ``left`` of each chosen entry.
-        q: Row of ``right`` of each chosen entry.
+        q: Row of ``right`` of each chosen entry; None where they are in order.
         num_left: P.
+        order: Which of these entries is each of the result's; None where they are in
+            order.
     """
 
     left: Spread
     right: Float[Tensor, "batch q t"]
     p: Int[Tensor, " s"]
-    q: Int[Tensor, " s"]
+    q: Int[Tensor, " s"] | None
     num_left: int
+    order: Int[Tensor, " s"] | None = None
 
     def __post_init__(self) -> None:
         """Makes sure that sums of half-precision products keep their digits."""
@@ -209,25 +212,36 @@ class Contraction(Entries):
     @cached_property
     def _gathered(self) -> Tensor:
         """What all output gradients share, at a single position: shape (B, S)."""
-        return self.right[..., 0].index_select(1, self.q)
+        right = self.right[..., 0]
+        return right if self.q is None else right.index_select(1, self.q)
 
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
         left = _widened(self.left(delta))
         if self.one_position:
-            return left[..., 0].index_select(1, self.p).mul_(self._gathered)
+            products = left[..., 0].index_select(1, self.p).mul_(self._gathered)
+            return self._ordered(products)
         if self.dense:
             block = torch.bmm(left, self.right.mT).flatten(1)
-            return block.index_select(1, self.p * self.right.shape[1] + self.q)
+            return block.index_select(1, self._places)
         num_positions = self.right.shape[-1]
         step = max(1, _GATHER_ELEMENTS // (self.p.numel() * num_positions))
-        parts = [
-            _gathered_rows(some, self.p).mul_(_gathered_rows(right, self.q)).sum(-1)
-            for some, right in zip(
-                left.split(step), self.right.split(step), strict=True
-            )
-        ]
-        return torch.cat(parts)
+        parts = []
+        for some, right in zip(left.split(step), self.right.split(step), strict=True):
+            other = right if self.q is None else _gathered_rows(right, self.q)
+            parts.append(_gathered_rows(some, self.p).mul_(other).sum(-1))
+        return self._ordered(torch.cat(parts))
+
+    def _ordered(self, entries: Float[Tensor, "batch s"]) -> Float[Tensor, "batch s"]:
+        return entries if self.order is None else entries.index_select(1, self.order)
+
+    @property
+    def _places(self) -> Int[Tensor, " s"]:
+        """Places of the entries in the flat dense block of channels."""
+        num_right = self.right.shape[1]
+        q = self.q if self.q is not None else torch.arange(num_right).to(self.p)
+        places = self.p * num_right + q
+        return places if self.order is None else places[self.order]
 
     def new_squares(self) -> Tensor:
         r"""See :meth:`Entries.new_squares`.
@@ -259,7 +273,7 @@ class Contraction(Entries):
         """See :meth:`Entries.squares`."""
         if self.one_position:
             total = total.mT @ self.right[..., 0].square()
-        return total.flatten()[self.p * self.right.shape[1] + self.q]
+        return total.flatten()[self._places]
 
     @property
     def held_bytes(self) -> int:
@@ -280,8 +294,21 @@ class Contraction(Entries):
         """Whether the dense block of channels costs less than gathered products."""
         if self.one_position:
             return False
-        block = self.num_left * self.right.shape[1]
-        return block <= _GATHER_COST * self.p.numel()
+        return is_dense(self.num_left, self.right.shape[1], self.p.numel())
+
+
+def is_dense(num_left: int, num_right: int, num_entries: int) -> bool:
+    """Whether a dense block of channels costs less than gathered products.
+
+    Args:
+        num_left: Channels of one side.
+        num_right: Channels of the other.
+        num_entries: Chosen entries of the block.
+
+    Returns:
+        True if it does, with sums over several positions.
+    """
+    return num_left * num_right <= _GATHER_COST * num_entries
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pyro_subnet.curvature.jacobian.contraction import (
     Contraction,
     Entries,
     compact,
+    is_dense,
     planned,
 )
 from pyro_subnet.curvature.jacobian.layers import broadcast
@@ -140,14 +141,27 @@ class _Kernel:
 
     def entries(self, chosen: Tensor, num_data: int) -> Entries:
         """Entries at a kernel (out, in per group, *kernel): the input is shifted."""
-        width = self.x.shape[1]
+        width, x = self.x.shape[1], self.x.detach()
         outs, p, pairs, q = self._plan(chosen, self.shape[1], width)
-        right = self.geometry.shifted(self.x.detach(), pairs % width, pairs // width)
+        if is_dense(len(outs), len(pairs), len(chosen)):
+            right = self.geometry.shifted(x, pairs % width, pairs // width)
 
-        def left(delta: Tensor) -> Tensor:
-            return _of_rows(delta.flatten(2).index_select(1, outs), num_data)
+            def left(delta: Tensor) -> Tensor:
+                return _of_rows(delta.flatten(2).index_select(1, outs), num_data)
 
-        return Contraction(left, _of_rows(right, num_data), p, q, len(outs))
+            return Contraction(left, _of_rows(right, num_data), p, q, len(outs))
+        # Few entries share a channel: as many rows as there are entries.
+        by_offset, back = planned(q, "by offset", lambda: _sorting(q))
+        pairs = pairs[q[by_offset]]
+        right = self.geometry.shifted(x, pairs % width, pairs // width)
+        return Contraction(
+            lambda delta: _of_rows(delta.flatten(2), num_data),
+            _of_rows(right, num_data),
+            outs[p[by_offset]],
+            None,
+            self.shape[1],
+            back,
+        )
 
     def transposed_entries(self, chosen: Tensor, num_data: int) -> Entries:
         """Entries at a kernel (in, out per group, *kernel): the gradient is shifted."""
@@ -211,6 +225,12 @@ def _with_bias(weight: Part, bias: Tensor | None, result: Tensor) -> Mapping[str
         wide = bias.view(-1, *(1,) * (result.ndim - 2))
         parts["bias"] = ((), broadcast(wide, result.shape, None))
     return parts
+
+
+def _sorting(index: Tensor) -> tuple[Tensor, Tensor]:
+    """What sorts it, and what takes it back."""
+    order = index.argsort(stable=True)
+    return order, order.argsort()
 
 
 def _of_rows(tensor: Tensor, num_data: int) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.agreement import DerivativeCheck, check_gradient
+from pyro_subnet.curvature.jacobian.agreement import check_gradient, check_separation
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
@@ -55,16 +55,15 @@ def layered_blocks(
     """
     num_data = outputs.num_data
     group = _group(outputs, factors, budget)
-    check = None if group == num_data else DerivativeCheck(outputs)
+    whole = group == num_data
+    if not whole:
+        check_separation(outputs)
     for start in range(0, num_data, group):
         stop = min(start + group, num_data)
         sliced = of_group(factors, num_data, start, stop)
-        recording = Recording(outputs.at(start, stop), whole=check is None)
+        recording = Recording(outputs.at(start, stop), whole=whole)
         rows = _group_rows(recording, sliced)
-        if check is None:
-            check_gradient(recording, sliced, rows)
-        else:
-            check(rows, sliced, start, recording.tape.escaped)
+        check_gradient(recording, sliced, rows)
         if recording.tape.escaped:
             _fill_escaped(recording, sliced, other, rows)
         per_site = rows.split([num_rows(f, stop - start) for f in sliced], dim=1)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, SeparationCheck
+from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, check_separation
 from pyro_subnet.curvature.jacobian.layered import cotangent_rows, of_group
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.recording import Column, Gradients, Recording
@@ -38,14 +38,14 @@ def layered_diagonal(
     """
     num_data = outputs.num_data
     group = _group(outputs, budget)
-    separates = None if group == num_data else SeparationCheck(outputs)
+    whole = group == num_data
+    if not whole:
+        check_separation(outputs)
     total = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
     for start in range(0, num_data, group):
         stop = min(start + group, num_data)
         part = outputs.at(start, stop)
-        if separates is not None:
-            separates(part, start)
-        recording = Recording(part, whole=separates is None)
+        recording = Recording(part, whole=whole)
         sliced = of_group(factors, num_data, start, stop)
         _add_squares(total, recording, sliced)
         if recording.tape.escaped:
