@@ -5,7 +5,7 @@ covariance, and predict with the network linearized there (Daxberger et al., 202
 arXiv 2010.14689).
 """
 
-from pyro_subnet import exceptions, nn, selection
+from pyro_subnet import diagnostics, exceptions, nn, selection
 from pyro_subnet._version import __version__
 from pyro_subnet.curvature.jacobian.route import compare_routes
 from pyro_subnet.guide import AutoSubnetLaplace
@@ -18,6 +18,7 @@ __all__ = [
     "Subnet",
     "__version__",
     "compare_routes",
+    "diagnostics",
     "exceptions",
     "nn",
     "selection",

@@ -30,7 +30,7 @@ def log_prior_terms(
     """
     nodes = trace.nodes
     return [
-        _prior_term(nodes[name], latents.transforms[name], value)
+        prior_term(nodes[name], latents.transforms[name], value)
         for name, value in unconstrained.items()
     ] + [_factor_term(node) for node in nodes.values() if is_factor(node)]
 
@@ -41,7 +41,17 @@ def _factor_term(node: Node) -> DensityTerm:
     return DensityTerm(total, None, elementwise=False)
 
 
-def _prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
+def prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
+    """Log density of one latent site, in unconstrained space.
+
+    Args:
+        node: The site in a run of the model.
+        transform: From its unconstrained to its constrained values.
+        leaf: The unconstrained value that the run had.
+
+    Returns:
+        The term, summed over the site.
+    """
     fn, value = node["fn"], node["value"]
     density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
     # As in a Pyro guide, the change of volume takes the plates' scale alone.

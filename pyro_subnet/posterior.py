@@ -23,11 +23,12 @@ from pyro_subnet.exceptions import (
 )
 from pyro_subnet.full_precision import full_precision
 from pyro_subnet.gaussian import PrecisionGaussian
+from pyro_subnet.hybrid import HybridModel
 from pyro_subnet.laplace import SubnetCurvature
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.predictive import output_distribution
 from pyro_subnet.state import copied, portable_state, sharing
-from pyro_subnet.subnet import Subnet
+from pyro_subnet.subnet import Subnet, place_elements
 from pyro_subnet.trace import Latents, Model
 from pyro_subnet.triangular import mirror_
 
@@ -210,7 +211,6 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         Yields:
             Prototype nodes and unconstrained values.
         """
-        batch_shape = latent.shape[:-1]
         chosen = self.subnet.indices
         counts = [within.numel() for within in chosen.values()]
         pieces = dict(zip(chosen, latent.split(counts, dim=-1), strict=True))
@@ -218,14 +218,9 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             value = base[name]
             if name in chosen:
-                wide = value.flatten().expand(*batch_shape, -1)
-                within = chosen[name].expand_as(pieces[name])
-                value = wide.scatter(-1, within, pieces[name].to(wide))
-                # As in Pyro: batch dimensions stand left of the site's event.
-                event_dim = site["fn"].event_dim + base[name].ndim - site["value"].ndim
-                event = (1,) * event_dim
-                shape = torch.broadcast_shapes(base[name].shape, batch_shape + event)
-                value = value.reshape(shape)
+                event_dim = site["fn"].event_dim + value.ndim - site["value"].ndim
+                piece = pieces[name]
+                value = place_elements(value, chosen[name], piece, event_dim)
             yield site, value
 
     @full_precision()
@@ -304,6 +299,28 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
         """
         return LinearizedModel(self.user_model, self.latents)
+
+    def hybrid_model(self, linearized: bool = False) -> HybridModel:
+        """The hybrid model: the subnet one latent site, other weights parameters.
+
+        For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
+        its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
+        elements, not of D.
+
+        Args:
+            linearized: Whether outputs are expanded to first order about the MAP. For
+                Gaussian noise and priors this posterior is then exact.
+
+        Returns:
+            A Pyro model with the user's signature and observed sites.
+        """
+        return HybridModel(
+            self.user_model,
+            self.latents,
+            self.subnet,
+            self.gaussian,
+            linearized=linearized,
+        )
 
     @torch.inference_mode(False)
     @full_precision()

@@ -250,6 +250,31 @@ class Subnet:
         return "\n".join([head, *lines])
 
 
+def place_elements(
+    base: Float[Tensor, "..."],
+    within: Int[Tensor, " chosen"],
+    values: Float[Tensor, "... chosen"],
+    event_dim: int,
+) -> Float[Tensor, "..."]:
+    """A site's values at draws of its chosen elements.
+
+    Args:
+        base: Value of the site, unconstrained.
+        within: Flat positions of the chosen elements.
+        values: Theirs, with any batch dimensions.
+        event_dim: How many axes of the site are its event's. As everywhere in Pyro,
+            batch dimensions stand left of those, in place of its own of length 1.
+
+    Returns:
+        The site's shape, broadcast against the batch dimensions; a new tensor.
+    """
+    batch_shape = values.shape[:-1]
+    wide = base.flatten().expand(*batch_shape, -1)
+    value = wide.scatter(-1, within.expand_as(values), values.to(wide))
+    shape = torch.broadcast_shapes(base.shape, batch_shape + (1,) * event_dim)
+    return value.reshape(shape)
+
+
 def _checked_positions(positions: Tensor, bound: int, name: str) -> Tensor:
     """Sorted unique int64 positions in [0, bound), or a SelectionError."""
     integer = not (

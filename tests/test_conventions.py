@@ -43,6 +43,7 @@ LAYERS = {
     "posterior": 5,
     "predictive": 5,
     "state": 5,
+    "subnet_prior": 5,
     "evidence": 5,
     "checkpoint": 6,
     "diagnostics": 6,

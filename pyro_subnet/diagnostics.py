@@ -1,0 +1,219 @@
+"""How far a posterior can be trusted, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.ops.stats import fit_generalized_pareto
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_subnet.exceptions import NonFiniteError, OptionError
+from pyro_subnet.hybrid import SITE
+from pyro_subnet.posterior import AutoSubnetMultivariateNormal
+
+# A Pareto tail is not fitted to fewer weights, nor is smoothing of use.
+_MIN_TAIL, _MIN_SAMPLES = 5, 25
+# Log weights that differ by less are equal, but for round-off.
+_EQUAL = 1e-6
+# Vehtari et al. (2024), section 3.2.
+_GOOD, _OK = 0.5, 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceCheck:
+    r"""What importance sampling says about a posterior; ``print`` says it in words.
+
+    Attributes:
+        log_weights: Pareto-smoothed, normalized log weights of the draws, shape (K,).
+        draws: The draws of the subnet, unconstrained, shape (K, S).
+        k_hat: Shape of the generalized Pareto distribution that fits the largest raw
+            weights: of :math:`1/\hat k` moments of the weights there is no more than
+            a hope. Below 0.7, Monte Carlo estimates with these weights can be trusted.
+        effective_sample_size: How many independent draws of the exact posterior the
+            weighted draws are worth, :math:`1 / \sum_k \tilde w_k^2`.
+        linearized: Whether the exact posterior is that of the linearized model.
+
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed importance
+    sampling", arXiv 1507.02646; Yao et al. (2018), "Yes, but did it work?",
+    arXiv 1802.02538.
+    """
+
+    log_weights: Float[Tensor, " draws"]
+    draws: Float[Tensor, "draws subnet"]
+    k_hat: float
+    effective_sample_size: float
+    linearized: bool
+
+    @property
+    def max_k_hat(self) -> float:
+        r"""Largest k-hat with which this many draws are enough.
+
+        Returns:
+            :math:`\min(1 - 1/\log_{10} K,\; 0.7)`.
+        """
+        return min(1 - 1 / math.log10(len(self.log_weights)), _OK)
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether weighted draws stand for the exact posterior."""
+        return self.k_hat < self.max_k_hat
+
+    def posterior_samples(self) -> dict[str, Tensor]:
+        """Draws of the exact posterior: drawn anew, with replacement, by weight.
+
+        Returns:
+            ``{"subnet": shape (K, S)}``, for ``Predictive(hybrid_model, ...)``.
+        """
+        count = len(self.log_weights)
+        picked = self.log_weights.exp().multinomial(count, replacement=True)
+        return {SITE: self.draws[picked]}
+
+    def __str__(self) -> str:
+        """The verdict."""
+        count, ess = len(self.log_weights), self.effective_sample_size
+        target = "linearized model" if self.linearized else "network"
+        numbers = (
+            f"k-hat {self.k_hat:.2f}, effective sample size {ess:.0f} of {count} draws"
+        )
+        if self.k_hat < min(_GOOD, self.max_k_hat):
+            verdict = (
+                f"the Laplace posterior is close to the exact posterior of the {target}"
+            )
+        elif self.is_reliable:
+            verdict = (
+                f"the Laplace posterior differs from the exact posterior of the "
+                f"{target}, but weighted draws correct it"
+            )
+        elif self.k_hat < _OK:
+            verdict = (
+                f"{count} draws are too few to tell (they serve up to k-hat "
+                f"{self.max_k_hat:.2f}); draw more"
+            )
+        else:
+            verdict = (
+                "the Laplace posterior misses much of the exact posterior of the "
+                f"{target}, and weights cannot correct it; run MCMC on the hybrid "
+                "model, choose fewer weights, or judge by held-out data"
+            )
+        return f"{numbers}: {verdict}."
+
+
+def importance_check(
+    posterior: AutoSubnetMultivariateNormal,
+    *args: Any,
+    num_samples: int = 1000,
+    linearized: bool = False,
+    progress: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> ImportanceCheck:
+    r"""Holds the Laplace posterior against the exact posterior of the hybrid model.
+
+    Draws from the Laplace posterior q are weighted by
+    :math:`w_k = p(y, \theta_k) / q(\theta_k)`, and the largest weights are smoothed.
+    Runs the model once a draw. In many dimensions a mismatch that is small in each adds
+    up: with hundreds of weights a large k-hat is common where predictions are fine, so
+    read it as a bound on what weights can correct, and see held-out data beside it.
+
+    Args:
+        posterior: The posterior.
+        args: The training data, as the model takes them.
+        num_samples: K.
+        linearized: Whether to hold it against the linearized model, which it is made
+            for, rather than the network.
+        progress: Whether to show a progress bar.
+        model_kwargs: Keyword arguments of the model.
+
+    Returns:
+        k-hat, effective sample size and weights; its ``str`` is a verdict.
+
+    Raises:
+        OptionError: If there are fewer than 25 draws.
+        NonFiniteError: If a weight is NaN, or all are zero.
+
+    Source: Vehtari et al. (2024), arXiv 1507.02646.
+    """
+    if num_samples < _MIN_SAMPLES:
+        raise OptionError(
+            f"`num_samples` must be at least {_MIN_SAMPLES}, for a tail to be seen; "
+            f"got {num_samples}. Take 1000 or more."
+        )
+    hybrid = posterior.hybrid_model(linearized=linearized)
+    q = posterior.get_posterior()
+    kwargs = dict(model_kwargs or {})
+    with torch.no_grad():
+        draws = q.sample(torch.Size([num_samples]))
+        found = [
+            _log_joint(hybrid, theta, args, kwargs)
+            for theta in tqdm(draws, "Weights", disable=not progress)
+        ]
+        raw = torch.stack(found).double() - q.log_prob(draws).double()
+    if bool(raw.isnan().any()) or not bool(raw.isfinite().any()):
+        raise NonFiniteError(
+            "Log weights must be numbers, and not all minus infinity; got "
+            f"{int(raw.isnan().sum())} NaN and {int(raw.isinf().sum())} infinite of "
+            f"{num_samples}. Check the model at draws of the posterior."
+        )
+    log_weights, k_hat = pareto_smoothed(raw)
+    size = float((-(2 * log_weights).logsumexp(0)).exp())
+    return ImportanceCheck(log_weights, draws, k_hat, size, linearized)
+
+
+def pareto_smoothed(
+    log_weights: Float[Tensor, " draws"],
+) -> tuple[Float[Tensor, " draws"], float]:
+    r"""Replaces the largest weights by quantiles of a Pareto distribution.
+
+    Args:
+        log_weights: Raw log weights, up to a constant, shape (K,).
+
+    Returns:
+        Normalized smoothed log weights, and :math:`\hat k`: minus infinity if all are
+        equal, infinity if too few differ for a fit.
+
+    Source: Vehtari et al. (2024), algorithm 1, arXiv 1507.02646.
+    """
+    raw = log_weights - log_weights.max()
+    count = len(raw)
+    if -float(raw.min()) < _EQUAL:
+        return raw - raw.logsumexp(0), -math.inf
+    num_tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+    values, order = raw.sort()
+    # The smallest float, lest a cutoff of zero stand for no exceedance at all.
+    smallest = torch.full_like(values[0], math.log(torch.finfo(raw.dtype).tiny))
+    cutoff = values[-num_tail - 1].maximum(smallest)
+    is_tail = values > cutoff
+    tail = values[is_tail]
+    if len(tail) < _MIN_TAIL:
+        return raw - raw.logsumexp(0), math.inf
+    k_hat, sigma = fit_generalized_pareto(tail.exp() - cutoff.exp())
+    if math.isfinite(k_hat):
+        places = (torch.arange(len(tail)).to(raw) + 0.5) / len(tail)
+        excess = _pareto_quantiles(places, k_hat, sigma)
+        smoothed = (excess + cutoff.exp()).log()
+        raw = raw.index_put((order[is_tail],), smoothed)
+        raw = raw.clamp(max=0.0)  # no weight above the largest raw one
+    return raw - raw.logsumexp(0), float(k_hat)
+
+
+def _pareto_quantiles(places: Tensor, k: float, sigma: float) -> Tensor:
+    if abs(k) < torch.finfo(places.dtype).eps:
+        return -sigma * (-places).log1p()
+    return sigma / k * torch.expm1(-k * (-places).log1p())
+
+
+def _log_joint(
+    hybrid: Callable[..., Any],
+    theta: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    given = poutine.condition(hybrid, data={SITE: theta})
+    with poutine.block():
+        return poutine.trace(given).get_trace(*args, **kwargs).log_prob_sum()
