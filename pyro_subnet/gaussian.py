@@ -40,7 +40,7 @@ class PrecisionGaussian:
     @property
     def size(self) -> int:
         """S, the number of dimensions."""
-        return self.loc.shape[-1]
+        return int(self.loc.shape[-1])  # a tensor while torch.jit traces
 
     def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
         r"""Turns standard normal noise into draws, :math:`\hat\theta + L^{-\top} z`.

@@ -1,0 +1,318 @@
+"""Networks as other libraries shape them: TyXe, torchvision, Hugging Face.
+
+Small stand-ins, written after those libraries' interfaces: none is needed here. Each is
+fitted, its precision compared with dense derivatives in float64, and predicts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from pyro_subnet import AutoSubnetLaplace
+from pyro_subnet.exceptions import NoObservedSiteWarning
+from pyro_subnet.nn import bayesianize, init_to_module
+from pyro_subnet.selection import LastLayer, RandomSubnet
+from tests.tolerances import tolerance
+
+Model = Callable[..., Any]
+AUTOGRAD = tolerance(torch.float64, "autograd")
+DOUBLE = torch.float64
+CLASSES = 3
+
+
+def categorical_precision(
+    logits: Callable[[dict[str, Tensor]], Tensor],
+    values: dict[str, Tensor],
+    chosen: dict[str, Tensor],
+) -> Tensor:
+    """GGN of softmax classes plus a standard normal prior, by dense derivatives."""
+    jac = torch.func.jacrev(logits)(values)
+    columns = [jac[site].flatten(2)[:, :, at] for site, at in chosen.items()]
+    rows = torch.cat(columns, dim=2)
+    p = logits(values).softmax(-1)
+    fisher = p.diag_embed() - p.unsqueeze(-1) * p.unsqueeze(-2)
+    ggn = torch.einsum("nci,ncd,ndj->ij", rows, fisher, rows)
+    return ggn + torch.eye(len(ggn), dtype=ggn.dtype)
+
+
+# ----------------------------------------------------------------------------------
+# TyXe: a network made Pyro's in place, a likelihood object, guides built from a model.
+
+
+class CategoricalLikelihood(PyroModule):
+    def __init__(self, dataset_size: int):
+        super().__init__()
+        self.dataset_size = dataset_size
+
+    def forward(self, logits: Tensor, obs: Tensor | None = None) -> Tensor:
+        with pyro.plate("data", self.dataset_size, subsample_size=len(logits)):
+            return pyro.sample("obs", dist.Categorical(logits=logits), obs=obs)
+
+
+class PytorchBNN(PyroModule):
+    """A network with priors on all its weights, and a guide of the network alone."""
+
+    def __init__(self, net: nn.Module, guide_builder: Callable[[Model], Any]):
+        super().__init__()
+        to_pyro_module_(net)
+        for module in net.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                prior = dist.Normal(torch.zeros_like(value), 1.0)
+                setattr(module, name, PyroSample(prior.to_event(value.ndim)))
+        self.net = net
+        self.net_guide = guide_builder(self.net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class VariationalBNN(PytorchBNN):
+    """The same with a likelihood: its model is that of the data."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: CategoricalLikelihood,
+        guide_builder: Callable[[Model], Any],
+    ):
+        super().__init__(net, guide_builder)
+        self.likelihood = likelihood
+
+    def model(self, x: Tensor, obs: Tensor | None = None) -> Tensor:
+        logits = self(x)
+        self.likelihood(logits, obs)
+        return logits
+
+
+def small_net() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    return layers.to(DOUBLE)
+
+
+def test_tyxe_variational_bnn() -> None:
+    x, y = torch.randn(15, 4, dtype=DOUBLE), torch.randint(CLASSES, (15,))
+    plain = small_net()
+    bnn = VariationalBNN(small_net(), CategoricalLikelihood(15), AutoSubnetLaplace)
+    guide = AutoSubnetLaplace(bnn.model, RandomSubnet(14))
+    svi = SVI(bnn.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(60):
+        svi.step(x, y)
+    posterior = guide.laplace_approximation(x, y)
+
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        named = {site.removeprefix("net."): v for site, v in values.items()}
+        return functional_call(plain, named, (x,))
+
+    expected = categorical_precision(
+        logits, posterior.median(), dict(posterior.subnet.indices)
+    )
+    found = posterior.get_posterior().precision_matrix
+    assert_close(found, expected, **AUTOGRAD)
+    draws = Predictive(posterior.linearized_model, guide=posterior, num_samples=5)(x)
+    assert draws["obs"].shape == (5, 15)
+
+
+def test_a_tyxe_guide_of_the_network_alone_says_what_it_misses() -> None:
+    """Pyro's guide, built so, has the prior for its posterior, and says nothing."""
+    x = torch.randn(15, 4, dtype=DOUBLE)
+    bnn = PytorchBNN(small_net(), AutoSubnetLaplace)
+    bnn.net_guide(x)
+    with pytest.warns(NoObservedSiteWarning, match="pass the full model"):
+        bnn.net_guide.laplace_approximation(x)
+
+
+# ----------------------------------------------------------------------------------
+# torchvision: stages of blocks, named as there.
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inplanes != planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inplanes, planes, 1, stride, bias=False),
+                nn.BatchNorm2d(planes),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self, widths: tuple[int, ...] = (4, 6)):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        inplanes = widths[0]
+        for i, planes in enumerate(widths, start=1):
+            stage = nn.Sequential(
+                BasicBlock(inplanes, planes, 1 if i == 1 else 2),
+                BasicBlock(planes, planes),
+            )
+            setattr(self, f"layer{i}", stage)
+            inplanes = planes
+        self.num_stages = len(widths)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(inplanes, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for i in range(1, self.num_stages + 1):
+            x = getattr(self, f"layer{i}")(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+@pytest.mark.filterwarnings(  # a share of so small a network is the weights at rest
+    "ignore::pyro_subnet.exceptions.NoOutputVarianceWarning"
+)
+@pytest.mark.parametrize(
+    "subnet", [RandomSubnet(25), LastLayer(), 0.01], ids=["random", "last", "share"]
+)
+def test_torchvision_resnet(subnet: Any) -> None:
+    """A trained network with in-place activations, taken as it is."""
+    net = ResNet().to(DOUBLE)
+    x = torch.randn(6, 3, 30, 30, dtype=DOUBLE)
+    y = torch.randint(CLASSES, (6,))
+    for _ in range(5):
+        net(x)  # fills the running statistics
+    net.eval()
+    bnn = bayesianize(net)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = bnn(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+    guide = AutoSubnetLaplace(model, subnet, init_loc_fn=init_to_module(net))
+    posterior = guide.laplace_approximation(x, y)
+
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, values, (x,))
+
+    expected = categorical_precision(
+        logits, posterior.median(), dict(posterior.subnet.indices)
+    )
+    found = posterior.get_posterior().precision_matrix
+    assert_close(found, expected, **AUTOGRAD)
+    assert posterior.output_distribution(x).event_shape == (CLASSES,)
+    assert_close(net(x), logits(posterior.median()), **AUTOGRAD)
+
+
+# ----------------------------------------------------------------------------------
+# Hugging Face: keyword dicts in, an ordered dict with attributes out.
+
+
+class ModelOutput(OrderedDict[str, Tensor]):
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class EncoderForSequenceClassification(nn.Module):
+    def __init__(self, vocabulary: int = 11, width: int = 8, length: int = 9):
+        super().__init__()
+        self.embeddings = nn.ModuleDict(
+            {
+                "word": nn.Embedding(vocabulary, width, padding_idx=0),
+                "position": nn.Embedding(length, width),
+            }
+        )
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(width, CLASSES)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ModelOutput | tuple[Tensor, ...]:
+        assert input_ids is not None
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.embeddings["word"](input_ids) + self.embeddings["position"](
+            places
+        )
+        hidden = self.norm(hidden)
+        scores = self.query(hidden) @ self.key(hidden).mT / hidden.shape[-1] ** 0.5
+        if attention_mask is not None:
+            hidden_mask = (1.0 - attention_mask[:, None, :].to(scores)) * -1e4
+            scores = scores + hidden_mask
+        hidden = hidden + self.dropout(scores.softmax(-1)) @ self.value(hidden)
+        logits = self.classifier(torch.tanh(hidden[:, 0]))
+        if not return_dict:
+            return (logits,)
+        return ModelOutput(logits=logits)
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_hugging_face_classifier(in_batches: bool) -> None:
+    net = EncoderForSequenceClassification().to(DOUBLE).eval()
+    batch = {
+        "input_ids": torch.randint(1, 11, (10, 7)),
+        "attention_mask": (torch.arange(7) < torch.arange(10).unsqueeze(1) % 5 + 3),
+    }
+    batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
+    labels = torch.randint(CLASSES, (10,))
+    bnn = bayesianize(net)
+
+    def model(
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        outputs = bnn(input_ids=input_ids, attention_mask=attention_mask)
+        with pyro.plate("data", len(input_ids)):
+            pyro.sample("label", dist.Categorical(logits=outputs.logits), obs=labels)
+        return outputs.logits
+
+    init = init_to_module(net)
+    guide = AutoSubnetLaplace(model, RandomSubnet(40), init_loc_fn=init)
+    if in_batches:
+        whole = {**batch, "labels": labels}
+        loader = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4, 8)]
+        posterior = guide.laplace_approximation_from(loader)
+    else:
+        posterior = guide.laplace_approximation(**batch, labels=labels)
+
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, values, (), dict(batch)).logits
+
+    expected = categorical_precision(
+        logits, posterior.median(), dict(posterior.subnet.indices)
+    )
+    found = posterior.get_posterior().precision_matrix
+    assert_close(found, expected, **AUTOGRAD)
+    distribution = posterior.output_distribution(**batch)
+    assert distribution.batch_shape == (10,)
+    draws = Predictive(posterior.linearized_model, guide=posterior, num_samples=4)
+    assert draws(**batch)["label"].shape == (4, 10)
