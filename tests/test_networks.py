@@ -1,7 +1,7 @@
-"""Networks as other libraries shape them: TyXe, torchvision, Hugging Face.
+"""Networks of other libraries: TyXe, torchvision's shape, Hugging Face.
 
-Small stand-ins, written after those libraries' interfaces: none is needed here. Each is
-fitted, its precision compared with dense derivatives in float64, and predicts.
+Each is fitted, its precision compared with dense derivatives in float64, and predicts.
+torchvision is a stand-in: it has no build for every CPU build of torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import tyxe
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.nn import PyroModule, PyroSample
-from pyro.nn.module import to_pyro_module_
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from transformers import BertConfig, BertForSequenceClassification
 
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.exceptions import NoObservedSiteWarning
@@ -27,7 +29,6 @@ from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LastLayer, RandomSubnet
 from tests.tolerances import tolerance
 
-Model = Callable[..., Any]
 AUTOGRAD = tolerance(torch.float64, "autograd")
 DOUBLE = torch.float64
 CLASSES = 3
@@ -52,60 +53,20 @@ def categorical_precision(
 # TyXe: a network made Pyro's in place, a likelihood object, guides built from a model.
 
 
-class CategoricalLikelihood(PyroModule):
-    def __init__(self, dataset_size: int):
-        super().__init__()
-        self.dataset_size = dataset_size
-
-    def forward(self, logits: Tensor, obs: Tensor | None = None) -> Tensor:
-        with pyro.plate("data", self.dataset_size, subsample_size=len(logits)):
-            return pyro.sample("obs", dist.Categorical(logits=logits), obs=obs)
-
-
-class PytorchBNN(PyroModule):
-    """A network with priors on all its weights, and a guide of the network alone."""
-
-    def __init__(self, net: nn.Module, guide_builder: Callable[[Model], Any]):
-        super().__init__()
-        to_pyro_module_(net)
-        for module in net.modules():
-            for name, value in list(module.named_parameters(recurse=False)):
-                prior = dist.Normal(torch.zeros_like(value), 1.0)
-                setattr(module, name, PyroSample(prior.to_event(value.ndim)))
-        self.net = net
-        self.net_guide = guide_builder(self.net)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class VariationalBNN(PytorchBNN):
-    """The same with a likelihood: its model is that of the data."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        likelihood: CategoricalLikelihood,
-        guide_builder: Callable[[Model], Any],
-    ):
-        super().__init__(net, guide_builder)
-        self.likelihood = likelihood
-
-    def model(self, x: Tensor, obs: Tensor | None = None) -> Tensor:
-        logits = self(x)
-        self.likelihood(logits, obs)
-        return logits
-
-
 def small_net() -> nn.Module:
     layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES))
     return layers.to(DOUBLE)
 
 
+def tyxe_prior() -> Any:
+    zero, one = torch.zeros((), dtype=DOUBLE), torch.ones((), dtype=DOUBLE)
+    return tyxe.priors.IIDPrior(dist.Normal(zero, one))
+
+
 def test_tyxe_variational_bnn() -> None:
     x, y = torch.randn(15, 4, dtype=DOUBLE), torch.randint(CLASSES, (15,))
-    plain = small_net()
-    bnn = VariationalBNN(small_net(), CategoricalLikelihood(15), AutoSubnetLaplace)
+    plain, likelihood = small_net(), tyxe.likelihoods.Categorical(15)
+    bnn = tyxe.VariationalBNN(small_net(), tyxe_prior(), likelihood, AutoNormal)
     guide = AutoSubnetLaplace(bnn.model, RandomSubnet(14))
     svi = SVI(bnn.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(60):
@@ -122,13 +83,13 @@ def test_tyxe_variational_bnn() -> None:
     found = posterior.get_posterior().precision_matrix
     assert_close(found, expected, **AUTOGRAD)
     draws = Predictive(posterior.linearized_model, guide=posterior, num_samples=5)(x)
-    assert draws["obs"].shape == (5, 15)
+    assert draws["likelihood.data"].shape == (5, 15)
 
 
 def test_a_tyxe_guide_of_the_network_alone_says_what_it_misses() -> None:
     """Pyro's guide, built so, has the prior for its posterior, and says nothing."""
     x = torch.randn(15, 4, dtype=DOUBLE)
-    bnn = PytorchBNN(small_net(), AutoSubnetLaplace)
+    bnn = tyxe.PytorchBNN(small_net(), tyxe_prior(), AutoSubnetLaplace)
     bnn.net_guide(x)
     with pytest.warns(NoObservedSiteWarning, match="pass the full model"):
         bnn.net_guide.laplace_approximation(x)
@@ -274,14 +235,31 @@ class EncoderForSequenceClassification(nn.Module):
         return ModelOutput(logits=logits)
 
 
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+    )
+    return BertForSequenceClassification(config)
+
+
 @pytest.mark.parametrize("in_batches", [False, True])
-def test_hugging_face_classifier(in_batches: bool) -> None:
-    net = EncoderForSequenceClassification().to(DOUBLE).eval()
+@pytest.mark.parametrize("make", [bert, EncoderForSequenceClassification])
+def test_hugging_face_classifier(
+    make: Callable[[], nn.Module], in_batches: bool
+) -> None:
+    net = make().to(DOUBLE).eval()
     batch = {
         "input_ids": torch.randint(1, 11, (10, 7)),
         "attention_mask": (torch.arange(7) < torch.arange(10).unsqueeze(1) % 5 + 3),
     }
     batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
+    batch["attention_mask"] = batch["attention_mask"].long()
     labels = torch.randint(CLASSES, (10,))
     bnn = bayesianize(net)
 
@@ -305,7 +283,8 @@ def test_hugging_face_classifier(in_batches: bool) -> None:
         posterior = guide.laplace_approximation(**batch, labels=labels)
 
     def logits(values: dict[str, Tensor]) -> Tensor:
-        return functional_call(net, values, (), dict(batch)).logits
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(net, values, (), dict(batch)).logits
 
     expected = categorical_precision(
         logits, posterior.median(), dict(posterior.subnet.indices)
