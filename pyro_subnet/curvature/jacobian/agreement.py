@@ -6,6 +6,8 @@ that couples its data, or whose layers have them on another axis, does not agree
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     OutputMap,
     agree,
-    directional_derivative,
     num_rows,
 )
 from pyro_subnet.curvature.jacobian.recording import (
@@ -21,6 +22,7 @@ from pyro_subnet.curvature.jacobian.recording import (
     NotLayered,
     Recording,
 )
+from pyro_subnet.grad_mode import differentiable
 
 # The checks draw one vector; any fixed seed serves.
 _SEED = 20_106_896
@@ -86,9 +88,9 @@ def check_gradient(recording: Recording, factors: Factors, rows: Tensor) -> None
 
 
 def check_separation(outputs: OutputMap) -> None:
-    """Compares the derivative at a few data with that at parts of them.
+    """Compares gradients of a few data with those of each part of them.
 
-    Along one random direction. With :func:`check_gradient` or :class:`MixtureCheck` on
+    For a random cotangent. With :func:`check_gradient` or :class:`MixtureCheck` on
     every group of data, and every group's values those of the whole call
     (:class:`~pyro_subnet.curvature.jacobian.recording.Recording`), it makes sure that
     groups may be differentiated by themselves. What those two miss is a derivative
@@ -104,30 +106,48 @@ def check_separation(outputs: OutputMap) -> None:
     stop = outputs.num_data
     start = max(0, stop - _FEW)
     middle = (start + stop) // 2
-    direction = _random((outputs.size,), outputs.loc)
+    try:
+        together = outputs.at(start, stop)
+        cotangents = [_random(value.shape, value) for value in together.reference]
+        for first, last in ((start, middle), (middle, stop)):
+            inside = slice(first - start, last - start)
+            own = [_of_data(u, together.num_data, inside) for u in cotangents]
+            alone = _gradient(outputs.at(first, last), own)
+            among = [torch.zeros_like(u) for u in cotangents]
+            for u, part in zip(among, own, strict=True):
+                _of_data(u, together.num_data, inside).copy_(part)
+            agrees = agree(alone, _gradient(together, among))
+            if not agrees:
+                raise NotLayered(_COUPLED)
+    except NotLayered:
+        raise
+    # On fewer data the user's code may fail in ways of its own.
+    except Exception as error:
+        raise NotLayered("fewer data do not pass the layers") from error
 
-    def derivative(first: int, last: int, forward_mode: bool) -> tuple[Tensor, ...]:
-        function = outputs.at(first, last).outputs
-        return directional_derivative(function, outputs.loc, direction, forward_mode)[1]
 
-    for forward_mode in (True, False):
-        try:
-            together = derivative(start, stop, forward_mode)
-            apart = [
-                derivative(start, middle, forward_mode),
-                derivative(middle, stop, forward_mode),
-            ]
-        # What an operation that cannot be transformed raises depends on it, and a model
-        # on fewer data may fail in ways of its own: a fixed plate size, a view.
-        except Exception:
-            continue
-        if all(
-            agree(torch.cat(parts), whole)
-            for whole, *parts in zip(together, *apart, strict=True)
-        ):
-            return
-        raise NotLayered(_COUPLED)
-    raise NotLayered("the model has no derivative along a direction, on fewer data")
+def _of_data(elements: Tensor, num_data: int, which: slice) -> Tensor:
+    """Elements of some data, a view."""
+    return elements.unflatten(0, (num_data, -1))[which].flatten(0, 1)
+
+
+def _gradient(outputs: OutputMap, cotangents: Sequence[Tensor]) -> Tensor:
+    """Gradient at the chosen elements, (S, 1), by plain reverse mode."""
+    leaves = {s: v.detach().requires_grad_() for s, v in outputs.base.items()}
+    with differentiable():
+        values = outputs.of_sites(leaves, None)
+    pairs = zip(values, cotangents, strict=True)
+    live = [(value, u.to(value)) for value, u in pairs if value.requires_grad]
+    if not live:
+        return outputs.loc.new_zeros(outputs.size, 1)
+    gradients = torch.autograd.grad(
+        [value for value, _ in live],
+        list(leaves.values()),
+        [u for _, u in live],
+        materialize_grads=True,
+    )
+    pieces = zip(gradients, outputs.chosen.values(), strict=True)
+    return torch.cat([part.flatten()[at] for part, at in pieces]).unsqueeze(-1)
 
 
 class MixtureCheck:
