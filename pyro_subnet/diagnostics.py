@@ -34,8 +34,8 @@ class ImportanceCheck:
         log_weights: Pareto-smoothed, normalized log weights of the draws, shape (K,).
         draws: The draws of the subnet, unconstrained, shape (K, S).
         k_hat: Shape of the generalized Pareto distribution that fits the largest raw
-            weights: of :math:`1/\hat k` moments of the weights there is no more than
-            a hope. Below 0.7, Monte Carlo estimates with these weights can be trusted.
+            weights, whose moments are finite below order :math:`1/\hat k`. Below 0.7,
+            Monte Carlo estimates with these weights can be trusted.
         effective_sample_size: How many independent draws of the exact posterior the
             weighted draws are worth, :math:`1 / \sum_k \tilde w_k^2`.
         linearized: Whether the exact posterior is that of the linearized model.
@@ -120,6 +120,8 @@ def importance_check(
     Runs the model once a draw. In many dimensions a mismatch that is small in each adds
     up: with hundreds of weights a large k-hat is common where predictions are fine, so
     read it as a bound on what weights can correct, and see held-out data beside it.
+    The prior is the model's own: a posterior under another prior precision
+    (``with_prior_precision``) is held against that.
 
     Args:
         posterior: The posterior.

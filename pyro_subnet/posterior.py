@@ -305,7 +305,8 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
 
         For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
         its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
-        elements, not of D.
+        elements, not of D. The log density is that of the model as it is written:
+        ``prior_scale`` does not enter.
 
         Args:
             linearized: Whether outputs are expanded to first order about the MAP. For

@@ -135,10 +135,10 @@ def _joined(blocks: Blocks) -> Iterator[Tensor]:
         few.append(block.rows)
         count += block.rows.shape[0] * block.rows.shape[1]
         if count >= _FEW_ROWS:
-            yield torch.cat(few)
+            yield _cat(few)
             few, count = [], 0
     if few:
-        yield torch.cat(few)
+        yield _cat(few)
 
 
 def _by_datum(call: ModelCall, moved: MovedParts, index: int, rows: Tensor) -> Tensor:
@@ -147,9 +147,12 @@ def _by_datum(call: ModelCall, moved: MovedParts, index: int, rows: Tensor) -> T
     per_datum = site.num_elements // call.num_data
     grouped = rows.unflatten(0, (-1, per_datum))
     widths = site.widths(moved[site.name])
-    return torch.cat(
-        [part.flatten(1, 2) for part in grouped.split(widths, dim=2)], dim=1
-    )
+    return _cat([part.flatten(1, 2) for part in grouped.split(widths, dim=2)], dim=1)
+
+
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """Joins tensors; a single one, which may be large, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _check_axis(call: ModelCall, moved: MovedParts) -> None:
