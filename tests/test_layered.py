@@ -541,6 +541,28 @@ def test_models_that_do_not_fit_take_another_route(
     assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("share", "is_dense", "in_order"),
+    [(0.6, True, False), (0.025, False, False), (0.008, False, True)],
+)
+def test_every_way_of_a_convolution(
+    share: float, is_dense: bool, in_order: bool
+) -> None:
+    """A dense block of channels, gathered products, and those of rows in order."""
+    x = images(8, 4, 3)
+    layers = nn.Sequential(nn.Conv2d(8, 150, 2), nn.Flatten(), nn.Linear(900, C))
+    outputs = output_map(layers, x, share=share).over(["0.weight"])
+    (column,) = recording(outputs).columns()
+    assert isinstance(column.entries, Contraction)
+    assert column.entries.dense == is_dense
+    assert (column.entries.q is None) == in_order
+    factors = random_factors(outputs)
+    expected = dense_rows(outputs, factors)
+    assert_close(rows_of(outputs, factors, "layered", LARGE), expected, **CLOSE)
+    squares = squared_columns(outputs, factors, LARGE)
+    assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
+
+
 class StoppedGradient(nn.Module):
     """Values follow single data; derivatives follow others too."""
 

@@ -40,6 +40,10 @@ _TRANSPOSED = (
 )
 
 
+# Shifted inputs are held entry by entry if they grow by no more.
+_GROWTH = 2
+
+
 @dataclass(frozen=True, eq=False)
 class _Geometry:
     """Where a kernel's offsets lie on the side that they shift over.
@@ -143,14 +147,15 @@ class _Kernel:
         """Entries at a kernel (out, in per group, *kernel): the input is shifted."""
         width, x = self.x.shape[1], self.x.detach()
         outs, p, pairs, q = self._plan(chosen, self.shape[1], width)
-        if is_dense(len(outs), len(pairs), len(chosen)):
+        many = len(chosen) > _GROWTH * len(pairs)
+        if many or is_dense(len(outs), len(pairs), len(chosen)):
             right = self.geometry.shifted(x, pairs % width, pairs // width)
 
             def left(delta: Tensor) -> Tensor:
                 return _of_rows(delta.flatten(2).index_select(1, outs), num_data)
 
             return Contraction(left, _of_rows(right, num_data), p, q, len(outs))
-        # Few entries share a channel: as many rows as there are entries.
+        # A row for each entry, in their order: then none is looked up for a product.
         by_offset, back = planned(q, "by offset", lambda: _sorting(q))
         pairs = pairs[q[by_offset]]
         right = self.geometry.shifted(x, pairs % width, pairs // width)
