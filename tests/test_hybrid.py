@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import arviz
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -518,6 +519,17 @@ def test_a_plain_kernel_runs() -> None:
         mcmc = MCMC(kernel, num_samples=5, warmup_steps=12, disable_progbar=True)
         mcmc.run(fit.x, fit.y)
         assert mcmc.get_samples()["subnet"].shape == (5, 4)
+
+
+def test_arviz_reads_a_chain() -> None:
+    fit = fitted("subsampled")
+    hybrid = fit.posterior.hybrid_model()
+    mcmc = MCMC(hybrid.nuts(), num_samples=6, warmup_steps=4, disable_progbar=True)
+    mcmc.run(fit.x, fit.y)
+    read = arviz.from_pyro(mcmc, log_likelihood=False)
+    draws = mcmc.get_samples()["subnet"]
+    assert_close(torch.as_tensor(read.posterior["subnet"].values[0]), draws, **EQUAL)
+    assert_close(torch.as_tensor(read.observed_data["y"].values), fit.y, **EQUAL)
 
 
 def test_chains_start_at_the_map_or_around_it() -> None:
