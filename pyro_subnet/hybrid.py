@@ -162,10 +162,6 @@ class HybridModel:
             )
         return found
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickling."""
-        return dict(self.__dict__)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has parameters of its own."""
         self.__dict__.update(state)

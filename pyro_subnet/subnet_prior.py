@@ -155,7 +155,7 @@ class SubnetPrior(dist.TorchDistribution):
             rows = [self._log_prior(row) for row in value.reshape(-1, value.shape[-1])]
             found = torch.stack(rows).reshape(value.shape[:-1])
         # `Predictive(parallel=True)` passes K draws without the axes of inner plates.
-        if found.numel() == self.batch_shape.numel():
+        if self.batch_shape and found.numel() == self.batch_shape.numel():
             return found.reshape(self.batch_shape)
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 

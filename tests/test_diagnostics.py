@@ -96,7 +96,7 @@ def test_a_wide_and_a_narrow_guide() -> None:
     ratio = p.det() / (q.det() * (2 * p - q).det()).sqrt()
     expected = 2000 / float(ratio)
     assert check.effective_sample_size == pytest.approx(expected, rel=0.02)
-    # Four times too narrow in every direction: the weights have no second moment.
+    # Some six times too narrow in every direction: the weights have no second moment.
     narrow = posterior.with_prior_precision(3e3)
     check = importance_check(narrow, x, y, num_samples=2000)
     assert check.k_hat > 0.7

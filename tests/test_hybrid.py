@@ -274,6 +274,7 @@ def test_log_density_of_many_values_at_once() -> None:
     rows = torch.stack([fit.theta() for _ in range(6)])
     expected = torch.stack([fn.log_prob(row) for row in rows])
     assert_close(fn.log_prob(rows.reshape(2, 3, -1)), expected.reshape(2, 3), **EQUAL)
+    assert_close(fn.log_prob(rows[:1]), expected[:1], **EQUAL)
     assert fn.sample(torch.Size([2, 3])).shape == (2, 3, 4)
 
 

@@ -116,8 +116,7 @@ def check_separation(outputs: OutputMap) -> None:
             among = [torch.zeros_like(u) for u in cotangents]
             for u, part in zip(among, own, strict=True):
                 _of_data(u, together.num_data, inside).copy_(part)
-            agrees = agree(alone, _gradient(together, among))
-            if not agrees:
+            if not agree(alone, _gradient(together, among)):
                 raise NotLayered(_COUPLED)
     except NotLayered:
         raise
