@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pyro_subnet.exceptions import NonFiniteError, OptionError
 from pyro_subnet.hybrid import SITE
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.trace import apart
 
 # A Pareto tail is not fitted to fewer weights, nor is smoothing of use.
 _MIN_TAIL, _MIN_SAMPLES = 5, 25
@@ -149,7 +150,7 @@ def importance_check(
     hybrid = posterior.hybrid_model(linearized=linearized)
     q = posterior.get_posterior()
     kwargs = dict(model_kwargs or {})
-    with torch.no_grad():
+    with torch.no_grad(), apart():
         draws = q.sample(torch.Size([num_samples]))
         found = [
             _log_joint(hybrid, theta, args, kwargs)

@@ -104,7 +104,7 @@ def run_model(
         The trace, with the model's return value at ``_RETURN``.
     """
     with (
-        _apart(),
+        apart(),
         _plain_attention(),
         pyro.validation_enabled(False),
         poutine.block(),
@@ -144,11 +144,14 @@ class _Substitute(Messenger):
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Keeps the param store and the open plates as they are.
 
     Plates that are open around the call would collide with the same plates inside it,
     so the allocator of their dimensions is set aside.
+
+    Yields:
+        Nothing; entries of the store that are made inside are gone afterwards.
     """
     store = pyro.get_param_store()
     known = set(store.keys())

@@ -147,6 +147,16 @@ def test_keyword_arguments_reach_the_model() -> None:
     assert mild.effective_sample_size != other.effective_sample_size
 
 
+def test_the_param_store_stays_as_it_was() -> None:
+    """The hybrid model's parameters, D numbers a check, are gone with the check."""
+    guide = AutoSubnetLaplace(linear, {"w": torch.tensor([1])})
+    x, y = torch.randn(20, 3, dtype=DOUBLE), torch.randn(20, dtype=DOUBLE)
+    posterior = guide.laplace_approximation(x, y)
+    before = set(pyro.get_param_store().keys())
+    importance_check(posterior, x, y, num_samples=25)
+    assert set(pyro.get_param_store().keys()) == before
+
+
 def checked(k_hat: float, count: int = 1000) -> ImportanceCheck:
     log_weights = torch.full((count,), -math.log(count), dtype=DOUBLE)
     draws = torch.zeros(count, 1, dtype=DOUBLE)
