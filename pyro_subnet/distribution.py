@@ -6,34 +6,27 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyro_subnet.gaussian import PrecisionGaussian
+from pyro_subnet.gaussian import Gaussian
 
 
-class PrecisionNormal(TorchDistribution):
-    r"""Multivariate normal held as the Cholesky factor L of its precision.
+class SubnetNormal(TorchDistribution):
+    """Multivariate normal over the subnet, in whatever form its precision is held.
 
-    Draws, log density and entropy need L alone; the covariance and its factor are
-    computed when they are asked for, anew each time.
+    Draws, log density and entropy need that form alone; the covariance, its factor and
+    the precision are computed when they are asked for, anew each time.
 
     Args:
-        loc: Mean, shape (S,).
-        precision_tril: L with :math:`P = L L^\top`, shape (S, S); only the lower
-            triangle is read.
+        gaussian: The normal without torch's interface.
         validate_args: As in every torch distribution.
     """
 
-    arg_constraints = {  # noqa: RUF012 - torch's own interface
-        "loc": constraints.real_vector,
-        "precision_tril": constraints.dependent(event_dim=2),
-    }
+    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012 - torch's own
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(
-        self, loc: Tensor, precision_tril: Tensor, validate_args: bool | None = None
-    ):
-        self.gaussian = PrecisionGaussian(loc, precision_tril)
-        super().__init__(torch.Size(), loc.shape, validate_args=validate_args)
+    def __init__(self, gaussian: Gaussian, validate_args: bool | None = None):
+        self.gaussian = gaussian
+        super().__init__(torch.Size(), gaussian.loc.shape, validate_args=validate_args)
 
     @property
     def loc(self) -> Tensor:
@@ -51,18 +44,13 @@ class PrecisionNormal(TorchDistribution):
         return self.gaussian.loc
 
     @property
-    def precision_tril(self) -> Tensor:
-        """L, lower triangular, shape (S, S)."""
-        return self.gaussian.precision_tril.tril()
-
-    @property
     def precision_matrix(self) -> Tensor:
-        r""":math:`P = L L^\top`, shape (S, S)."""
+        """Inverse of the covariance, shape (S, S)."""
         return self.gaussian.precision_matrix()
 
     @property
     def covariance_matrix(self) -> Tensor:
-        r""":math:`P^{-1}`, shape (S, S)."""
+        """Covariance, shape (S, S)."""
         return self.gaussian.covariance_matrix()
 
     @property

@@ -1,12 +1,13 @@
-r"""The precision :math:`G + s P_0` under any prior scale s, and its log determinant.
+r"""The Laplace evidence of the subnet, under any prior precision and noise scale.
 
-It is what the Laplace evidence asks for at every prior that is tried, and what changes
-with s there. G is the GGN and P0 the prior's precision at scale 1. One S x S buffer
-holds G in its strict upper triangle and a factor in its lower one; the diagonal of G
-stands beside it.
+Only what the fit has summed is read: no function here passes over the data.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -14,171 +15,257 @@ from torch import Tensor
 
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import OptionError, PrecisionError
-from pyro_subnet.gaussian import factor_precision_
-from pyro_subnet.memory import available_bytes
-from pyro_subnet.triangular import mirror_
+from pyro_subnet.fit_summary import FitSummary
+from pyro_subnet.forms.base import CurvatureForm
+from pyro_subnet.gaussian import Gaussian
+from pyro_subnet.subnet import Subnet
 
-# Scales from which on the eigenvalues cost less than a factor for each. By measurement,
-# in float32 and at S from 200 to 4,000, they take the time of 4 to 15 factors.
-_SCALES_FOR_EIGENVALUES = 10
-# The matrix of which they are sought, in float64, and LAPACK's copy of it.
-_EIGENVALUE_MATRICES = 2
+# What a prior precision may be multiplied by: one number for all sites, or one a site.
+SiteScales = float | Tensor | Mapping[str, float | Tensor]
 
 
-def restore_ggn_(
-    factor_and_ggn: Float[Tensor, "subnet subnet"],
-    ggn_diagonal: Float[Tensor, " subnet"],
-) -> None:
-    """Puts the GGN of the strict upper triangle into the lower one as well, in place.
+def log_evidence(
+    form: CurvatureForm,
+    summary: FitSummary,
+    prior_scale: Float[Tensor, ""] | Float[Tensor, " subnet"],
+    noise_scale: Float[Tensor, ""],
+    present_noise_scale: float,
+) -> Float[Tensor, ""]:
+    r"""Laplace's approximation of the log marginal likelihood.
 
-    Args:
-        factor_and_ggn: The buffer, shape (S, S).
-        ggn_diagonal: Diagonal of the GGN, shape (S,).
-    """
-    mirror_(factor_and_ggn.mT)
-    factor_and_ggn.diagonal().copy_(ggn_diagonal)
-
-
-def factor_scaled_(
-    ggn: Float[Tensor, "subnet subnet"],
-    ggn_diagonal: Float[Tensor, " subnet"],
-    prior: PriorPrecision,
-    scale: float,
-) -> None:
-    r"""Puts the factor of :math:`G + s P_0` into the lower triangle, in place.
-
-    The GGN stays in the strict upper one. Costs S^3/3 operations.
+    .. math:: \log p(D \mid \hat\theta) + \log p(\hat\theta) + \tfrac S2 \log 2\pi
+        - \tfrac12 \log\det P
 
     Args:
-        ggn: G in both triangles, shape (S, S).
-        ggn_diagonal: Its diagonal, shape (S,).
-        prior: P0.
-        scale: s, dimensionless.
-
-    Raises:
-        NonFiniteError: If an entry is NaN or infinite.
-        PrecisionError: If the precision is not positive definite.
-    """
-
-    def restore() -> None:
-        restore_ggn_(ggn, ggn_diagonal)
-        prior.add_to_lower_(ggn, scale)
-
-    prior.add_to_lower_(ggn, scale)
-    factor_precision_(ggn, _remedy(scale), restore)
-
-
-def log_det_precision(
-    factor_and_ggn: Float[Tensor, "subnet subnet"],
-    ggn_diagonal: Float[Tensor, " subnet"],
-    prior: PriorPrecision,
-    prior_scales: Tensor,
-) -> Float[Tensor, "..."]:
-    r"""Log determinant of :math:`G + s P_0` at each prior scale s.
-
-    Where P0 is a positive diagonal D and the scales are many, the eigenvalues
-    :math:`e_i` of :math:`D^{-1/2} G D^{-1/2}`, found once in float64, give all of them:
-
-    .. math:: \log\det (G + s D) = \sum_i \log (e_i + s) + \sum_i \log D_{ii}
-
-    That is about :math:`\tfrac43 S^3` operations and two S x S matrices in float64.
-    Elsewhere, and where these do not fit in memory, each scale takes a factor: S^3/3
-    operations, in one copy of the buffer and its dtype.
-
-    A GGN has no negative eigenvalue: one that is no further below zero than
-    :math:`S \epsilon\, e_{\max}`, the round-off of the buffer's dtype, counts as 0.
-
-    Args:
-        factor_and_ggn: The buffer, shape (S, S); it is left alone.
-        ggn_diagonal: Diagonal of the GGN, shape (S,).
-        prior: P0.
-        prior_scales: s, any floating point type and shape; positive and finite.
+        form: Curvature of likelihood and prior.
+        summary: The log joint density at the MAP.
+        prior_scale: s of each weight's prior, or of all: differentiable once.
+        noise_scale: r, what the model's noise is multiplied by: differentiable once.
+        present_noise_scale: The r that the curvature of ``form`` is at.
 
     Returns:
-        Shape of ``prior_scales``, float64, in nats, on the buffer's device. Not
-        differentiable.
+        Nats, float64.
+
+    Raises:
+        OptionError: If the noise is to be scaled and is not normal and fixed.
+        PrecisionError: If the precision, or a prior that is scaled, is not positive
+            definite.
+
+    Source: MacKay (1992), "A practical Bayesian framework for backpropagation
+    networks", doi 10.1162/neco.1992.4.3.448; Immer et al. (2021), arXiv 2104.04975.
+    """
+    size = len(summary.prior_gradient)
+    prior_scale, noise_scale = prior_scale.double().cpu(), noise_scale.double().cpu()
+    likelihood_scale = (present_noise_scale / noise_scale).square()
+    log_det: Tensor = _LogDet.apply(prior_scale, likelihood_scale, form)
+    return (
+        scaled_log_likelihood(summary, noise_scale)
+        + scaled_log_prior(summary, form.prior, prior_scale)
+        + 0.5 * size * math.log(2 * math.pi)
+        - 0.5 * log_det
+    )
+
+
+def scaled_log_likelihood(
+    summary: FitSummary, noise_scale: Float[Tensor, "*scales"]
+) -> Float[Tensor, "*scales"]:
+    r"""Log likelihood at the MAP with all noise multiplied by r.
+
+    .. math:: \log p(D) - W \log r + \tfrac12 E (1 - r^{-2})
+
+    with the weight W of the data and the energy E of :class:`FitSummary`.
+
+    Args:
+        summary: The log joint density at the MAP.
+        noise_scale: r, any shape.
+
+    Returns:
+        Nats, the same shape.
+
+    Raises:
+        OptionError: If r is not 1, and the noise is not normal and fixed.
+    """
+    if not summary.scales_noise:
+        if noise_scale.requires_grad or bool((noise_scale != 1).any()):
+            raise OptionError(
+                "A noise scale must be that of normal observed sites whose scale no "
+                "chosen weight moves; got other observed sites, or a noise in the "
+                "subnet, which the posterior knows already. Leave `noise_scale` out."
+            )
+        return torch.full_like(noise_scale, summary.log_likelihood)
+    excess = 0.5 * summary.noise_energy * (1 - noise_scale.pow(-2))
+    return summary.log_likelihood - summary.noise_weight * noise_scale.log() + excess
+
+
+def scaled_log_prior(
+    summary: FitSummary, prior: PriorPrecision, prior_scale: Tensor
+) -> Tensor:
+    r"""Log prior at the MAP with the subnet's precision multiplied by s.
+
+    .. math:: \log p(\hat\theta) + \tfrac12 \sum_i \log s_i
+        - \tfrac12 \sum_i (s_i - 1)\, g_i (P_0^{-1} g)_i
+
+    with the log prior's gradient g: exact for normal priors, whose quadratic form this
+    is. Any other prior is taken as the normal of the same value, gradient and curvature
+    at the MAP.
+
+    Args:
+        summary: The log joint density at the MAP.
+        prior: P0.
+        prior_scale: s, shape () or (S,), float64.
+
+    Returns:
+        Nats, float64.
+
+    Raises:
+        PrecisionError: If s is not 1, and the prior has no positive precision.
+    """
+    size = len(summary.prior_gradient)
+    if not prior_scale.requires_grad and bool((prior_scale == 1).all()):
+        return prior_scale.new_tensor(summary.log_prior)
+    energy = prior_energy(summary, prior)
+    logs, excess = prior_scale.log(), (prior_scale - 1) * energy
+    half = 0.5 * (logs.expand(size).sum() - excess.sum())
+    return summary.log_prior + half
+
+
+def prior_energy(
+    summary: FitSummary, prior: PriorPrecision
+) -> Float[Tensor, " subnet"]:
+    r"""Terms :math:`g_i (P_0^{-1} g)_i`, for a normal prior :math:`(\theta-m)^2 / v`.
+
+    Args:
+        summary: The log joint density at the MAP.
+        prior: P0.
+
+    Returns:
+        Shape (S,), float64, on the CPU.
+
+    Raises:
+        PrecisionError: If P0 is not positive definite.
+    """
+    gradient = summary.prior_gradient.cpu()
+    diagonal = prior.diagonal.to(torch.float64).cpu()
+    failed = bool((diagonal <= 0).any())
+    found = gradient / diagonal
+    if prior.coupled.numel() and not failed:
+        dense = torch.zeros(len(diagonal), len(diagonal), dtype=torch.float64)
+        on_cpu = PriorPrecision(
+            diagonal, prior.coupled.cpu(), prior.columns.to(torch.float64).cpu()
+        )
+        on_cpu.add_to_lower_(dense, 1.0)
+        factor, info = torch.linalg.cholesky_ex(dense)
+        failed = bool(info)
+        found = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+    if failed:
+        raise PrecisionError(
+            "A prior that is scaled must have a positive definite precision over the "
+            f"subnet; got one with diagonal entries from {float(diagonal.min()):.3e}. "
+            "Leave `prior_scale` at 1, or choose sites whose prior curves."
+        )
+    return gradient * found
+
+
+def prior_traces(gaussian: Gaussian, prior: PriorPrecision) -> Float[Tensor, " subnet"]:
+    r"""Diagonal of :math:`P^{-1} P_0`: how much of each weight is left to the prior.
+
+    Args:
+        gaussian: The Gaussian of precision P.
+        prior: P0.
+
+    Returns:
+        Shape (S,), float64, on the CPU.
+    """
+    traces = (gaussian.variance() * prior.diagonal).to(torch.float64)
+    at = prior.coupled
+    if at.numel():
+        unit = gaussian.loc.new_zeros(at.numel(), gaussian.size)
+        unit[torch.arange(at.numel(), device=at.device), at] = 1.0
+        # Columns of the covariance, and of P0 without its diagonal.
+        covariance = (gaussian.draw(gaussian.whiten(unit)) - gaussian.loc).mT
+        own = torch.zeros_like(prior.columns, dtype=torch.bool)
+        own[at, torch.arange(at.numel(), device=at.device)] = True
+        products = (covariance * prior.columns.masked_fill(own, 0.0)).double()
+        free = torch.ones_like(traces, dtype=torch.bool).index_fill(0, at, False)
+        traces += products.sum(1).where(free, 0.0)
+        traces[at] += products.sum(0)
+    return traces.cpu()
+
+
+def site_scales(
+    prior_scale: SiteScales, subnet: Subnet, name: str = "prior_scale"
+) -> Tensor:
+    """What each weight's prior precision is multiplied by.
+
+    Args:
+        prior_scale: One number, or ``{site: number}``; sites that are left out keep
+            the model's own prior precision.
+        subnet: The chosen elements.
+        name: The argument's name, for the message of an error.
+
+    Returns:
+        Shape () or (S,), float64, differentiable.
 
     Raises:
         OptionError: If a scale is not a positive finite number.
-        PrecisionError: If the precision at a scale is not positive definite.
-
-    Source: MacKay (1992), "Bayesian interpolation", doi 10.1162/neco.1992.4.3.415, for
-    the prior in the eigenvalues of the data's curvature.
+        SelectionError: If a site is not a latent site of the model.
     """
-    scales = _checked(prior_scales).to(factor_and_ggn.device)
-    if _eigenvalues_pay(factor_and_ggn, prior, scales.numel()):
-        eigenvalues = _eigenvalues(factor_and_ggn, ggn_diagonal, prior.diagonal)
-        found = _log_dets(eigenvalues, scales.flatten())
-        found += prior.diagonal.to(torch.float64).log().sum()
-        return found.reshape(scales.shape)
-    found, buffer = torch.empty_like(scales).flatten(), factor_and_ggn.clone()
-    for k, scale in enumerate(scales.flatten().tolist()):
-        restore_ggn_(buffer, ggn_diagonal)
-        factor_scaled_(buffer, ggn_diagonal, prior, scale)
-        found[k] = 2 * buffer.diagonal().to(torch.float64).log().sum()
-    return found.reshape(scales.shape)
+    if not isinstance(prior_scale, Mapping):
+        scale = torch.as_tensor(prior_scale, dtype=torch.float64)
+        _check_scale(scale, f"`{name}`")
+        return scale
+    for site, value in prior_scale.items():
+        subnet.layout.shape(site)
+        _check_scale(torch.as_tensor(value), f"`{name}` of site {site!r}")
+    parts = [
+        torch.as_tensor(prior_scale.get(site, 1.0), dtype=torch.float64).expand(count)
+        for site, count in subnet.counts.items()
+    ]
+    return torch.cat(parts)
 
 
-def _checked(prior_scales: Tensor) -> Tensor:
-    """The scales in float64, all of them positive and finite."""
-    if not prior_scales.is_floating_point():
+def _check_scale(scale: Tensor, name: str) -> None:
+    if scale.ndim or not bool(scale.isfinite() & (scale > 0)):
         raise OptionError(
-            "`prior_scales` must be a floating point tensor; got "
-            f"{prior_scales.dtype}. Pass `prior_scales.double()`."
+            f"{name} must be positive and finite; got {scale.tolist()}. Pass 1.0 for "
+            "the model's own prior precision."
         )
-    scales = prior_scales.detach().to(torch.float64)
-    flat = scales.flatten()
-    bad = (~(flat.isfinite() & (flat > 0))).nonzero().squeeze(-1)
-    if bad.numel():
-        first = int(bad[0])
-        raise OptionError(
-            f"`prior_scales` must be positive and finite; got {bad.numel()} of "
-            f"{flat.numel()} that are not (first {float(flat[first])} at {first}). "
-            "Pass 1.0 for the model's own prior precision."
-        )
-    return scales
 
 
-def _eigenvalues_pay(matrix: Tensor, prior: PriorPrecision, num_scales: int) -> bool:
-    """Whether the eigenvalues exist, cost less than the factors, and fit in memory."""
-    if num_scales < _SCALES_FOR_EIGENVALUES or prior.coupled.numel():
-        return False
-    if not bool((prior.diagonal > 0).all()):
-        return False
-    needed = _EIGENVALUE_MATRICES * 8 * matrix.numel()
-    return needed <= available_bytes(matrix.device)
+@final
+class _LogDet(torch.autograd.Function):
+    r""":math:`\log\det (c G + s P_0)`, once differentiable in s and c.
 
+    .. math:: \partial_{s_i} = (P^{-1} P_0)_{ii},\qquad
+        \partial_c = (S - \textstyle\sum_i s_i (P^{-1} P_0)_{ii}) / c
+    """
 
-def _eigenvalues(
-    factor_and_ggn: Tensor, ggn_diagonal: Tensor, prior_diagonal: Tensor
-) -> Tensor:
-    """Ascending, of D^-1/2 G D^-1/2; those below zero by round-off alone are 0."""
-    scaled = factor_and_ggn.to(torch.float64, copy=True)
-    scaled.diagonal().copy_(ggn_diagonal)
-    root = prior_diagonal.to(torch.float64).rsqrt()
-    scaled.mul_(root).mul_(root.unsqueeze(-1))
-    # G is above the diagonal, a factor below it.
-    found = torch.linalg.eigvalsh(scaled, UPLO="U")
-    round_off = len(found) * torch.finfo(factor_and_ggn.dtype).eps * found[-1]
-    return found.masked_fill((found < 0) & (found >= -round_off), 0.0)
+    @staticmethod
+    def forward(
+        ctx: Any, prior_scale: Tensor, likelihood_scale: Tensor, form: CurvatureForm
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        s, c = prior_scale.detach(), float(likelihood_scale)
+        needs = any(ctx.needs_input_grad[:2])
+        if not s.ndim and not needs:
+            size = len(form.prior.diagonal)
+            find = form.log_det_function(1)
+            return size * math.log(c) + find(s / c).cpu()
+        scaled = form.rescaled(float(s) if not s.ndim else s, c)
+        gaussian = scaled.gaussian(form.prior.diagonal)
+        if needs:
+            traces = prior_traces(gaussian, form.prior)
+            ctx.save_for_backward(traces, s, likelihood_scale)
+        return 2 * gaussian.half_log_det().to(torch.float64).cpu()
 
-
-def _log_dets(eigenvalues: Tensor, scales: Tensor) -> Tensor:
-    """Sums over the eigenvalues e of log(e + s), for each s."""
-    smallest, least = float(eigenvalues[0]), float(scales.min())
-    if not smallest + least > 0:
-        raise PrecisionError(
-            f"Posterior precision at S={len(eigenvalues)} must be positive definite; "
-            f"got smallest eigenvalue {smallest + least:.3e} times the prior's "
-            f"precision at scale {least:g}. {_remedy(least)}"
-        )
-    # One by one, so that many scales take no matrix.
-    return torch.stack([(eigenvalues + scale).log().sum() for scale in scales])
-
-
-def _remedy(scale: float) -> str:
-    return (
-        "Train closer to the MAP, raise the prior's precision (now "
-        f"{scale:g} times the model's), or choose another subnet: a weight that "
-        "neither the data nor the prior curve has no Gaussian."
-    )
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, output_gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if output_gradient is None:
+            return None, None, None
+        traces, s, c = ctx.saved_tensors
+        along_s = traces if s.ndim else traces.sum()
+        along_c = (len(traces) - (s * traces).sum()) / c
+        return output_gradient * along_s, output_gradient * along_c, None

@@ -1,4 +1,4 @@
-r"""A Gaussian held as one Cholesky factor of its precision.
+r"""What a Gaussian over the subnet is, and the one held as a factor of its precision.
 
 With :math:`P = L L^\top` the covariance :math:`\Sigma = L^{-\top} L^{-1}` is never
 formed: draws, log density, marginal and projected variances are triangular solves.
@@ -7,6 +7,7 @@ formed: draws, log density, marginal and projected variances are triangular solv
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,8 +25,83 @@ _BLOCK_ROWS = 512
 _MAX_EIGENVALUE_SIZE = 4096
 
 
+class Gaussian(ABC):
+    """A normal distribution over S dimensions, however its precision is held.
+
+    Attributes:
+        loc: Mean, shape (S,).
+    """
+
+    loc: Float[Tensor, " subnet"]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """S, the number of dimensions."""
+
+    @abstractmethod
+    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
+        """Turns standard normal noise into draws.
+
+        Args:
+            noise: Standard normal, shape (..., S).
+
+        Returns:
+            Draws of the same shape; differentiable in ``noise`` and ``loc``.
+        """
+
+    @abstractmethod
+    def log_prob(
+        self, value: Float[Tensor, "*batch subnet"]
+    ) -> Float[Tensor, "*batch"]:
+        """Log density.
+
+        Args:
+            value: Shape (..., S).
+
+        Returns:
+            Shape (...), in nats.
+        """
+
+    @abstractmethod
+    def half_log_det(self) -> Float[Tensor, ""]:
+        """Half the log determinant of the precision."""
+
+    @abstractmethod
+    def variance(self) -> Float[Tensor, " subnet"]:
+        """Marginal variances, shape (S,)."""
+
+    @abstractmethod
+    def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
+        r"""Maps rows of a Jacobian to rows whose inner products are covariances.
+
+        Args:
+            jac: J, shape (..., S).
+
+        Returns:
+            W with :math:`W W^\top = J \Sigma J^\top`, shape (..., S).
+        """
+
+    @abstractmethod
+    def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        """P, shape (S, S)."""
+
+    @abstractmethod
+    def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        """The inverse of P, shape (S, S)."""
+
+    @abstractmethod
+    def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
+        """Lower Cholesky factor of the covariance, shape (S, S)."""
+
+    def entropy(self) -> Float[Tensor, ""]:
+        """Returns the differential entropy in nats."""
+        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
+        return constant - self.half_log_det()
+
+
 @dataclass(frozen=True, eq=False)
-class PrecisionGaussian:
+class PrecisionGaussian(Gaussian):
     r"""The Gaussian :math:`N(\hat\theta_S, P^{-1})` with :math:`P = L L^\top`.
 
     Attributes:
@@ -79,11 +155,6 @@ class PrecisionGaussian:
     def half_log_det(self) -> Float[Tensor, ""]:
         r"""Returns :math:`\frac12 \log\det P = \sum_i \log L_{ii}`."""
         return self.precision_tril.diagonal().log().sum()
-
-    def entropy(self) -> Float[Tensor, ""]:
-        """Returns the differential entropy in nats."""
-        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
-        return constant - self.half_log_det()
 
     def variance(self) -> Float[Tensor, " subnet"]:
         r"""Marginal variances :math:`\operatorname{diag} \Sigma`, shape (S,).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import pyro
@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.fit_options import Covariance, Curvature, FitOptions
 from pyro_subnet.full_precision import at_least_float32, full_precision
-from pyro_subnet.laplace import (
-    CURVATURES,
-    Curvature,
-    subnet_curvature,
-    whole_subnet,
-)
+from pyro_subnet.laplace import subnet_curvature, whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.selection import LargestVariance, Mask
@@ -70,12 +66,21 @@ class AutoSubnetLaplace(AutoContinuous):
             does not fit them. ``"hessian"`` is exact, costs S passes and may not be
             positive definite; with ``subnet=None`` it gives what
             ``AutoLaplaceApproximation`` does.
+        covariance: ``"full"``; or, as references to compare with, that of a diagonal
+            (``"diag"``) or Kronecker-factored (``"kron"``) precision, which cost no
+            S x S matrix and so serve for all weights.
+        form: How a full covariance is held. ``"primal"``: as one S x S factor.
+            ``"dual"``: by an R x R kernel of the R = N C rows of the weighted
+            Jacobian, R S numbers, for small data and large subnets. ``"auto"``: dual
+            where that costs less in memory, fit and prediction, at R below about S / 5.
+            Both give the same posterior.
 
     Raises:
         SelectionError: If ``subnet`` is a number that is no size.
-        OptionError: If ``subnet`` or ``curvature`` is nothing known.
+        OptionError: If an option is nothing known.
 
-    Source: Daxberger et al. (2021), arXiv 2010.14689.
+    Source: Daxberger et al. (2021), arXiv 2010.14689; Ritter, Botev and Barber (2018),
+    "A scalable Laplace approximation for neural networks", for ``"kron"``.
     """
 
     def __init__(
@@ -85,13 +90,10 @@ class AutoSubnetLaplace(AutoContinuous):
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         curvature: Curvature = "ggn",
+        covariance: Covariance = "full",
+        form: Literal["auto", "primal", "dual"] = "auto",
     ):
-        if curvature not in CURVATURES:
-            raise OptionError(
-                f"`curvature` must be one of {', '.join(map(repr, CURVATURES))}; got "
-                f"{curvature!r}. Leave it out for the GGN."
-            )
-        self.curvature = curvature
+        self.options = FitOptions(curvature, covariance, form)
         self._selector = _selector(subnet)
         self._user_model = (model,)
         super().__init__(model, init_loc_fn)
@@ -277,8 +279,6 @@ class AutoSubnetLaplace(AutoContinuous):
         latents = Latents.from_guide(self, self.loc.detach().clone())
         model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
         if self._selector is None:
-            size = latents.layout.num_params
-            check_factor_fits(size, dtype, latents.loc.device)
             subnet = whole_subnet(latents)
         else:
             subnet = self._selector(self, data)
@@ -288,8 +288,9 @@ class AutoSubnetLaplace(AutoContinuous):
                     f"{type(subnet).__name__}. Build one with "
                     "`Subnet.from_positions(guide.latents.layout, positions)`."
                 )
+        if self.options.needs_matrix(data):
             check_factor_fits(subnet.size, dtype, latents.loc.device)
-        curvature = subnet_curvature(model, latents, subnet, data, kind=self.curvature)
+        curvature = subnet_curvature(model, latents, subnet, data, self.options)
         return AutoSubnetMultivariateNormal.from_curvature(
             self, model, latents.loc, subnet, curvature
         )

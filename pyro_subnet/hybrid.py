@@ -22,9 +22,9 @@ from pyro.infer import NUTS
 from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
-from pyro_subnet.distribution import PrecisionNormal
+from pyro_subnet.distribution import SubnetNormal
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.gaussian import PrecisionGaussian
+from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.subnet_prior import GivenSites, SubnetPrior, SubnetSites
@@ -75,7 +75,7 @@ class HybridModel:
         model: Model,
         latents: Latents,
         subnet: Subnet,
-        gaussian: PrecisionGaussian,
+        gaussian: Gaussian,
         *,
         linearized: bool = False,
     ):
@@ -175,7 +175,7 @@ class HybridGuide:
         gaussian: The posterior over the subnet.
     """
 
-    def __init__(self, gaussian: PrecisionGaussian):
+    def __init__(self, gaussian: Gaussian):
         self._gaussian = gaussian
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class HybridGuide:
         """
         return {SITE: pyro.sample(SITE, self.get_posterior())}
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> PrecisionNormal:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
         """The posterior over the subnet, unconstrained.
 
         Args:
@@ -200,7 +200,7 @@ class HybridGuide:
         Returns:
             A normal distribution over (S,).
         """
-        return PrecisionNormal(self._gaussian.loc, self._gaussian.precision_tril)
+        return SubnetNormal(self._gaussian)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The MAP of the subnet.

@@ -3,12 +3,12 @@ r"""Curvature of the negative log joint over the data: likelihood plus prior."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.ggn import add_ggn_, ggn_diagonal
+from pyro_subnet.curvature.ggn import GGNSum, Held, ggn_diagonal
 from pyro_subnet.curvature.hessian import subtract_hessian_
 from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
@@ -23,6 +23,8 @@ from pyro_subnet.curvature.prior import (
 )
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.fit_options import Curvature, FitOptions
+from pyro_subnet.fit_summary import FitSummary, SummaryTally, prior_gradient
 from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.log_likelihood import log_likelihood_map
 from pyro_subnet.memory import DEFAULT_BUDGET
@@ -30,25 +32,31 @@ from pyro_subnet.model_call import Graph, ModelCall, MovedParts
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
 
-Curvature = Literal["ggn", "ggn-mc", "ef", "hessian"]
-CURVATURES: tuple[str, ...] = get_args(Curvature)
-
 
 @dataclass(frozen=True, eq=False)
 class SubnetCurvature:
-    """Both parts of the posterior precision over a subnet.
+    r"""Both parts of the posterior precision over a subnet.
 
     Attributes:
-        ggn: That of the likelihood, summed over the data, shape (S, S), nats per
-            parameter squared. Symmetric, in its lower triangle; what stands above the
-            diagonal has no meaning.
+        ggn: That of the likelihood, G, summed over the data, in nats per parameter
+            squared, as ``held`` says.
+        held: ``"matrix"``: shape (S, S), in the lower triangle; what stands above the
+            diagonal has no meaning. ``"rows"``: W of shape (R, S) with
+            :math:`G = W^\top W`. ``"diagonal"``: that of G, shape (S,).
         prior: Negative Hessian of the log prior, unscaled.
         has_outputs: Whether the model has any observed site.
+        moves_outputs: Whether the curvature of the likelihood is anywhere nonzero.
+        summary: The log joint density at the MAP.
+        options: How it was asked for.
     """
 
     ggn: Tensor
+    held: Held
     prior: PriorPrecision
     has_outputs: bool
+    moves_outputs: bool
+    summary: FitSummary
+    options: FitOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +77,8 @@ def subnet_curvature(
     latents: Latents,
     subnet: Subnet,
     data: Data,
+    options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     *,
-    kind: Curvature = "ggn",
     budget: int = DEFAULT_BUDGET,
 ) -> SubnetCurvature:
     r"""One pass over the data: the likelihood's curvature, and P0.
@@ -90,34 +98,52 @@ def subnet_curvature(
         latents: Its latent sites at the MAP.
         subnet: The chosen elements.
         data: The training data.
-        kind: Which curvature of the likelihood.
+        options: Which curvature, and how it is wanted.
         budget: Bytes of Jacobian and activations that may be held at once.
 
     Returns:
-        Curvature, in its lower triangle, and prior precision.
+        Curvature, in its lower triangle or as rows, prior precision and summary.
+
+    Raises:
+        MemoryLimitError: If the matrix is wanted and does not fit.
+        OptionError: If rows are asked for where there are none.
 
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
-    tally, prior = _Tally(data), list[PriorPrecision]()
+    tally, prior, gradient = _Tally(data), list[PriorPrecision](), list[Tensor]()
     dtype = at_least_float32(latents.loc.dtype)
-    ggn = latents.loc.new_zeros(subnet.size, subnet.size, dtype=dtype)
+    like, kind = latents.loc.new_empty(0, dtype=dtype), options.curvature
+    total = GGNSum(subnet.size, like, options.held_as)
     for args, kwargs in data.calls("GGN"):
         call = ModelCall.read(model, latents, args, kwargs)
         graph = call.graph()
         terms = tally.check(call, graph)
         if not prior:
             prior.append(prior_precision(terms, graph.leaves, subnet, budget).to(dtype))
+            gradient.append(prior_gradient(terms, graph.leaves, subnet))
+            total.meet(prior[0], kind)
         moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
         del graph, terms  # frees the activations before the Jacobian needs the room
+        tally.summary.add(call, moved, not data.whole)
         if any(moved.values()) and call.num_data:
             weighted = _Weighted(call, subnet, moved, activations, not data.whole)
             if kind == "hessian":
-                subtract_hessian_(ggn, weighted.log_likelihood(1.0), budget)
+                subtract_hessian_(total.matrix(), weighted.log_likelihood(1.0), budget)
             else:
-                add_ggn_(ggn, *weighted.rows(kind), budget)
-    ggn.mul_(tally.scale())
-    return SubnetCurvature(ggn, prior[0], tally.has_outputs)
+                total.add(*weighted.rows(kind), budget)
+    scale = tally.scale()
+    summary = tally.summary.finish(scale, tally.log_prior or 0.0, gradient[0])
+    ggn, held = total.finish(scale)
+    return SubnetCurvature(
+        ggn,
+        held,
+        prior[0],
+        tally.has_outputs,
+        _is_nonzero(ggn, held),
+        summary,
+        options,
+    )
 
 
 def diagonal_curvature(
@@ -155,6 +181,12 @@ def diagonal_curvature(
             weighted = _Weighted(call, everything, moved, activations, not data.whole)
             ggn += ggn_diagonal(*weighted.rows(kind), budget)
     return DiagonalCurvature(ggn * tally.scale(), prior[0].to(torch.float64))
+
+
+def _is_nonzero(ggn: Tensor, held: Held) -> bool:
+    # A positive semidefinite matrix is zero where its diagonal is.
+    part = ggn.diagonal() if held == "matrix" else ggn
+    return bool((part != 0).any())
 
 
 def whole_subnet(latents: Latents) -> Subnet:
@@ -209,6 +241,7 @@ class _Tally:
         self.data = data
         self.seen = 0
         self.log_prior: float | None = None
+        self.summary = SummaryTally()
         self.has_outputs = False
 
     def check(self, call: ModelCall, graph: Graph) -> list[DensityTerm]:

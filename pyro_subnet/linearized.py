@@ -2,6 +2,7 @@ r"""The user's model with its outputs expanded to first order about the MAP."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +42,13 @@ class LinearizedModel:
     Args:
         model: The user's model.
         latents: Its latent sites at the MAP.
+        noise_scale: What the scale of normal observed sites is multiplied by.
 
     Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
     """
 
-    def __init__(self, model: Model, latents: Latents):
+    def __init__(self, model: Model, latents: Latents, noise_scale: float = 1.0):
+        self._noise_scale = noise_scale
         self._model = model
         self._latents = latents
         self._expander = Expander()
@@ -68,7 +71,8 @@ class LinearizedModel:
         draws = Draws(call, self._parents)
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
-        with _LinearizedOutputs(call, draws, tangents, factors):
+        noise = self._noise_scale
+        with _LinearizedOutputs(call, draws, tangents, factors, noise):
             returned = self._model(*args, **kwargs)
         leaves, spec = tree_flatten(returned)
         shifted = [
@@ -97,12 +101,14 @@ class _LinearizedOutputs(Messenger):
         draws: Draws,
         tangents: Mapping[Key, Tensor],
         log_factors: Mapping[str, Tensor],
+        noise_scale: float,
     ):
         super().__init__()
         self.call = call
         self.draws = draws
         self.tangents = tangents
         self.log_factors = log_factors
+        self.log_noise = math.log(noise_scale)
         self.latent_values = call.latents.constrain(call.latents.values)
         self._own_values: dict[str, Tensor] = {}
 
@@ -149,6 +155,8 @@ class _LinearizedOutputs(Messenger):
             wide = (*shape, value.shape[-1])
             batch_dim = len(shape) - taken.event_dim
             outputs[part] = value + self.draws.spread(piece, wide, batch_dim)
+        if self.log_noise and site.family.distribution is torch.distributions.Normal:
+            outputs["log_scale"] = outputs["log_scale"] + self.log_noise
         msg["fn"] = rebuilt(taken, site.family, outputs)
 
     def _pyro_post_sample(self, msg: Message) -> None:

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.distribution import PrecisionNormal
-from pyro_subnet.evidence import factor_scaled_, log_det_precision, restore_ggn_
+from pyro_subnet.curvature_guide import CurvatureGuide
+from pyro_subnet.data import Data
+from pyro_subnet.evidence import site_scales
 from pyro_subnet.exceptions import (
-    ModelError,
     NoObservedSiteWarning,
     NoOutputVarianceWarning,
     OptionError,
     warn,
 )
+from pyro_subnet.forms.registry import form_of, updated_form
 from pyro_subnet.full_precision import full_precision
-from pyro_subnet.gaussian import PrecisionGaussian
 from pyro_subnet.hybrid import HybridModel
-from pyro_subnet.laplace import SubnetCurvature
+from pyro_subnet.laplace import SubnetCurvature, subnet_curvature
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.predictive import output_distribution
-from pyro_subnet.state import copied, portable_state, sharing
-from pyro_subnet.subnet import Subnet, place_elements
-from pyro_subnet.trace import Latents, Model
-from pyro_subnet.triangular import mirror_
-
-# What the guide's own set-up found out about the model's sites.
-_PROTOTYPE = (
-    "prototype_trace",
-    "_prototype_frames",
-    "_unconstrained_shapes",
-    "_cond_indep_stacks",
-    "latent_dim",
-)
+from pyro_subnet.state import sharing
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.trace import Model
+from pyro_subnet.tuning import tune_noise, tune_prior, tune_site_priors
 
 
-class AutoSubnetMultivariateNormal(AutoContinuous):
+class AutoSubnetMultivariateNormal(CurvatureGuide):
     r"""Laplace posterior of a subnet, as a guide over the user's own sites.
 
     Made by :meth:`AutoSubnetLaplace.laplace_approximation
@@ -50,22 +39,16 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
     every latent vector here, has shape (S,): the subnet in packing order,
     unconstrained. Elements outside the subnet sit at the MAP.
 
-    One S x S buffer holds everything: the factor L of the precision in its lower
-    triangle, and the GGN in the strict upper one, which no triangular solve reads. So
-    another prior precision needs neither the data nor a second matrix.
+    Nothing here changes a posterior: tuning and updates give a new one.
 
     Attributes:
         loc: The MAP, packed, shape (D,), unconstrained.
-        prior_scale: What the model's prior precision is multiplied by.
+        prior_scale: What the model's prior precision is multiplied by, over the
+            subnet: a number, or one for each site named.
+        noise_scale: What the model's normal noise is multiplied by.
+        options: How the curvature was asked for.
+        tuning: How a scale was chosen, in a posterior that tuning has given.
     """
-
-    def __init__(self, model: Model, prototype: AutoContinuous):
-        super().__init__(model)
-        self._user_model = (model,)
-        for name in _PROTOTYPE:
-            setattr(self, name, getattr(prototype, name))
-        self.prior_scale = 1.0
-        self.explained_variance: float | None = None
 
     @classmethod
     def from_curvature(
@@ -83,8 +66,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
             model: The user's model.
             loc: The MAP, packed, shape (D,).
             subnet: The chosen elements.
-            curvature: GGN in the lower triangle of a matrix that becomes the guide's
-                buffer, and prior precision.
+            curvature: Of likelihood and prior; its tensors become the guide's.
 
         Returns:
             The posterior guide.
@@ -93,199 +75,161 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
             PrecisionError: If the precision is not positive definite.
             NonFiniteError: If it is not finite.
         """
-        diagonal = curvature.ggn.diagonal().clone()
-        _warn_about_curvature(diagonal, curvature.has_outputs)
-        mirror_(curvature.ggn)
-        factor_scaled_(curvature.ggn, diagonal, curvature.prior, 1.0)
+        _warn_about_curvature(curvature)
         new = cls(model, prototype)
         new.explained_variance = subnet.explained_variance
-        new._register(
-            loc=loc,
-            subnet_positions=subnet.flat,
-            factor_and_ggn=curvature.ggn,
-            ggn_diagonal=diagonal,
-            prior_diagonal=curvature.prior.diagonal,
-            prior_coupled=curvature.prior.coupled,
-            prior_columns=curvature.prior.columns,
-        )
+        new._register(loc=loc, subnet_positions=subnet.flat)
+        new._hold(form_of(curvature), curvature.summary)
+        new.options = curvature.options
         return new
-
-    def _register(self, **buffers: Tensor) -> None:
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    @property
-    def user_model(self) -> Model:
-        """The model, as the user wrote it.
-
-        Raises:
-            ModelError: If the guide was unpickled, which leaves the model behind.
-        """
-        if self._user_model is None:
-            raise ModelError(
-                "A posterior must know its model for this; got one that was unpickled, "
-                "and a pickle leaves the model behind. Give it back with "
-                "`posterior.with_model(model)`."
-            )
-        return self._user_model[0]
-
-    def with_model(self, model: Model) -> AutoSubnetMultivariateNormal:
-        """The same posterior with a model, which a pickle leaves behind.
-
-        Args:
-            model: The model that the posterior was fitted to.
-
-        Returns:
-            A new guide that shares this one's tensors.
-        """
-        new = sharing(self)
-        new.__dict__.update(_model=(model,), _user_model=(model,))
-        return new
-
-    @property
-    def latents(self) -> Latents:
-        """The latent sites at the MAP."""
-        return Latents.from_guide(self, self.loc)
-
-    @property
-    def subnet(self) -> Subnet:
-        """The chosen elements."""
-        layout = self.latents.layout
-        return Subnet(layout, self.subnet_positions, self.explained_variance)
-
-    @property
-    def prior_precision(self) -> PriorPrecision:
-        """Negative Hessian of the model's log prior over the subnet, unscaled."""
-        return PriorPrecision(
-            self.prior_diagonal, self.prior_coupled, self.prior_columns
-        )
-
-    @property
-    def gaussian(self) -> PrecisionGaussian:
-        """The Gaussian over the subnet, without Pyro's interface."""
-        return PrecisionGaussian(
-            self.loc.index_select(0, self.subnet_positions).to(self.factor_and_ggn),
-            self.factor_and_ggn,
-        )
-
-    def ggn(self) -> Tensor:
-        """The generalized Gauss-Newton matrix, shape (S, S), summed over the data."""
-        ggn = self.factor_and_ggn.clone()
-        restore_ggn_(ggn, self.ggn_diagonal)
-        return ggn
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> PrecisionNormal:
-        """The posterior over the subnet, unconstrained.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
-
-        Returns:
-            A normal distribution over (S,).
-        """
-        gaussian = self.gaussian
-        return PrecisionNormal(gaussian.loc, gaussian.precision_tril)
-
-    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.gaussian.loc, self.gaussian.variance().sqrt()
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The MAP of every latent site, constrained, in tensors of their own.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
-
-        Returns:
-            ``{site: value of the site's shape}``.
-        """
-        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
-
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Sites with their unconstrained values, from values of the subnet.
-
-        A site without chosen elements keeps its own shape: plates broadcast it without
-        copying it for every draw.
-
-        Yields:
-            Prototype nodes and unconstrained values.
-        """
-        chosen = self.subnet.indices
-        counts = [within.numel() for within in chosen.values()]
-        pieces = dict(zip(chosen, latent.split(counts, dim=-1), strict=True))
-        base = self.latents.values
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            value = base[name]
-            if name in chosen:
-                event_dim = site["fn"].event_dim + value.ndim - site["value"].ndim
-                piece = pieces[name]
-                value = place_elements(value, chosen[name], piece, event_dim)
-            yield site, value
 
     @full_precision()
-    def with_prior_precision(self, scale: int | float) -> AutoSubnetMultivariateNormal:
-        """The posterior under a prior of other precision, at the same MAP.
-
-        Takes no pass over the data: one copy of the S x S matrix, which is factored in
-        place.
+    def tune_prior_precision(
+        self,
+        method: Literal["evidence", "nll"] = "evidence",
+        *,
+        val: Any = None,
+        per_site: bool = False,
+        bounds: tuple[float, float] = (1e-6, 1e6),
+    ) -> AutoSubnetMultivariateNormal:
+        """The posterior under the prior precision that serves best, at the same MAP.
 
         Args:
-            scale: What the model's own prior precision is multiplied by, positive;
-                factors do not accumulate over repeated calls.
+            method: ``"evidence"``: the highest :meth:`log_marginal_likelihood`;
+                ``"nll"``: the lowest negative log predictive density of held-out data,
+                by :meth:`predictive_distribution`.
+            val: Held-out data for ``"nll"``: what one call of the model takes.
+            per_site: One scale for each site in place of one for all, by the evidence.
+            bounds: Least and largest scale.
+
+        Returns:
+            A new posterior guide, whose ``tuning`` holds all that was tried.
+
+        Raises:
+            OptionError: If an option is not known, or ``val`` does not fit the method.
+            PrecisionError: If no scale gives a posterior.
+
+        Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence.
+        """
+        _check_method(method, val, per_site)
+        if method == "nll":
+            raise NotImplementedError
+        elif per_site:
+            tuning = tune_site_priors(
+                self.form, self.summary, self.subnet, self.noise_scale, bounds
+            )
+        else:
+            tuning = tune_prior(self.form, self.summary, self.noise_scale, bounds)
+        new = self.with_prior_precision(tuning.by_site or tuning.best)
+        new.tuning = tuning
+        return new
+
+    @full_precision()
+    def tune_noise_scale(
+        self,
+        method: Literal["evidence", "nll"] = "evidence",
+        *,
+        val: Any = None,
+        bounds: tuple[float, float] = (1e-3, 1e3),
+    ) -> AutoSubnetMultivariateNormal:
+        """The posterior under the normal noise that serves best, at the same MAP.
+
+        Args:
+            method: As for :meth:`tune_prior_precision`.
+            val: As there.
+            bounds: Least and largest factor of the model's noise.
+
+        Returns:
+            A new posterior guide, whose ``tuning`` holds all that was tried.
+
+        Raises:
+            OptionError: As for :meth:`with_noise_scale`, and of unknown options.
+            PrecisionError: If no scale gives a posterior.
+        """
+        _check_method(method, val)
+        if method == "nll":
+            raise NotImplementedError
+        else:
+            scales = site_scales(self.prior_scale, self.subnet)
+            tuning = tune_noise(
+                self.form, self.summary, scales, self.noise_scale, bounds
+            )
+        new = self.with_noise_scale(tuning.best)
+        new.tuning = tuning
+        return new
+
+    def update(
+        self, *args: Any, forgetting: float = 1.0, **kwargs: Any
+    ) -> AutoSubnetMultivariateNormal:
+        r"""The posterior after more data, seen in one call of the model.
+
+        .. math:: P = \gamma G + \sum_{n\ \text{new}} w_n J_n^\top \Lambda_n J_n + s P_0
+
+        With :math:`\gamma = 1` it equals the fit to all data at once at the same MAP,
+        which stays where it is.
+
+        Args:
+            args: Positional arguments of the model, with the new data alone.
+            forgetting: γ in (0, 1]: what the old data's log likelihood is multiplied
+                by.
+            kwargs: Keyword arguments of the model.
 
         Returns:
             A new posterior guide.
 
         Raises:
-            OptionError: If the scale is not a positive finite number.
-            PrecisionError: If the precision is not positive definite.
+            OptionError: If ``forgetting`` is outside (0, 1].
+            SubnetError: As for :meth:`AutoSubnetLaplace.laplace_approximation`.
+
+        Source: Ritter, Botev and Barber (2018), arXiv 1805.07810, for adding curvature
+        as tasks come; they move the MAP as well.
         """
-        scale = float(scale)
-        if not (math.isfinite(scale) and scale > 0):
-            raise OptionError(
-                f"`scale` must be positive and finite; got {scale}. Pass 1.0 for the "
-                "model's own prior precision."
-            )
-        ggn = self.ggn()
-        factor_scaled_(ggn, self.ggn_diagonal, self.prior_precision, scale)
-        new = sharing(self)
-        new.prior_scale = scale
-        new.factor_and_ggn = ggn
-        return new
+        return self._updated(Data.single(args, kwargs), forgetting)
 
-    @full_precision()
-    def log_det_precision(self, prior_scales: Tensor) -> Tensor:
-        r"""Log determinant of the precision at each of many prior precisions.
-
-        .. math:: \log\det (G + s P_0)
-
-        with the GGN G and the model's own prior precision P0: what tuning the prior by
-        the evidence needs, without a pass over the data. From about ten scales on, one
-        eigenvalue decomposition in float64 serves all of them. For fewer, for a prior
-        that couples weights, and where memory is short, each takes a factorization in
-        the posterior's dtype, as in :meth:`with_prior_precision`.
+    def update_from(
+        self,
+        batches: Iterable[Any],
+        *,
+        num_data: int | None = None,
+        forgetting: float = 1.0,
+        progress: bool = False,
+    ) -> AutoSubnetMultivariateNormal:
+        """The posterior after more data, from minibatches that show each datum once.
 
         Args:
-            prior_scales: Each s that the model's own prior precision is multiplied by,
-                positive: a floating point tensor of any shape. ``prior_scale`` of this
-                posterior does not enter.
+            batches: As for :meth:`AutoSubnetLaplace.laplace_approximation_from`.
+            num_data: As there.
+            forgetting: As for :meth:`update`.
+            progress: Whether to show a progress bar.
 
         Returns:
-            Shape of ``prior_scales``, float64, in nats. Not differentiable. Where the
-            posterior is float32, so is its GGN: eigenvalues below about 1e-7 of its
-            largest are noise, and so is what a smaller s adds to them.
-
-        Raises:
-            OptionError: If a scale is not a positive finite number.
-            PrecisionError: If the precision at a scale is not positive definite.
-
-        Source: MacKay (1992), "Bayesian interpolation", doi 10.1162/neco.1992.4.3.415,
-        for the eigenvalues.
+            A new posterior guide.
         """
-        return log_det_precision(
-            self.factor_and_ggn, self.ggn_diagonal, self.prior_precision, prior_scales
+        data = Data(batches, whole=False, num_data=num_data, progress=progress)
+        return self._updated(data, forgetting)
+
+    @torch.inference_mode(False)
+    @full_precision()
+    def _updated(self, data: Data, forgetting: float) -> AutoSubnetMultivariateNormal:
+        if not 0.0 < forgetting <= 1.0:
+            raise OptionError(
+                f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep "
+                "all that was known."
+            )
+        more = subnet_curvature(
+            self.user_model,
+            self.latents,
+            self.subnet,
+            data,
+            self._options_to_add(),
         )
+        new = sharing(self)
+        new.tuning = None
+        form = updated_form(
+            self.form, more, forgetting, self._scales(), self.noise_scale
+        )
+        new._hold(form, self.summary.plus(more.summary, forgetting))
+        return new
 
     @property
     def linearized_model(self) -> LinearizedModel:
@@ -294,11 +238,14 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         A Pyro model with the user's signature and sites: observed sites have
         distribution parameters :math:`\eta(\hat\theta) + J (\theta - \hat\theta)`;
         deterministic sites and tensors that the model returns are expanded likewise.
-        Works in ``Predictive``, also with ``parallel=True``.
+        Works in ``Predictive``, also with ``parallel=True``. Normal noise is multiplied
+        by ``noise_scale``.
 
         Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
         """
-        return LinearizedModel(self.user_model, self.latents)
+        return LinearizedModel(
+            self.user_model, self.latents, noise_scale=self.noise_scale
+        )
 
     def hybrid_model(self, linearized: bool = False) -> HybridModel:
         """The hybrid model: the subnet one latent site, other weights parameters.
@@ -306,7 +253,7 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
         For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
         its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
         elements, not of D. The log density is that of the model as it is written:
-        ``prior_scale`` does not enter.
+        ``prior_scale`` and ``noise_scale`` do not enter.
 
         Args:
             linearized: Whether outputs are expanded to first order about the MAP. For
@@ -366,26 +313,37 @@ class AutoSubnetMultivariateNormal(AutoContinuous):
             joint=joint,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickling: without the model, and without touching this guide."""
-        return portable_state(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoSubnetMultivariateNormal:
-        """A copy that shares the model."""
-        return copied(self, memo)
-
-
-def _warn_about_curvature(ggn_diagonal: Tensor, has_outputs: bool) -> None:
-    if not has_outputs:
+def _warn_about_curvature(curvature: SubnetCurvature) -> None:
+    if not curvature.has_outputs:
         warn(
             "The model has no observed site, so the posterior is the prior's curvature "
             "alone. If a likelihood is hidden by `poutine.block`, pass the full model.",
             NoObservedSiteWarning,
         )
-    elif not bool((ggn_diagonal != 0).any()):
+    elif not curvature.moves_outputs:
         warn(
             "The subnet moves no output at any training input: there the predictive "
             "is the MAP's. Its weights may still matter on other inputs; choose more "
             "weights, or another selector, to have variance on these.",
             NoOutputVarianceWarning,
+        )
+
+
+def _check_method(method: str, val: Any, per_site: bool = False) -> None:
+    if method not in ("evidence", "nll"):
+        raise OptionError(
+            f"`method` must be 'evidence' or 'nll'; got {method!r}. Leave it out for "
+            "the evidence."
+        )
+    if (method == "nll") != (val is not None):
+        raise OptionError(
+            "`val` must be given for method='nll', and only there; got "
+            f"method={method!r} and {'no' if val is None else 'some'} `val`. Pass "
+            "held-out data, such as `val=(x, y)`, with method='nll'."
+        )
+    if per_site and method == "nll":
+        raise OptionError(
+            "`per_site` must go with method='evidence'; got method='nll', for which a "
+            "search over many scales would fit the held-out data. Leave it out."
         )

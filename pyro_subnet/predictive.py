@@ -17,7 +17,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 )
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.exceptions import ModelError
-from pyro_subnet.gaussian import PrecisionGaussian
+from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall, MovedParts
 from pyro_subnet.subnet import Subnet
@@ -32,7 +32,7 @@ def output_distribution(
     model: Model,
     latents: Latents,
     subnet: Subnet,
-    gaussian: PrecisionGaussian,
+    gaussian: Gaussian,
     call_arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
     *,
     joint: bool,
@@ -106,7 +106,7 @@ def _normal(loc: Tensor, factor: Tensor) -> dist.MultivariateNormal:
 
 
 def _whitened(
-    call: ModelCall, moved: MovedParts, outputs: OutputMap, gaussian: PrecisionGaussian
+    call: ModelCall, moved: MovedParts, outputs: OutputMap, gaussian: Gaussian
 ) -> Iterator[Tensor]:
     r"""Rows :math:`L^{-1} j`, (data, C, S), in groups of data."""
     blocks = jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET)

@@ -87,7 +87,7 @@ class Case:
             start = stop
         return values
 
-    def guide(self, subnet: Any = None, curvature: Any = "ggn") -> AutoSubnetLaplace:
+    def guide(self, subnet: Any = None, **options: Any) -> AutoSubnetLaplace:
         """A guide at the point, not set up yet; ``subnet`` may list positions."""
         if isinstance(subnet, list):
             subnet = self.positions_by_site(subnet)
@@ -95,9 +95,7 @@ class Case:
         init = init_to_value(
             values={site: value.to(self.like) for site, value in values}
         )
-        return AutoSubnetLaplace(
-            self.model, subnet, init_loc_fn=init, curvature=curvature
-        )
+        return AutoSubnetLaplace(self.model, subnet, init_loc_fn=init, **options)
 
     def positions_by_site(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Packed positions as a user gives them: flat ones within each site."""

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import PrecisionError
+from pyro_subnet.fit_options import CURVATURES, Curvature, FitOptions
 from pyro_subnet.laplace import (
-    Curvature,
     diagonal_curvature,
     subnet_curvature,
     whole_subnet,
@@ -89,7 +89,12 @@ def likelihood_curvature(
     call, chosen = read_call(case, subnet)
     data = Data.single(case.args, case.kwargs)
     found = subnet_curvature(
-        case.model, call.latents, chosen, data, kind=kind, budget=budget
+        case.model,
+        call.latents,
+        chosen,
+        data,
+        FitOptions(kind, form="primal"),
+        budget=budget,
     )
     return found.ggn.tril() + found.ggn.tril(-1).mT
 
@@ -219,12 +224,11 @@ def test_sampled_labels_give_the_ggn_on_average(name: str) -> None:
     args = tuple(repeated(arg, copies) for arg in case.args)
     data = Data.single(args, repeated(case.kwargs, copies))
     lower = torch.tril_indices(3, 3).unbind()
+    options = FitOptions("ggn-mc", form="primal")
     torch.manual_seed(5)
     means = torch.stack(
         [
-            subnet_curvature(case.model, call.latents, chosen, data, kind="ggn-mc").ggn[
-                lower
-            ]
+            subnet_curvature(case.model, call.latents, chosen, data, options).ggn[lower]
             / copies
             for _ in range(count)
         ]

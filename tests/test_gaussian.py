@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet.distribution import PrecisionNormal
+from pyro_subnet.distribution import SubnetNormal
 from pyro_subnet.exceptions import NonFiniteError, PrecisionError
 from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
 from tests.cases import draw
@@ -37,7 +37,7 @@ def factored(precision: Tensor) -> Tensor:
 
 def pair(
     size: int, dtype: torch.dtype = torch.float64
-) -> tuple[PrecisionNormal, MultivariateNormal]:
+) -> tuple[SubnetNormal, MultivariateNormal]:
     """Ours in a dtype, and torch's in float64.
 
     What stands in the strict upper triangle of the factor must not be read.
@@ -45,7 +45,9 @@ def pair(
     loc, precision = draw(size + 1, size), precision_matrix(size)
     factor = factored(precision)
     factor = factor + 100.0 * draw(size + 2, size, size).triu(1)
-    ours = PrecisionNormal(loc.to(dtype), factor.to(dtype), validate_args=True)
+    ours = SubnetNormal(
+        PrecisionGaussian(loc.to(dtype), factor.to(dtype)), validate_args=True
+    )
     return ours, MultivariateNormal(loc, precision_matrix=precision)
 
 
@@ -158,10 +160,10 @@ def test_gradients_of_the_log_density() -> None:
 def test_samples_are_reparameterized() -> None:
     loc = draw(2, 4).requires_grad_()
     factor = torch.linalg.cholesky(precision_matrix(4))
-    draws = PrecisionNormal(loc, factor).rsample(torch.Size([3]))
+    draws = SubnetNormal(PrecisionGaussian(loc, factor)).rsample(torch.Size([3]))
     (gradient,) = torch.autograd.grad(draws.sum(), loc)
     assert_close(gradient, torch.full_like(loc, 3.0))
-    assert not PrecisionNormal(loc, factor).sample().requires_grad
+    assert not SubnetNormal(PrecisionGaussian(loc, factor)).sample().requires_grad
 
 
 NUM_DRAWS = 20_000
@@ -249,4 +251,7 @@ def test_values_are_validated() -> None:
     with pytest.raises(ValueError, match="within the support"):
         ours.log_prob(torch.full((5,), torch.nan, dtype=torch.float64))
     with pytest.raises(ValueError, match="Expected parameter loc"):
-        PrecisionNormal(torch.tensor([torch.nan]), torch.eye(1), validate_args=True)
+        SubnetNormal(
+            PrecisionGaussian(torch.tensor([torch.nan]), torch.eye(1)),
+            validate_args=True,
+        )

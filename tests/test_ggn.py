@@ -20,6 +20,7 @@ from pyro_subnet.curvature.ggn import ggn_diagonal
 from pyro_subnet.curvature.jacobian.output_map import OutputMap, identity_factors
 from pyro_subnet.curvature.jacobian.route import Route, choose_route, jacobian_blocks
 from pyro_subnet.data import Data
+from pyro_subnet.fit_options import FitOptions
 from pyro_subnet.laplace import diagonal_curvature, subnet_curvature
 from pyro_subnet.nn import bayesianize
 from pyro_subnet.subnet import Subnet
@@ -143,7 +144,10 @@ def test_ggn_and_prior_at_any_budget(name: str, budget: int) -> None:
     case = CASES[name](DOUBLE)
     call, chosen = read_call(case, case.scattered())
     data = Data.single(case.args, case.kwargs)
-    found = subnet_curvature(case.model, call.latents, chosen, data, budget=budget)
+    options = FitOptions(form="primal")
+    found = subnet_curvature(
+        case.model, call.latents, chosen, data, options, budget=budget
+    )
     order = chosen.flat.tolist()
     expected = case.ggn()[order][:, order].tril()
     assert_close(found.ggn.tril(), expected, **DOUBLE_TOLERANCE)

@@ -746,8 +746,13 @@ def test_dtype_is_kept_throughout(dtype: torch.dtype) -> None:
     assert gaussian.entropy().dtype == dtype
     for values in (posterior.median(), posterior.quantiles([0.1]), posterior(x)):
         assert {value.dtype for value in values.values()} == {dtype}
-    buffers = [b for b in posterior.buffers() if b.is_floating_point()]
-    assert {b.dtype for b in buffers} == {dtype}
+    buffers = {
+        buffer.dtype
+        for name, buffer in posterior.named_buffers()
+        # Sums over many data, and what is compared with them, keep their digits.
+        if buffer.is_floating_point() and name not in posterior.summary.tensors()
+    }
+    assert buffers == {dtype}
     assert torch.get_default_dtype() == torch.float32
     result = Predictive(posterior.linearized_model, guide=posterior, num_samples=2)(x)
     assert {value.dtype for value in result.values()} == {dtype}

@@ -2,6 +2,9 @@ r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the data of one call."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,7 +14,15 @@ from pyro_subnet.curvature.jacobian.route import (
     jacobian_blocks,
     squared_columns,
 )
+from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.dual_curvature import dual_pays
+from pyro_subnet.exceptions import OptionError
+from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.triangular import add_gram_
+
+# How a curvature is asked for, and how it is held in the end.
+Form = Literal["auto", "primal", "dual", "diagonal"]
+Held = Literal["matrix", "rows", "diagonal"]
 
 # Blocks of fewer rows are put together before they are added: an update reads and
 # writes the whole triangle, which takes longer than the products of a few rows, and
@@ -70,3 +81,99 @@ def ggn_diagonal(
         Shape (D,), float64: sums over many data keep their digits.
     """
     return squared_columns(outputs, factors, budget)
+
+
+class GGNSum:
+    r"""The sum :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, in the form that is wanted.
+
+    Attributes:
+        form: Which: see :func:`~pyro_subnet.laplace.subnet_curvature`. ``"auto"``
+            becomes one of the others once that is decided.
+    """
+
+    def __init__(self, size: int, like: Tensor, form: Form):
+        self.form = form
+        self._size = size
+        self._like = like
+        self._rows: list[Tensor] = []
+        self._total: Tensor | None = None
+
+    def meet(self, prior: PriorPrecision, kind: str) -> None:
+        """Settles what the prior and the kind of curvature decide.
+
+        Args:
+            prior: P0.
+            kind: Of the curvature; ``"hessian"`` has no rows.
+
+        Raises:
+            OptionError: If rows are asked for, and these have none.
+        """
+        positive = not prior.coupled.numel() and bool((prior.diagonal > 0).all())
+        if self.form == "dual" and not (positive and kind != "hessian"):
+            found = (
+                "an exact Hessian"
+                if kind == "hessian"
+                else "a prior that couples weights or does not curve"
+            )
+            raise OptionError(
+                "`form='dual'` must have a Gauss-Newton curvature and a prior whose "
+                f"precision is a positive diagonal; got {found}. Pass `form='primal'`."
+            )
+        if self.form == "auto" and not (positive and kind != "hessian"):
+            self.form = "primal"
+
+    def add(self, outputs: OutputMap, factors: Factors, budget: int) -> None:
+        """Adds one call.
+
+        Args:
+            outputs: The subnet's outputs in this call.
+            factors: As for :func:`add_ggn_`.
+            budget: Bytes of Jacobian and activations that may be held at once.
+        """
+        if self.form == "auto":
+            held = sum(len(rows) for rows in self._rows)
+            more = sum(factor.shape[0] * factor.shape[1] for factor in factors)
+            if not dual_pays(held + more, self._size, self._like.dtype):
+                self.form = "primal"
+        if self.form == "diagonal":
+            squares = ggn_diagonal(outputs, factors, budget)
+            self._total = squares if self._total is None else self._total + squares
+        elif self.form == "primal":
+            add_ggn_(self.matrix(), outputs, factors, budget)
+        else:
+            for block in jacobian_blocks(outputs, factors, budget):
+                self._rows.append(block.rows.flatten(0, 1).to(self._like))
+
+    def matrix(self) -> Tensor:
+        """The sum so far, to be added to in its lower triangle, shape (S, S).
+
+        Returns:
+            The buffer itself.
+
+        Raises:
+            MemoryLimitError: If it does not fit.
+        """
+        if self._total is None:
+            check_factor_fits(self._size, self._like.dtype, self._like.device)
+            self._total = self._like.new_zeros(self._size, self._size)
+            for rows in self._rows:
+                add_gram_(self._total, rows)
+            self._rows = []
+        return self._total
+
+    def finish(self, scale: float) -> tuple[Tensor, Held]:
+        """The sum over all data.
+
+        Args:
+            scale: What the sum over the seen data is multiplied by.
+
+        Returns:
+            The sum, and how it is held.
+        """
+        if self.form == "diagonal":
+            total = self._like.new_zeros(self._size, dtype=torch.float64)
+            return (total if self._total is None else self._total) * scale, "diagonal"
+        if self.form == "primal" or (self.form == "auto" and not self._rows):
+            return self.matrix().mul_(scale), "matrix"
+        rows = self._rows or [self._like.new_zeros(0, self._size)]
+        return torch.cat(rows).mul_(scale**0.5), "rows"

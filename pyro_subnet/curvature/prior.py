@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_subnet.exceptions import OptionError
 from pyro_subnet.grad_mode import differentiable
 from pyro_subnet.subnet import Subnet
 
@@ -60,6 +61,38 @@ class PriorPrecision:
         """
         return PriorPrecision(
             self.diagonal.to(dtype), self.coupled, self.columns.to(dtype)
+        )
+
+    def scaled(self, scale: float | Tensor) -> PriorPrecision:
+        """The precision multiplied by a scale.
+
+        Args:
+            scale: One number, or one for each element, shape (S,), where elements that
+                couple share one.
+
+        Returns:
+            P0, scaled.
+
+        Raises:
+            OptionError: If elements that couple have different scales.
+        """
+        if not isinstance(scale, Tensor):
+            return PriorPrecision(
+                scale * self.diagonal, self.coupled, scale * self.columns
+            )
+        scale = scale.to(self.diagonal)
+        theirs = scale[self.coupled]
+        differ = (self.columns != 0) & (scale.unsqueeze(-1) != theirs)
+        if bool(differ.any()):
+            row, column = differ.nonzero()[0].tolist()
+            raise OptionError(
+                "Elements that the prior couples must have one prior scale; got "
+                f"{float(scale[row]):g} and {float(theirs[column]):g} at positions "
+                f"{row} and {int(self.coupled[column])} of the subnet. Give their "
+                "sites the same scale."
+            )
+        return PriorPrecision(
+            scale * self.diagonal, self.coupled, theirs * self.columns
         )
 
     def add_to_lower_(

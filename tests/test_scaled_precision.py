@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetMultivariateNormal, evidence
+from pyro_subnet import AutoSubnetMultivariateNormal, scaled_precision
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.evidence import log_det_precision
 from pyro_subnet.exceptions import OptionError, PrecisionError
+from pyro_subnet.scaled_precision import log_det_precision
 from tests.cases import CASES, DOUBLE, Case, draw, regression_mlp
 from tests.tolerances import tolerance
 
@@ -44,7 +44,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def record(name: str) -> Callable[..., Any]:
-        original = getattr(evidence, name)
+        original = getattr(scaled_precision, name)
 
         def recorded(*args: Any) -> Any:
             done.append(name)
@@ -53,12 +53,12 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return recorded
 
     for name in (EIGENVALUES, FACTOR):
-        monkeypatch.setattr(evidence, name, record(name))
+        monkeypatch.setattr(scaled_precision, name, record(name))
     return done
 
 
 def fitted(case: Case, positions: list[int]) -> AutoSubnetMultivariateNormal:
-    guide = case.guide(positions)
+    guide = case.guide(positions, form="primal")
     return guide.laplace_approximation(*case.args, **case.kwargs)
 
 
@@ -248,7 +248,7 @@ def test_without_room_for_two_float64_matrices_it_factors(
     positions = case.scattered()
     posterior = fitted(case, positions)
     free = 2 * 8 * len(positions) ** 2 - missing
-    monkeypatch.setattr(evidence, "available_bytes", lambda device: free)
+    monkeypatch.setattr(scaled_precision, "available_bytes", lambda device: free)
     scales = torch.logspace(-1, 4, 12, dtype=torch.float64)
     found = posterior.log_det_precision(scales)
     assert work == ([FACTOR] * 12 if missing else [EIGENVALUES])

@@ -1,0 +1,1 @@
+"""Ways to hold a posterior's curvature, each ready for any prior precision."""

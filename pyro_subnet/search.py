@@ -1,0 +1,147 @@
+"""A bounded search over one positive number, which keeps a record of what it tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.exceptions import OptionError, PrecisionError
+
+# Points of the first pass, one and a half to a decade between the default bounds, and
+# golden-section steps of the second, which leave 0.618^24, 1e-5, of the best interval.
+_GRID = 19
+_STEPS = 24
+_GOLDEN = (math.sqrt(5) - 1) / 2
+NUM_TRIED = _GRID + 2 + _STEPS
+# A scale that is this close to a bound, in logarithms, counts as being there.
+AT_BOUND = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """How a scale was chosen.
+
+    Attributes:
+        method: ``"evidence"`` or ``"nll"``.
+        scales: Every scale that was tried, in that order, shape (K,); with one for
+            each site, shape (K, sites).
+        objective: The objective at each, shape (K,): the log evidence in nats, or the
+            mean negative log predictive density of a held-out datum; infinite where
+            the posterior does not exist.
+        best: The scale that was chosen; the geometric mean where there is one a site.
+        by_site: One for each site, where those were chosen.
+        at_bound: Whether it is one of the bounds: the best may lie outside.
+    """
+
+    method: str
+    scales: Float[Tensor, "..."]
+    objective: Float[Tensor, " tried"]
+    best: float
+    at_bound: bool
+    by_site: Mapping[str, float] | None = None
+
+
+def minimize(
+    loss: Callable[[float], float],
+    bounds: tuple[float, float],
+    method: str,
+    sign: float = 1.0,
+) -> Tuning:
+    """Minimizes a function of one positive number, in its logarithm.
+
+    A grid over the bounds finds the best interval, so that several local minima do no
+    harm where they are wider than a step; golden sections shrink it.
+
+    Args:
+        loss: The function. A ``PrecisionError``, NaN or infinity counts as infinite.
+        bounds: Least and largest number.
+        method: What to call the objective.
+        sign: What the recorded objective is multiplied by.
+
+    Returns:
+        What was tried, and the best of it.
+
+    Raises:
+        OptionError: If the bounds are not positive, finite and in order.
+        PrecisionError: If the loss is finite nowhere on the grid.
+    """
+    low, high = check_bounds(bounds)
+    tried: list[tuple[float, float]] = []
+    last_error: list[PrecisionError] = []
+
+    def at(log_scale: float) -> float:
+        scale = math.exp(log_scale)
+        try:
+            value = loss(scale)
+        except PrecisionError as error:
+            last_error.append(error)
+            value = math.inf
+        value = value if math.isfinite(value) else math.inf
+        tried.append((scale, value))
+        return value
+
+    grid = torch.linspace(
+        math.log(low), math.log(high), _GRID, dtype=torch.float64
+    ).tolist()
+    values = [at(point) for point in grid]
+    best = min(range(_GRID), key=values.__getitem__)
+    if not math.isfinite(values[best]):
+        cause = last_error[-1] if last_error else None
+        raise PrecisionError(
+            "The objective must be finite at some scale between the bounds; got none "
+            f"at {_GRID} scales from {low:g} to {high:g}. Train closer to the MAP, or "
+            "choose other bounds."
+        ) from cause
+    _golden_section(at, grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)])
+    scale = min(tried, key=lambda pair: pair[1])[0]
+    edges = (math.exp(grid[0]), math.exp(grid[-1]))
+    near = any(abs(math.log(scale / edge)) < AT_BOUND for edge in edges)
+    scales, losses = zip(*tried, strict=True)
+    return Tuning(
+        method,
+        torch.tensor(scales, dtype=torch.float64),
+        sign * torch.tensor(losses, dtype=torch.float64),
+        scale,
+        near,
+    )
+
+
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Checks the bounds of a scale.
+
+    Args:
+        bounds: Least and largest number.
+
+    Returns:
+        The same, as floats.
+
+    Raises:
+        OptionError: If they are not positive, finite and in order.
+    """
+    low, high = map(float, bounds)
+    if not (math.isfinite(high) and 0 < low < high):
+        raise OptionError(
+            f"`bounds` must be positive, finite and in order; got {bounds}. Pass "
+            "(1e-6, 1e6)."
+        )
+    return low, high
+
+
+def _golden_section(at: Callable[[float], float], left: float, right: float) -> None:
+    """Evaluates a function where a golden-section search for its minimum would."""
+    inner = [right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)]
+    values = [at(point) for point in inner]
+    for _ in range(_STEPS):
+        if values[0] <= values[1]:
+            right, inner[1], values[1] = inner[1], inner[0], values[0]
+            inner[0] = right - _GOLDEN * (right - left)
+            values[0] = at(inner[0])
+        else:
+            left, inner[0], values[0] = inner[0], inner[1], values[1]
+            inner[1] = left + _GOLDEN * (right - left)
+            values[1] = at(inner[1])
