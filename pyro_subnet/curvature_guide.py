@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -103,7 +103,7 @@ class CurvatureGuide(SubnetGuide):
 
     @full_precision()
     def with_prior_precision(
-        self: Guide, scale: float | Mapping[str, float] | Literal["fraction"]
+        self: Guide, scale: float | Mapping[str, float] | str
     ) -> Guide:
         """The posterior under a prior of other precision, at the same MAP.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -86,7 +86,7 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
     @full_precision()
     def tune_prior_precision(
         self,
-        method: Literal["evidence", "nll"] = "evidence",
+        method: str = "evidence",
         *,
         val: Any = None,
         per_site: bool = False,
@@ -114,7 +114,7 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
         _check_method(method, val, per_site)
         if method == "nll":
             raise NotImplementedError
-        elif per_site:
+        if per_site:
             tuning = tune_site_priors(
                 self.form, self.summary, self.subnet, self.noise_scale, bounds
             )
@@ -127,7 +127,7 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
     @full_precision()
     def tune_noise_scale(
         self,
-        method: Literal["evidence", "nll"] = "evidence",
+        method: str = "evidence",
         *,
         val: Any = None,
         bounds: tuple[float, float] = (1e-3, 1e3),
@@ -149,11 +149,8 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
         _check_method(method, val)
         if method == "nll":
             raise NotImplementedError
-        else:
-            scales = site_scales(self.prior_scale, self.subnet)
-            tuning = tune_noise(
-                self.form, self.summary, scales, self.noise_scale, bounds
-            )
+        scales = site_scales(self.prior_scale, self.subnet)
+        tuning = tune_noise(self.form, self.summary, scales, self.noise_scale, bounds)
         new = self.with_noise_scale(tuning.best)
         new.tuning = tuning
         return new

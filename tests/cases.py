@@ -138,9 +138,10 @@ class Case:
 
     def prior(self) -> Tensor:
         """Negative Hessian of the unconstrained log prior, shape (D, D)."""
-        return reference.dense_negative_hessian(self._log_prior_at, self.packed)
+        return reference.dense_negative_hessian(self.log_prior_at, self.packed)
 
-    def _log_prior_at(self, packed: Tensor) -> Tensor:
+    def log_prior_at(self, packed: Tensor) -> Tensor:
+        """The unconstrained log prior at a packed vector, up to a constant."""
         density, start = self.log_prior(self.values(packed)), 0
         for latent in self.latents:
             stop = start + latent.unconstrained.numel()

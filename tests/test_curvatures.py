@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import PrecisionError
-from pyro_subnet.fit_options import CURVATURES, Curvature, FitOptions
+from pyro_subnet.fit_options import Curvature, FitOptions
 from pyro_subnet.laplace import (
     diagonal_curvature,
     subnet_curvature,

@@ -1,0 +1,183 @@
+"""Prior precisions and noise scales by tuning, against fine grids and gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyro_subnet import AutoSubnetMultivariateNormal
+from pyro_subnet.exceptions import OptionError, PrecisionError
+from pyro_subnet.search import minimize
+from tests.cases import CASES, DOUBLE
+from tests.test_evidence import Linear
+
+EXACT = {"rtol": 1e-10, "atol": 1e-8}
+WIDE = (1e-6, 1e6)
+GRID = torch.logspace(-6, 6, 2401, dtype=torch.float64)
+
+
+def fitted(name: str, **options: Any) -> AutoSubnetMultivariateNormal:
+    case = CASES[name](DOUBLE)
+    guide = case.guide(case.scattered(), **options)
+    return guide.laplace_approximation(*case.args, **case.kwargs)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+def test_no_prior_has_more_evidence(name: str, form: str) -> None:
+    posterior = fitted(name, form=form)
+    tuned = posterior.tune_prior_precision()
+    best = tuned.log_marginal_likelihood()
+    grid = torch.stack([posterior.log_marginal_likelihood(float(s)) for s in GRID])
+    assert float(best) >= float(grid.max()) - 1e-9
+    nearest = float(GRID[grid.argmax()])
+    assert abs(math.log(tuned.prior_scale / nearest)) < math.log(10) * 12 / 2400
+    # Stationary.
+    scale = torch.tensor(tuned.prior_scale, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(posterior.log_marginal_likelihood(scale), scale)
+    assert abs(float(slope) * tuned.prior_scale) < 1e-3
+
+
+def test_the_record_is_that_of_the_evidence() -> None:
+    posterior = fitted("regression_mlp").with_noise_scale(1.5)
+    tuned = posterior.tune_prior_precision()
+    tuning = tuned.tuning
+    assert tuning is not None
+    assert (tuning.method, tuning.at_bound, tuning.by_site) == ("evidence", False, None)
+    expected = [posterior.log_marginal_likelihood(float(s)) for s in tuning.scales]
+    assert_close(tuning.objective, torch.stack(expected), **EXACT)
+    assert tuning.best == tuned.prior_scale
+    assert float(tuning.objective.max()) == float(
+        tuning.objective[tuning.scales == tuning.best].max()
+    )
+    assert posterior.tuning is None
+    assert tuned.with_prior_precision(1.0).tuning is None
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_each_site_has_its_stationary_scale(form: str) -> None:
+    posterior = fitted("several_outputs", form=form)
+    tuned = posterior.tune_prior_precision(per_site=True)
+    assert isinstance(tuned.prior_scale, dict)
+    assert tuned.tuning is not None
+    assert tuned.tuning.by_site == tuned.prior_scale
+    uniform = posterior.tune_prior_precision().log_marginal_likelihood()
+    assert float(tuned.log_marginal_likelihood()) >= float(uniform)
+    inside = {
+        site: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for site, value in tuned.prior_scale.items()
+        if WIDE[0] * 1.01 < value < WIDE[1] / 1.01
+    }
+    assert len(inside) >= 2
+    evidence = posterior.log_marginal_likelihood({**tuned.prior_scale, **inside})
+    slopes = torch.autograd.grad(evidence, list(inside.values()))
+    for slope, value in zip(slopes, inside.values(), strict=True):
+        assert abs(float(slope * value.detach())) < 1e-4
+
+
+@pytest.mark.parametrize("prior_scale", [1.0, {"w": 3.0}])
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_no_noise_has_more_evidence(form: str, prior_scale: Any) -> None:
+    case = Linear.of()
+    at = case.map(torch.ones(4).double(), 1.0)
+    posterior = case.fitted(at, form=form).with_prior_precision(prior_scale)
+    tuned = posterior.tune_noise_scale()
+    grid = torch.stack(
+        [posterior.log_marginal_likelihood(None, float(r)) for r in GRID[800:1601]]
+    )
+    assert float(tuned.log_marginal_likelihood()) >= float(grid.max()) - 1e-9
+    assert tuned.prior_scale == prior_scale
+    assert tuned.tuning is not None
+    expected = [
+        posterior.log_marginal_likelihood(None, float(r)) for r in tuned.tuning.scales
+    ]
+    assert_close(tuned.tuning.objective, torch.stack(expected), **EXACT)
+
+
+def test_the_best_outside_the_bounds_is_at_one_of_them() -> None:
+    posterior = fitted("regression_mlp")
+    best = posterior.tune_prior_precision().prior_scale
+    assert isinstance(best, float)
+    low = posterior.tune_prior_precision(bounds=(2 * best, 10 * best))
+    high = posterior.tune_prior_precision(bounds=(0.1 * best, 0.5 * best))
+    for tuned, edge in ((low, 2 * best), (high, 0.5 * best)):
+        assert tuned.tuning is not None
+        assert tuned.tuning.at_bound
+        assert abs(math.log(tuned.prior_scale / edge)) < 1e-3
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize("call", ["tune_prior_precision", "tune_noise_scale"])
+def test_bad_bounds(call: str, bounds: tuple[float, float]) -> None:
+    posterior = fitted("regression_mlp")
+    message = (
+        rf"`bounds` must be positive, finite and in order; got {re.escape(str(bounds))}"
+    )
+    with pytest.raises(OptionError, match=message):
+        getattr(posterior, call)(bounds=bounds)
+
+
+def test_bad_options() -> None:
+    posterior = fitted("regression_mlp")
+    with pytest.raises(OptionError, match="must be 'evidence' or 'nll'; got 'grid'"):
+        posterior.tune_prior_precision("grid")
+    with pytest.raises(OptionError, match="method='nll' and no `val`"):
+        posterior.tune_prior_precision("nll")
+    with pytest.raises(OptionError, match="method='evidence' and some `val`"):
+        posterior.tune_prior_precision(val=(torch.zeros(1),))
+    with pytest.raises(OptionError, match="`scale` must be a number, a mapping"):
+        posterior.with_prior_precision("half")
+
+
+def test_the_papers_scaling_by_the_share_of_weights() -> None:
+    posterior = fitted("regression_mlp")
+    scaled = posterior.with_prior_precision("fraction")
+    share = posterior.subnet.size / posterior.subnet.num_params
+    assert scaled.prior_scale == share
+    expected = posterior.with_prior_precision(share).get_posterior()
+    assert_close(scaled.get_posterior().precision_matrix, expected.precision_matrix)
+
+
+def test_a_search_finds_the_lower_of_two_minima() -> None:
+    def loss(s: float) -> float:
+        log = math.log(s)
+        return min((log + 8) ** 2 + 0.5, (log - 5.2) ** 2)
+
+    found = minimize(loss, WIDE, "evidence")
+    assert abs(math.log(found.best) - 5.2) < 1e-4
+    assert not found.at_bound
+
+
+def test_a_search_steps_around_what_does_not_exist() -> None:
+    """NaN and indefinite precisions are no minimum, and are on the record."""
+
+    def loss(s: float) -> float:
+        if s < 1.0:
+            raise PrecisionError("no")
+        return math.nan if s > 1e4 else (math.log(s) - 2.0) ** 2
+
+    found = minimize(loss, WIDE, "evidence")
+    assert abs(math.log(found.best) - 2.0) < 1e-4
+    assert bool(found.objective.isinf().any())
+    assert not bool(found.objective.isnan().any())
+    with pytest.raises(PrecisionError, match="must be finite at some scale between"):
+        minimize(lambda s: math.nan, WIDE, "evidence")
+
+
+def tensors(posterior: AutoSubnetMultivariateNormal) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in posterior.named_buffers()}
+
+
+def test_tuning_leaves_the_posterior_alone() -> None:
+    posterior = fitted("regression_mlp")
+    before = tensors(posterior)
+    posterior.tune_prior_precision(per_site=True).tune_noise_scale()
+    assert (posterior.prior_scale, posterior.noise_scale) == (1.0, 1.0)
+    for name, buffer in posterior.named_buffers():
+        assert_close(buffer, before[name], rtol=0.0, atol=0.0, equal_nan=True)
