@@ -99,7 +99,7 @@ def subnet_curvature(
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
-    tally, prior = _Tally(data), list[PriorPrecision]()
+    tally, prior = Tally(data), list[PriorPrecision]()
     dtype = at_least_float32(latents.loc.dtype)
     ggn = latents.loc.new_zeros(subnet.size, subnet.size, dtype=dtype)
     for args, kwargs in data.calls("GGN"):
@@ -111,7 +111,7 @@ def subnet_curvature(
         moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
         del graph, terms  # frees the activations before the Jacobian needs the room
         if any(moved.values()) and call.num_data:
-            weighted = _Weighted(call, subnet, moved, activations, not data.whole)
+            weighted = Weighted(call, subnet, moved, activations, not data.whole)
             if kind == "hessian":
                 subtract_hessian_(ggn, weighted.log_likelihood(1.0), budget)
             else:
@@ -140,7 +140,7 @@ def diagonal_curvature(
     Returns:
         Both diagonals; no matrix over D is formed.
     """
-    tally, prior = _Tally(data), list[Tensor]()
+    tally, prior = Tally(data), list[Tensor]()
     everything = whole_subnet(latents)
     ggn = torch.zeros(everything.size, dtype=torch.float64, device=latents.loc.device)
     for args, kwargs in data.calls("Variances"):
@@ -152,7 +152,7 @@ def diagonal_curvature(
         moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
         del graph, terms
         if any(moved.values()) and call.num_data:
-            weighted = _Weighted(call, everything, moved, activations, not data.whole)
+            weighted = Weighted(call, everything, moved, activations, not data.whole)
             ggn += ggn_diagonal(*weighted.rows(kind), budget)
     return DiagonalCurvature(ggn * tally.scale(), prior[0].to(torch.float64))
 
@@ -171,7 +171,7 @@ def whole_subnet(latents: Latents) -> Subnet:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weighted:
+class Weighted:
     """What the curvature of one call is made of."""
 
     call: ModelCall
@@ -191,6 +191,7 @@ class _Weighted:
         return outputs, identity_factors(outputs)
 
     def log_likelihood(self, power: float, *, sampled: bool = False) -> OutputMap:
+        """The log likelihood of each datum, elements weighted by a power of theirs."""
         return log_likelihood_map(
             self.call,
             self.subnet,
@@ -202,7 +203,7 @@ class _Weighted:
         )
 
 
-class _Tally:
+class Tally:
     """Counts the data of a pass and holds the prior to one value in all its calls."""
 
     def __init__(self, data: Data):

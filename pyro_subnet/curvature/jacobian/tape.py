@@ -47,6 +47,7 @@ class Use:
         inputs: Tensors that ``entries`` reads, and their versions when recorded.
         entries: From the chosen flat positions of the weight, as the layer sees it, and
             the number of data to the entries of J.
+        affine: See :class:`Layer`.
     """
 
     weight: Weight
@@ -54,6 +55,7 @@ class Use:
     shape: torch.Size
     inputs: tuple[tuple[Tensor, int], ...]
     entries: Callable[[Tensor, int], Entries]
+    affine: bool = False
 
 
 # What a rule makes of a call: for each argument that may be a weight, what its entries
@@ -69,10 +71,13 @@ class Layer:
     Attributes:
         parameters: Names of its arguments, in order.
         rule: How entries of J follow.
+        affine: Whether it multiplies its input by matrices, or adds vectors: weights
+            whose curvature has Kronecker factors.
     """
 
     parameters: Sequence[str]
     rule: Rule
+    affine: bool = False
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name.
@@ -170,7 +175,9 @@ class Tape(TorchFunctionMode):
             if bound[name].dtype != result.dtype:  # as under autocast
                 return False
             versions = tuple((tensor, tensor._version) for tensor in inputs)
-            self.uses.append(Use(weight, edge, result.shape, versions, entries))
+            self.uses.append(
+                Use(weight, edge, result.shape, versions, entries, layer.affine)
+            )
         return True
 
 
