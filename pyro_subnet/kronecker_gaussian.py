@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -205,7 +206,6 @@ class KroneckerGaussian:
     ) -> Tensor:
         """Maps rows (..., D) block by block, and multiplies the other elements."""
         flat = rows.reshape(-1, self.size)
-        order = [self.positions]
         parts = [flat.index_select(1, self.positions) * of_rest]
         for block in self.blocks:
             at = block.positions.flatten()
@@ -213,11 +213,19 @@ class KroneckerGaussian:
             # Few rows at once: the products on the way are as large again.
             step = max(1, _BLOCK_ELEMENTS // at.numel())
             mapped = [of_block(block, some).flatten(1) for some in own.split(step)]
-            order.append(at)
             parts.append(torch.cat(mapped))
         # Out of place, as autograd and vmap need it.
-        back = torch.cat(order).argsort()
-        return torch.cat(parts, dim=1).index_select(1, back).reshape(rows.shape)
+        mapped_rows = torch.cat(parts, dim=1).index_select(1, self._places)
+        return mapped_rows.reshape(rows.shape)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where each element stands when the rest comes first, then block by block."""
+        parts = [self.positions, *(block.positions.flatten() for block in self.blocks)]
+        order = torch.cat(parts)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        return places
 
     def _dense(
         self, of_block: Callable[[EigenBlock], Tensor], of_rest: Tensor

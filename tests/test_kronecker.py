@@ -110,7 +110,29 @@ def cnn(num_outputs: int) -> nn.Sequential:
     )
 
 
-INPUTS = {"mlp": (mlp, (4,)), "cnn": (cnn, (2, 6, 6))}
+def narrow(num_outputs: int) -> nn.Sequential:
+    """One channel out: its bias is a scalar at many positions."""
+    return nn.Sequential(
+        nn.Conv2d(2, 1, 2, dilation=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(4 * 2, num_outputs),
+    )
+
+
+def sequence(num_outputs: int) -> nn.Sequential:
+    """A linear layer with an axis of positions."""
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(5 * 4, num_outputs)
+    )
+
+
+INPUTS = {
+    "mlp": (mlp, (4,)),
+    "cnn": (cnn, (2, 6, 6)),
+    "narrow": (narrow, (2, 6, 4)),
+    "sequence": (sequence, (5, 3)),
+}
 
 
 def labels(likelihood: str, num_outputs: int, count: int = NUM_DATA) -> Tensor:
@@ -177,12 +199,17 @@ def expected_factors(
             output = layer(inputs)
             logits, rest = net[at + 1 :](output).squeeze(0), net[at + 1 :]
             jac = torch.autograd.functional.jacobian(rest, output)
-            jac = jac.reshape(len(logits), len(layer.weight), -1)
-            jac = torch.einsum("rc,cot->rot", information_root(likelihood, logits), jac)
-            patches = inputs.reshape(1, -1, 1)
             if isinstance(layer, nn.Conv2d):
-                options: Any = {"padding": layer.padding, "stride": layer.stride}
-                patches = F.unfold(inputs, layer.kernel_size, **options)
+                jac = jac.reshape(len(logits), len(layer.weight), -1)
+                options: Any = {
+                    name: getattr(layer, name)
+                    for name in ("kernel_size", "dilation", "padding", "stride")
+                }
+                patches = F.unfold(inputs, **options)
+            else:
+                jac = jac.reshape(len(logits), -1, len(layer.weight)).mT
+                patches = inputs.reshape(1, -1, width).mT
+            jac = torch.einsum("rc,cot->rot", information_root(likelihood, logits), jac)
             for t in range(patches.shape[-1]):
                 a += weight * patches[0, :, t].outer(patches[0, :, t])
                 b += weight * jac[..., t].mT @ jac[..., t]
@@ -242,8 +269,8 @@ def test_factors_in_float32() -> None:
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize(
     ("network", "backend"),
-    # The input factor of BackPACK's convolutions lacks the division by the number of
-    # positions: its source says so.
+    # BackPACK's convolutions have other factors: those of the inputs are sums over
+    # positions, those of the outputs are of gradients summed over them.
     [("mlp", CurvlinopsGGN), ("mlp", BackPackGGN), ("cnn", CurvlinopsGGN)],
 )
 @pytest.mark.parametrize("likelihood", ["regression", "classification"])
@@ -289,6 +316,54 @@ def test_one_datum_is_exact_within_blocks(likelihood: str) -> None:
         own = slice(start, start + size)
         assert_close(found[own, own], full[own, own], **EXACT)
         start += size
+
+
+def test_a_transposed_convolution_of_one_position_is_exact_for_one_datum() -> None:
+    net = nn.ConvTranspose1d(2, 3, 3, bias=False)
+    x, y = torch.randn(1, 2, 1), torch.randn(1, 3, 3)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        kernel = dist.Normal(torch.zeros(2, 3, 3), 1.0).to_event(3)
+        out = F.conv_transpose1d(x, pyro.sample("weight", kernel))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(torch.sin(out), 1.0).to_event(2), obs=y)
+
+    latents = latents_of(model, net, x, y)
+    data = Data.single((x, y), {})
+    full = subnet_curvature(model, latents, whole_subnet(latents), data).ggn.tril()
+    found = kronecker_curvature(model, latents, data)
+    assert len(found.blocks) == 1
+    assert_close(dense(found), full + full.tril(-1).mT, **EXACT)
+
+
+def test_two_observed_sites_add_up() -> None:
+    """Weights of a datum are summed over them; a layer that one does not reach."""
+    net, x = mlp(3), torch.randn(NUM_DATA, 4)
+    y, z = torch.randn(NUM_DATA, 3), torch.randint(2, (NUM_DATA,))
+    found = dict(net.named_parameters())
+
+    def model(x: Tensor, y: Tensor, z: Tensor) -> None:
+        sampled = {
+            name: pyro.sample(name, dist.Normal(0.0, 1.0).expand(w.shape).to_event())
+            for name, w in found.items()
+        }
+        hidden = torch.tanh(F.linear(x, sampled["0.weight"], sampled["0.bias"]))
+        out = F.linear(hidden, sampled["2.weight"], sampled["2.bias"])
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(out, 1.0).to_event(1), obs=y)
+            pyro.sample("z", dist.Bernoulli(logits=hidden.sum(-1)), obs=z.double())
+
+    curvature = factors(model, net, x, y, z)
+    blocks = {block.site: block for block in curvature.blocks}
+    hidden = net[:2](x).detach()
+    slope = 1 - hidden.square()
+    p = hidden.sum(-1).sigmoid()
+    direct = slope * (p * (1 - p)).sqrt().unsqueeze(1)
+    through = slope.unsqueeze(1) * net[2].weight.detach()
+    expected = direct.mT @ direct + through.flatten(0, 1).mT @ through.flatten(0, 1)
+    assert_close(blocks["0.weight"].output, expected, **AUTOGRAD)
+    assert_close(blocks["0.weight"].input, x.mT @ x / NUM_DATA, **AUTOGRAD)
+    assert_close(blocks["2.weight"].output, NUM_DATA * torch.eye(3), **AUTOGRAD)
 
 
 def test_linear_regression_is_exact() -> None:

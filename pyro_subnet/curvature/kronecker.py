@@ -243,15 +243,18 @@ def _new_output(use: _Factored, dtype: torch.dtype) -> Tensor:
 def _use_sums(
     use: _Factored, output: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> _Sums:
-    live = weights > 0  # what is masked does not count, whatever its inputs
-    root = weights[live].sqrt().to(dtype)[:, None, None]
-    side = (use.right[live].to(dtype) * root).transpose(0, 1).flatten(1)
+    num_data, num_right, num_positions = use.right.shape
+    side = use.right.new_empty(num_right, num_data, num_positions, dtype=dtype)
+    root = weights.sqrt().to(dtype)[:, None]
+    torch.mul(use.right.transpose(0, 1), root, out=side)
+    # What is masked does not count, even where its inputs are not finite.
+    side = side.masked_fill_((weights == 0)[:, None], 0.0).flatten(1)
     return _Sums(
         use.column.site,
         use.positions,
         output[use.rows][:, use.rows],
         (side @ side.mT)[use.columns][:, use.columns],
-        weights.sum().to(dtype) * use.right.shape[-1],
+        weights.sum().to(dtype) * num_positions,
     )
 
 
@@ -343,7 +346,7 @@ def _sides(
 
 
 def _ones(num_data: int, like: Tensor) -> Tensor:
-    return torch.ones(num_data, 1, 1, device=like.device)
+    return torch.ones(num_data, 1, 1, dtype=torch.float32, device=like.device)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
