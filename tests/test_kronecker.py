@@ -418,6 +418,26 @@ def test_empirical_fisher_factors() -> None:
     assert_close(block.input, hidden.mT @ hidden / NUM_DATA, **AUTOGRAD)
 
 
+def test_sampled_labels_have_the_factors_for_their_mean() -> None:
+    """Many copies of one datum, against the moments over its three labels."""
+    count = 20_000
+    net, x = nn.Linear(2, 3), torch.randn(1, 2).expand(count, 2)
+    y = torch.zeros(count, dtype=torch.long)
+    model = network_model(net, "classification")
+    latents = latents_of(model, net, x, y)
+    data = Data.single((x, y), {})
+    torch.manual_seed(17)
+    curvature = kronecker_curvature(model, latents, data, kind="ggn-mc")
+    found = next(b for b in curvature.blocks if b.site == "weight").output / count
+    p = net(x[0]).softmax(-1).detach()
+    gaps = p - torch.eye(3)
+    squares = torch.einsum("yi,yj->yij", gaps, gaps)
+    mean = torch.einsum("y,yij->ij", p, squares)
+    variance = torch.einsum("y,yij->ij", p, (squares - mean).square())
+    error = (found - mean).abs() / (variance / count).sqrt()
+    assert float(error.max()) < num_standard_errors(9)
+
+
 def test_weights_count_as_repetitions() -> None:
     net, x, y = cnn(3), torch.randn(NUM_DATA, 2, 6, 6), labels("classification", 3)
     weights = torch.tensor([1.0, 1.0, 2.0, 3.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0])

@@ -247,8 +247,9 @@ def _use_sums(
     side = use.right.new_empty(num_right, num_data, num_positions, dtype=dtype)
     root = weights.sqrt().to(dtype)[:, None]
     torch.mul(use.right.transpose(0, 1), root, out=side)
-    # What is masked does not count, even where its inputs are not finite.
-    side = side.masked_fill_((weights == 0)[:, None], 0.0).flatten(1)
+    side, masked = side.flatten(1), weights == 0
+    if bool(masked.any()):  # it does not count, even where its inputs are not finite
+        side.view(num_right, num_data, -1)[:, masked] = 0.0
     return _Sums(
         use.column.site,
         use.positions,
