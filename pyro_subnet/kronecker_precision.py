@@ -40,6 +40,7 @@ class ScaledBlock:
         output_values: Eigenvalues of B, non-negative, shape (P,).
         input_vectors: Q_A, shape (Q, Q).
         input_values: Eigenvalues of A, non-negative, shape (Q,).
+        weight: Sum of the weights that A is a mean under, a scalar.
         prior: p of its elements, at scale 1, a scalar in float64.
         site: Number of its site in the layout, a scalar.
     """
@@ -49,8 +50,20 @@ class ScaledBlock:
     output_values: Float[Tensor, " out"]
     input_vectors: Float[Tensor, "in in"]
     input_values: Float[Tensor, " in"]
+    weight: Float[Tensor, ""]
     prior: Float[Tensor, ""]
     site: Int[Tensor, ""]
+
+    def factors(self, layout: Layout, forgetting: float) -> KroneckerBlock:
+        """The factors, of data whose weights are multiplied by a number."""
+        output = (self.output_vectors * self.output_values) @ self.output_vectors.mT
+        return KroneckerBlock(
+            layout.names[int(self.site)],
+            self.positions,
+            output * forgetting,
+            (self.input_vectors * self.input_values) @ self.input_vectors.mT,
+            self.weight * forgetting,
+        )
 
     def values(self, scales: Tensor, layout: Layout) -> Tensor:
         """Eigenvalues of the precision, (P, Q), float64, under prior scales."""
@@ -165,6 +178,40 @@ class KroneckerPrecision:
             found.append(torch.stack([part.log().sum() for part in parts]).sum())
         return torch.stack(found).reshape(prior_scales.shape)
 
+    def updated(
+        self,
+        blocks: Sequence[KroneckerBlock],
+        diagonal: Float[Tensor, " params"],
+        forgetting: float = 1.0,
+    ) -> KroneckerPrecision:
+        """More data seen at the same MAP: what one pass over all of them gives.
+
+        Costs new eigendecompositions.
+
+        Args:
+            blocks: Kronecker factors of the new data alone.
+            diagonal: Their diagonal at the other elements, shape (D,).
+            forgetting: What the weights of the data so far are multiplied by.
+
+        Returns:
+            The precision, with the same prior.
+
+        Raises:
+            ModelError: If the new data's blocks are not the same.
+        """
+        if len(blocks) != len(self.blocks):
+            raise ModelError(
+                f"New data must have the same {len(self.blocks)} Kronecker blocks; "
+                f"got {len(blocks)}. Pass data that take the same way through the "
+                "layers."
+            )
+        both = [
+            block.factors(self.layout, forgetting).plus(more)
+            for block, more in zip(self.blocks, blocks, strict=True)
+        ]
+        ggn = forgetting * self.ggn + diagonal.to(self.ggn)
+        return KroneckerPrecision.decompose(both, ggn, self.prior, self.layout)
+
     def description(self) -> dict[str, int]:
         """What :meth:`from_tensors` needs besides tensors, fit for JSON."""
         return {"num_blocks": len(self.blocks)}
@@ -241,6 +288,7 @@ _PARTS = (
     "output_values",
     "input_vectors",
     "input_values",
+    "weight",
     "prior",
     "site",
 )
@@ -248,7 +296,7 @@ _PARTS = (
 
 def _check_sizes(k: int, parts: Mapping[str, Tensor]) -> None:
     p, q = parts["output_values"].numel(), parts["input_values"].numel()
-    expected = ((p, q), (p, p), (p,), (q, q), (q,), (), ())
+    expected = ((p, q), (p, p), (p,), (q, q), (q,), (), (), ())
     for part, shape in zip(_PARTS, expected, strict=True):
         found = tuple(parts[part].shape)
         if found != shape:
@@ -271,7 +319,12 @@ def _decomposed(block: KroneckerBlock, prior: Tensor, layout: Layout) -> ScaledB
     inputs = _eigen(block.input, block.site)
     number = torch.tensor(layout.names.index(block.site), device=own.device)
     return ScaledBlock(
-        block.positions, *outputs[::-1], *inputs[::-1], own.mean(), number
+        block.positions,
+        *outputs[::-1],
+        *inputs[::-1],
+        block.weight,
+        own.mean(),
+        number,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -407,6 +408,49 @@ def test_the_number_of_data_scales_the_sum() -> None:
     )
 
 
+@pytest.mark.parametrize("forgetting", [1.0, 0.25])
+def test_more_data_are_those_of_one_pass(forgetting: float) -> None:
+    net, x = cnn(3), torch.randn(NUM_DATA, 2, 6, 6)
+    y = labels("classification", 3)
+    weights = torch.ones(NUM_DATA)
+    weights[:4] = forgetting
+    model = network_model(net, "classification")
+    latents = latents_of(model, net, x, y)
+
+    def seen(*args: Any) -> KroneckerCurvature:
+        return kronecker_curvature(model, latents, Data.single(args, {}))
+
+    more = seen(x[4:], y[4:])
+    found = precision_of(seen(x[:4], y[:4]), latents.layout).updated(
+        more.blocks, more.diagonal, forgetting
+    )
+    expected = precision_of(seen(x, y, weights), latents.layout)
+    assert_close(
+        found.gaussian(latents.loc).precision_matrix(),
+        expected.gaussian(latents.loc).precision_matrix(),
+        **tolerance(torch.float64, "reordered"),
+    )
+    with pytest.raises(ModelError, match=r"the same 6 Kronecker blocks; got 5"):
+        found.updated(more.blocks[1:], more.diagonal)
+    other = (more.blocks[1], more.blocks[0], *more.blocks[2:])
+    with pytest.raises(ModelError, match=r"got a change \(site '5.bias' in other"):
+        found.updated(other, more.diagonal)
+
+
+@pytest.mark.cuda
+def test_factors_on_a_gpu() -> None:
+    net, x, y = cnn(3), torch.randn(NUM_DATA, 2, 6, 6), labels("classification", 3)
+    here = factors(network_model(net, "classification"), net, x, y)
+    net, x, y = net.cuda(), x.cuda(), y.cuda()
+    model = network_model(net, "classification")
+    latents = latents_of(model, net, x, y)
+    there = kronecker_curvature(model, latents, Data.single((x, y), {}))
+    assert_close(dense(there).cpu(), dense(here), **AUTOGRAD)
+    gaussian = gaussian_of(there, latents)
+    assert gaussian.draw(torch.randn(2, gaussian.size).cuda()).is_cuda
+    assert gaussian.variance().is_cuda
+
+
 def test_empirical_fisher_factors() -> None:
     """With one row a datum: the gradient of its log density."""
     net, x, y = mlp(3), torch.randn(NUM_DATA, 4), labels("classification", 3)
@@ -635,8 +679,8 @@ def random_blocks(dtype: torch.dtype = torch.float64) -> tuple[KroneckerBlock, .
     positions = torch.arange(6).view(2, 3).mT
     one = torch.ones(1, 1, dtype=dtype)
     return (
-        KroneckerBlock("matrix", positions, gram(3, 2), gram(2, 5)),
-        KroneckerBlock("vector", torch.tensor([[6], [7]]), gram(2, 3), one),
+        KroneckerBlock("matrix", positions, gram(3, 2), gram(2, 5), one[0, 0]),
+        KroneckerBlock("vector", torch.tensor([[6], [7]]), gram(2, 3), one, one[0, 0]),
     )
 
 
@@ -798,13 +842,11 @@ def test_a_prior_that_varies_within_a_matrix_is_refused() -> None:
 
 def test_factors_that_are_none_are_refused() -> None:
     first, second = random_blocks()
-    negative = KroneckerBlock(
-        "matrix", first.positions, first.output, torch.tensor([[1.0, 0.0], [0.0, -0.1]])
-    )
+    negative = replace(first, input=torch.tensor([[1.0, 0.0], [0.0, -0.1]]))
     with pytest.raises(PrecisionError, match=r"eigenvalue -1.000e-01 at site 'matrix'"):
         KroneckerPrecision.decompose((negative, second), DIAGONAL, PRIOR, LAYOUT)
     output = first.output * torch.nan
-    nan = KroneckerBlock("matrix", first.positions, output, first.input)
+    nan = replace(first, output=output)
     with pytest.raises(NonFiniteError, match="at site 'matrix'"):
         KroneckerPrecision.decompose((nan, second), DIAGONAL, PRIOR, LAYOUT)
 
@@ -814,7 +856,7 @@ def test_round_off_below_zero_is_none() -> None:
     root = torch.linspace(-1, 1, 40)
     gram = root.outer(root).float()
     one = torch.ones(1, 1).float()
-    block = KroneckerBlock("w", torch.arange(40).view(40, 1), gram, one)
+    block = KroneckerBlock("w", torch.arange(40).view(40, 1), gram, one, one[0, 0])
     layout = Layout(("w",), (torch.Size([40]),))
     zeros = torch.zeros(40)
     found = KroneckerPrecision.decompose((block,), zeros, zeros + 1, layout)

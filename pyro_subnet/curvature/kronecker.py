@@ -52,12 +52,38 @@ class KroneckerBlock:
             belongs to ``output``, axis 1 to ``input``. Q is 1 for a vector.
         output: B, shape (P, P), nats / output squared, a **sum** over the data.
         input: A, shape (Q, Q), input squared, a **mean** over the data; 1 for a vector.
+        weight: Sum of the weights that A is a mean under, over data and positions.
     """
 
     site: str
     positions: Int[Tensor, "out in"]
     output: Float[Tensor, "out out"]
     input: Float[Tensor, "in in"]
+    weight: Float[Tensor, ""]
+
+    def plus(self, other: KroneckerBlock) -> KroneckerBlock:
+        """The block of both one's data.
+
+        Args:
+            other: The same block, of other data.
+
+        Returns:
+            The block.
+
+        Raises:
+            ModelError: If it is not the same block.
+        """
+        if not _same(self.positions, other.positions):
+            raise ModelError(_changed(f"site {self.site!r} in other layers"))
+        weight = self.weight + other.weight
+        both = self.input * self.weight + other.input * other.weight
+        return KroneckerBlock(
+            self.site,
+            self.positions,
+            self.output + other.output,
+            both / weight.where(weight > 0, 1.0),
+            weight,
+        )
 
 
 class KroneckerTotal:
@@ -175,7 +201,9 @@ class _Sums:
     def block(self, scale: float) -> KroneckerBlock:
         # Without any weight all sums are 0, and stay so.
         mean = self.input / self.weight.where(self.weight > 0, 1.0)
-        return KroneckerBlock(self.site, self.positions, self.output * scale, mean)
+        return KroneckerBlock(
+            self.site, self.positions, self.output * scale, mean, self.weight * scale
+        )
 
 
 @dataclass(frozen=True, eq=False)
