@@ -81,6 +81,7 @@ def kronecker_curvature(
 
     Raises:
         ModelError: If weights enter other layers in one batch than in another.
+        MemoryLimitError: If the factors do not fit in memory.
 
     Source: Martens and Grosse (2015), section 3, arXiv 1503.05671; Eschenhagen et al.
     (2023), "expand" in section 3, arXiv 2311.00636; Ritter et al. (2018), for the

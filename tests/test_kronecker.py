@@ -24,10 +24,12 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace
+from pyro_subnet.curvature import kronecker
 from pyro_subnet.curvature.kronecker import KroneckerBlock
 from pyro_subnet.data import Data
 from pyro_subnet.diagonal_gaussian import DiagonalPrecision
 from pyro_subnet.exceptions import (
+    MemoryLimitError,
     ModelError,
     NoKroneckerFactorsWarning,
     NonFiniteError,
@@ -663,6 +665,17 @@ def test_layers_that_change_are_refused() -> None:
     data = Data([(x, y, True), (x, y, False)], whole=False)
     with pytest.raises(ModelError, match="must enter the same layers in every batch"):
         kronecker_curvature(model, guide.latents, data)
+
+
+def test_factors_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, y = mlp(3), torch.randn(NUM_DATA, 4), labels("regression", 3)
+    model = network_model(net)
+    latents = latents_of(model, net, x, y)
+    monkeypatch.setattr(kronecker, "available_bytes", lambda device: 1000)
+    # B and A of 5 and 4, 3 and 5, and B and 1 of 5 and 3, twice.
+    needed = 16 * (25 + 16 + 9 + 25 + 25 + 1 + 9 + 1)
+    with pytest.raises(MemoryLimitError, match=rf"\(5, 4\) at .*\({needed} bytes\)"):
+        kronecker_curvature(model, latents, Data.single((x, y), {}))
 
 
 # The Gaussians.

@@ -19,7 +19,7 @@ is B alone: exact at one position. All other elements have their exact diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +27,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, check_separation
-from pyro_subnet.curvature.jacobian.contraction import (
-    Broadcast,
-    Channelwise,
-    Contraction,
-    Spread,
+from pyro_subnet.curvature.jacobian.factored import (
+    FactoredUse,
+    factored_uses,
+    same_positions,
 )
 from pyro_subnet.curvature.jacobian.layered import cotangent_rows, of_group
 from pyro_subnet.curvature.jacobian.layered_diagonal import SquaredColumns, group_size
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.recording import Column, NotLayered, Recording
+from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
 from pyro_subnet.curvature.jacobian.route import squared_columns
-from pyro_subnet.exceptions import ModelError
+from pyro_subnet.exceptions import MemoryLimitError, ModelError
 from pyro_subnet.full_precision import at_least_float32
+from pyro_subnet.memory import available_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class KroneckerBlock:
         Raises:
             ModelError: If it is not the same block.
         """
-        if not _same(self.positions, other.positions):
+        if not same_positions(self.positions, other.positions):
             raise ModelError(_changed(f"site {self.site!r} in other layers"))
         weight = self.weight + other.weight
         both = self.input * self.weight + other.input * other.weight
@@ -137,6 +137,7 @@ class KroneckerTotal:
 
         Raises:
             ModelError: If weights enter other layers than in the calls before.
+            MemoryLimitError: If the factors do not fit in memory.
         """
         with torch.no_grad():
             before = self.diagonal.clone()
@@ -178,7 +179,7 @@ class KroneckerTotal:
             counts = f"{len(self._blocks)} blocks, then {len(found)}"
             raise ModelError(_changed(counts))
         for sums, more in zip(self._blocks, found, strict=True):
-            if not _same(sums.positions, more.positions):
+            if not same_positions(sums.positions, more.positions):
                 raise ModelError(_changed(f"site {more.site!r} in other layers"))
             sums.add_(more)
 
@@ -206,27 +207,6 @@ class _Sums:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Factored:
-    """A use of a weight whose entries of J are a grid of products.
-
-    Attributes:
-        column: The use.
-        left: From the output's gradient to shape (B, P, T).
-        right: Inputs, shape (B, Q, T).
-        positions: Columns of J in a grid, shape (P, Q), ascending along both axes.
-        rows: Which P each row of the grid is.
-        columns: Which Q each column of the grid is.
-    """
-
-    column: Column
-    left: Spread
-    right: Tensor
-    positions: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
 def _of_recording(
     recording: Recording,
     factors: Factors,
@@ -236,9 +216,10 @@ def _of_recording(
 ) -> list[_Sums]:
     """Sums of a group's data; adds to the diagonal what is in no block, in place."""
     num_data = recording.outputs.num_data
-    blocks, rest = _sort(recording.columns(), num_data)
+    blocks, rest = factored_uses(recording.columns(), num_data)
     squares = SquaredColumns(rest, recording.outputs)
     uses = [use for block in blocks for use in block]
+    _check_fits(uses, dtype)
     outputs = [_new_output(use, dtype) for use in uses]
     check, row = MixtureCheck(recording, factors), 0
     for site, factor in enumerate(factors):
@@ -263,13 +244,30 @@ def _of_recording(
     return found
 
 
-def _new_output(use: _Factored, dtype: torch.dtype) -> Tensor:
+def _check_fits(uses: Sequence[FactoredUse], dtype: torch.dtype) -> None:
+    """Refuses factors that cannot be held, before any is made."""
+    sizes = [(sum(n**2 for n in use.positions.shape), use) for use in uses]
+    # The sums, and what is added to them.
+    needed = 2 * sum(size for size, _ in sizes) * torch.finfo(dtype).bits // 8
+    if not sizes or needed <= (free := available_bytes(uses[0].positions.device)):
+        return
+    largest = max(sizes, key=lambda pair: pair[0])[1]
+    raise MemoryLimitError(
+        f"Kronecker factors must fit in memory; got factors of sizes "
+        f"{tuple(largest.positions.shape)} at site {largest.column.site!r} and others, "
+        f"which need {needed / 2**30:.1f} GiB ({needed} bytes) where "
+        f"{free / 2**30:.1f} GiB ({free} bytes) are free. Choose a diagonal covariance "
+        "or a subnet."
+    )
+
+
+def _new_output(use: FactoredUse, dtype: torch.dtype) -> Tensor:
     size = len(use.rows)
     return torch.zeros(size, size, dtype=dtype, device=use.rows.device)
 
 
 def _use_sums(
-    use: _Factored, output: Tensor, weights: Tensor, dtype: torch.dtype
+    use: FactoredUse, output: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> _Sums:
     num_data, num_right, num_positions = use.right.shape
     side = use.right.new_empty(num_right, num_data, num_positions, dtype=dtype)
@@ -285,101 +283,6 @@ def _use_sums(
         (side @ side.mT)[use.columns][:, use.columns],
         weights.sum().to(dtype) * num_positions,
     )
-
-
-def _sort(
-    columns: Iterable[Column], num_data: int
-) -> tuple[list[list[_Factored]], list[Column]]:
-    """Uses that share a block, block by block, and the uses of all other weights."""
-    by_site: dict[str, list[Column]] = {}
-    for column in columns:
-        by_site.setdefault(column.site, []).append(column)
-    blocks, rest = list[list[_Factored]](), list[Column]()
-    for own in by_site.values():
-        found = _blocks_of_site(own, num_data)
-        blocks += found
-        if not found:
-            rest += own
-    return blocks, rest
-
-
-def _blocks_of_site(own: Sequence[Column], num_data: int) -> list[list[_Factored]]:
-    """Blocks of one site; none if a use has no factors or blocks overlap."""
-    blocks = list[list[_Factored]]()
-    for column in own:
-        use = _factored(column, num_data)
-        if use is None:
-            return []
-        for block in blocks:
-            if _same(block[0].positions, use.positions):
-                block.append(use)
-                break
-        else:
-            blocks.append([use])
-    flat = torch.cat([block[0].positions.flatten() for block in blocks])
-    if len(blocks) > 1 and len(flat.unique()) < len(flat):
-        return []
-    return blocks
-
-
-def _factored(column: Column, num_data: int) -> _Factored | None:
-    """A use as a grid of products; None if it is no such."""
-    sides = _sides(column, num_data) if column.affine else None
-    if sides is None:
-        return None
-    left, right, p, q, num_left = sides
-    at = column.columns
-    if isinstance(at, slice):
-        at = torch.arange(at.start, at.stop, device=p.device)
-    elif len(at.unique()) < len(at):  # an element several times in one matrix
-        return None
-    if len(at) != num_left * right.shape[1]:
-        return None
-    grid = torch.full((num_left, right.shape[1]), -1, device=p.device)
-    grid[p, q] = at
-    if bool((grid < 0).any()):
-        return None
-    rows, columns = grid[:, 0].argsort(), grid[0].argsort()
-    return _Factored(column, left, right, grid[rows][:, columns], rows, columns)
-
-
-def _sides(
-    column: Column, num_data: int
-) -> tuple[Spread, Tensor, Tensor, Tensor, int] | None:
-    """Both sides of the products, the place of each entry in them, and P."""
-    entries = column.entries
-    if isinstance(entries, Contraction):
-        if entries.q is None or entries.order is not None:
-            return None
-        return entries.left, entries.right, entries.p, entries.q, entries.num_left
-    if isinstance(entries, Channelwise) and entries.factor is None:
-        channels, axis = entries.channels, entries.axis
-
-        def left(delta: Tensor) -> Tensor:
-            side = delta.index_select(axis, channels).movedim(axis, 1)
-            return side.unflatten(0, (num_data, -1)).transpose(1, 2).flatten(2)
-
-        p = torch.arange(len(channels), device=channels.device)
-    elif isinstance(entries, Broadcast) and entries.num_columns == 1:
-        if entries.factor is not None:
-            return None
-        features = entries.features
-
-        def left(delta: Tensor) -> Tensor:
-            return delta.reshape(num_data, -1).index_select(1, features).unsqueeze(1)
-
-        p = features.new_zeros(1)
-    else:
-        return None
-    return left, _ones(num_data, p), p, torch.zeros_like(p), len(p)
-
-
-def _ones(num_data: int, like: Tensor) -> Tensor:
-    return torch.ones(num_data, 1, 1, dtype=torch.float32, device=like.device)
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
 
 
 def _changed(found: str) -> str:
