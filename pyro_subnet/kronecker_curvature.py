@@ -64,7 +64,7 @@ def kronecker_curvature(
     sites: a masked datum is left out, and one of weight two counts as two.
 
     Matrices that enter linear layers, convolutions of one group and products ``x @ w``
-    have factors, and so do vectors that are added to outputs. Norm layers, embeddings,
+    have factors, and so do vectors that are added. Norm layers, embeddings,
     elements of the likelihood (a noise scale), sites that enter a function in any other
     way or several layers in different arrangements, and models whose layers couple
     data, have the exact diagonal.

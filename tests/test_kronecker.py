@@ -44,6 +44,7 @@ from pyro_subnet.nn import init_to_module
 from pyro_subnet.selection import LargestVariance
 from pyro_subnet.subnet import Layout
 from pyro_subnet.trace import Latents
+from tests.cases import CASES, DOUBLE
 from tests.tolerances import num_standard_errors, tolerance
 
 Model = Callable[..., Any]
@@ -339,6 +340,31 @@ def test_a_transposed_convolution_of_one_position_is_exact_for_one_datum() -> No
     assert_close(dense(found), full + full.tril(-1).mT, **EXACT)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_a_sum_adds_has_its_exact_block(
+    shape: tuple[int, ...], sign: float
+) -> None:
+    """At many positions too, where a layer's bias takes them for data."""
+    x, y = torch.randn(NUM_DATA, 2, 3), torch.randn(NUM_DATA, 2, 3)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        base = dist.Normal(torch.zeros(shape), 1.0)
+        shift = pyro.sample("shift", base.to_event(len(shape)))
+        out = torch.sin(x + shift if sign > 0 else x - shift)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(out.cumsum(-1), 1.0).to_event(2), obs=y)
+
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(model)
+    guide(x, y)
+    latents, data = guide.latents, Data.single((x, y), {})
+    full = subnet_curvature(model, latents, whole_subnet(latents), data).ggn.tril()
+    found = kronecker_curvature(model, latents, data)
+    assert len(found.blocks) == 1
+    assert_close(dense(found), full + full.tril(-1).mT, **EXACT)
+
+
 def test_two_observed_sites_add_up() -> None:
     """Weights of a datum are summed over them; a layer that one does not reach."""
     net, x = mlp(3), torch.randn(NUM_DATA, 4)
@@ -572,6 +598,25 @@ def test_other_layers_have_their_exact_diagonal() -> None:
     assert_close(plain.output, NUM_DATA * torch.eye(3) / NOISE_SCALE**2, **EXACT)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pyro_subnet.exceptions.NoKroneckerFactorsWarning",
+    "ignore::pyro_subnet.exceptions.MonteCarloFisherWarning",
+)
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_in_no_block_is_exact_in_every_model(name: str) -> None:
+    case = CASES[name](DOUBLE)
+    guide = case.guide()
+    guide(*case.args, **case.kwargs)
+    data = Data.single(case.args, case.kwargs)
+    found = kronecker_curvature(guide.user_model, guide.latents, data)
+    expected = case.ggn().diagonal().clone()
+    for block in found.blocks:
+        expected[block.positions] = 0.0
+    assert_close(found.diagonal, expected, **AUTOGRAD)
+    assert_close(found.prior, case.prior().diagonal(), **AUTOGRAD)
+    assert float(torch.linalg.eigvalsh(dense(found)).min()) > -1e-9
+
+
 class Twice(nn.Module):
     """One matrix in two layers."""
 
@@ -719,7 +764,7 @@ def diagonal_precision() -> DiagonalPrecision:
     return DiagonalPrecision(LAYOUT, torch.arange(9.0), PRIOR)
 
 
-CASES = {
+POSTERIORS = {
     "kron": (lambda s: random_precision(), dense_precision),
     "diag": (
         lambda s: diagonal_precision(),
@@ -732,9 +777,9 @@ CASES = {
 LOC = torch.linspace(-1.0, 1.0, 9, dtype=torch.float64)
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=list(POSTERIORS))
 def case(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Any], Tensor]]:
-    make, matrix = CASES[request.param]
+    make, matrix = POSTERIORS[request.param]
     return make(None), matrix
 
 

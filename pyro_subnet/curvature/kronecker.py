@@ -13,8 +13,9 @@ further data:
     B = \sum_{nt} \delta_{nt}^\top \delta_{nt}
 
 It is exact for one datum at one position, and where inputs and output gradients are
-unrelated. A vector that is added to a layer's outputs has :math:`a = 1`, so its block
-is B alone: exact at one position. All other elements have their exact diagonal.
+unrelated. A layer's bias has :math:`a = 1`, so its block is B alone: exact at one
+position. A vector that is added by a sum of its own, as in ``x @ w + b``, has its exact
+block, whatever its positions. All other elements have their exact diagonal.
 """
 
 from __future__ import annotations

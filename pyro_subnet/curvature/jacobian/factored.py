@@ -12,6 +12,7 @@ from pyro_subnet.curvature.jacobian.contraction import (
     Broadcast,
     Channelwise,
     Contraction,
+    Entries,
     Spread,
 )
 from pyro_subnet.curvature.jacobian.recording import Column
@@ -116,30 +117,49 @@ def _sides(
         if entries.q is None or entries.order is not None:
             return None
         return entries.left, entries.right, entries.p, entries.q, entries.num_left
-    if isinstance(entries, Channelwise) and entries.factor is None:
-        channels, axis = entries.channels, entries.axis
-
-        def left(delta: Tensor) -> Tensor:
-            side = delta.index_select(axis, channels).movedim(axis, 1)
-            return side.unflatten(0, (num_data, -1)).transpose(1, 2).flatten(2)
-
-        p = torch.arange(len(channels), device=channels.device)
+    if isinstance(entries, Channelwise):
+        at, left = entries.channels, _channel_positions(entries, num_data)
     elif isinstance(entries, Broadcast) and entries.num_columns == 1:
-        if entries.factor is not None:
-            return None
-        features = entries.features
-
-        def left(delta: Tensor) -> Tensor:
-            return delta.reshape(num_data, -1).index_select(1, features).unsqueeze(1)
-
-        p = features.new_zeros(1)
+        at, left = entries.columns[:1], _all_positions(entries, num_data)
     else:
         return None
-    return left, _ones(num_data, p), p, torch.zeros_like(p), len(p)
+    if column.affine == "sum":
+        left = _summed(entries)
+    elif entries.factor is not None:
+        return None
+    p = torch.arange(len(at), device=at.device)
+    ones = torch.ones(num_data, 1, 1, dtype=torch.float32, device=at.device)
+    return left, ones, p, torch.zeros_like(p), len(p)
 
 
-def _ones(num_data: int, like: Tensor) -> Tensor:
-    return torch.ones(num_data, 1, 1, dtype=torch.float32, device=like.device)
+def _summed(entries: Entries) -> Spread:
+    """Entries of J themselves, sums over the positions that a vector is added at."""
+
+    def left(delta: Tensor) -> Tensor:
+        return entries(delta).unsqueeze(-1)
+
+    return left
+
+
+def _channel_positions(entries: Channelwise, num_data: int) -> Spread:
+    """Gradients at each position that a vector is added at."""
+
+    def left(delta: Tensor) -> Tensor:
+        side = delta.index_select(entries.axis, entries.channels)
+        side = side.movedim(entries.axis, 1)
+        return side.unflatten(0, (num_data, -1)).transpose(1, 2).flatten(2)
+
+    return left
+
+
+def _all_positions(entries: Broadcast, num_data: int) -> Spread:
+    """Gradients at each position that a number is added at."""
+
+    def left(delta: Tensor) -> Tensor:
+        flat = delta.reshape(num_data, -1)
+        return flat.index_select(1, entries.features).unsqueeze(1)
+
+    return left
 
 
 def same_positions(first: Tensor, second: Tensor) -> bool:

@@ -12,7 +12,7 @@ from pyro_subnet.curvature.jacobian.contraction import Entries
 from pyro_subnet.curvature.jacobian.convolution import CONVOLUTIONS
 from pyro_subnet.curvature.jacobian.layers import LAYERS, REARRANGEMENTS
 from pyro_subnet.curvature.jacobian.output_map import OutputMap, agree
-from pyro_subnet.curvature.jacobian.tape import Tape, Use
+from pyro_subnet.curvature.jacobian.tape import Affine, Tape, Use
 from pyro_subnet.grad_mode import differentiable
 
 _RULES = {**LAYERS, **CONVOLUTIONS}
@@ -46,7 +46,7 @@ class Column:
     entries: Entries
     columns: Tensor | slice
     first: bool
-    affine: bool
+    affine: Affine | None
 
 
 class Recording:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_subnet.curvature.jacobian.contraction import Entries
+
+Affine = Literal["layer", "sum"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class Use:
     shape: torch.Size
     inputs: tuple[tuple[Tensor, int], ...]
     entries: Callable[[Tensor, int], Entries]
-    affine: bool = False
+    affine: Affine | None = None
 
 
 # What a rule makes of a call: for each argument that may be a weight, what its entries
@@ -71,13 +73,14 @@ class Layer:
     Attributes:
         parameters: Names of its arguments, in order.
         rule: How entries of J follow.
-        affine: Whether it multiplies its input by matrices, or adds vectors: weights
-            whose curvature has Kronecker factors.
+        affine: How weights enter whose curvature has Kronecker factors: ``"layer"``,
+            it multiplies inputs by matrices and adds vectors to the results; ``"sum"``,
+            it adds alone.
     """
 
     parameters: Sequence[str]
     rule: Rule
-    affine: bool = False
+    affine: Affine | None = None
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name.
