@@ -78,6 +78,11 @@ class NoOutputVarianceWarning(SubnetWarning):
     """Given when the subnet moves no output at any reference input."""
 
 
+@final
+class NoKroneckerFactorsWarning(SubnetWarning):
+    """Given when no weight has Kronecker factors, so that all have a diagonal alone."""
+
+
 # Ours, and those whose decorators stand on our functions.
 _BETWEEN = ("pyro_subnet", "contextlib", "torch", "jaxtyping", "beartype")
 

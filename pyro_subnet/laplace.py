@@ -111,7 +111,7 @@ def subnet_curvature(
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
-    tally, prior, gradient = _Tally(data), list[PriorPrecision](), list[Tensor]()
+    tally, prior, gradient = Tally(data), list[PriorPrecision](), list[Tensor]()
     dtype = at_least_float32(latents.loc.dtype)
     like, kind = latents.loc.new_empty(0, dtype=dtype), options.curvature
     total = GGNSum(subnet.size, like, options.held_as)
@@ -127,7 +127,7 @@ def subnet_curvature(
         del graph, terms  # frees the activations before the Jacobian needs the room
         tally.summary.add(call, moved, not data.whole)
         if any(moved.values()) and call.num_data:
-            weighted = _Weighted(call, subnet, moved, activations, not data.whole)
+            weighted = Weighted(call, subnet, moved, activations, not data.whole)
             if kind == "hessian":
                 subtract_hessian_(total.matrix(), weighted.log_likelihood(1.0), budget)
             else:
@@ -166,7 +166,7 @@ def diagonal_curvature(
     Returns:
         Both diagonals; no matrix over D is formed.
     """
-    tally, prior = _Tally(data), list[Tensor]()
+    tally, prior = Tally(data), list[Tensor]()
     everything = whole_subnet(latents)
     ggn = torch.zeros(everything.size, dtype=torch.float64, device=latents.loc.device)
     for args, kwargs in data.calls("Variances"):
@@ -178,7 +178,7 @@ def diagonal_curvature(
         moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
         del graph, terms
         if any(moved.values()) and call.num_data:
-            weighted = _Weighted(call, everything, moved, activations, not data.whole)
+            weighted = Weighted(call, everything, moved, activations, not data.whole)
             ggn += ggn_diagonal(*weighted.rows(kind), budget)
     return DiagonalCurvature(ggn * tally.scale(), prior[0].to(torch.float64))
 
@@ -203,7 +203,7 @@ def whole_subnet(latents: Latents) -> Subnet:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weighted:
+class Weighted:
     """What the curvature of one call is made of."""
 
     call: ModelCall
@@ -223,6 +223,7 @@ class _Weighted:
         return outputs, identity_factors(outputs)
 
     def log_likelihood(self, power: float, *, sampled: bool = False) -> OutputMap:
+        """The log likelihood of each datum, elements weighted by a power of theirs."""
         return log_likelihood_map(
             self.call,
             self.subnet,
@@ -234,7 +235,7 @@ class _Weighted:
         )
 
 
-class _Tally:
+class Tally:
     """Counts the data of a pass and holds the prior to one value in all its calls."""
 
     def __init__(self, data: Data):

@@ -11,6 +11,8 @@ from torch import Tensor
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import OptionError, PrecisionError, SelectionError
 from pyro_subnet.full_precision import at_least_float32
+from pyro_subnet.kronecker_curvature import kronecker_curvature
+from pyro_subnet.kronecker_precision import KroneckerPrecision
 from pyro_subnet.laplace import DiagonalCurvature, diagonal_curvature
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.selection.base import (
@@ -43,7 +45,10 @@ class LargestVariance(Selector):
         size: A count (int) or a share in (0, 1] (float).
         estimator: How the variances are estimated: ``"ggn"``, the exact diagonal of
             the generalized Gauss-Newton matrix; ``"ef"``, that of the empirical Fisher,
-            one backward pass in place of one a class.
+            one backward pass in place of one a class; ``"kfac"``, those of a
+            Kronecker-factored posterior (:mod:`~pyro_subnet.curvature.kronecker`),
+            which counts correlations within a layer. It takes eigendecompositions of
+            the factors.
         keep_dead: Whether weights without any curvature may be chosen.
 
     Raises:
@@ -54,7 +59,7 @@ class LargestVariance(Selector):
     """
 
     size: int | float
-    estimator: Literal["ggn", "ef"] = "ggn"
+    estimator: Literal["ggn", "ef", "kfac"] = "ggn"
     keep_dead: bool = True
 
     passes_over_data = True
@@ -62,10 +67,10 @@ class LargestVariance(Selector):
     def __post_init__(self) -> None:
         """Checks the options."""
         check_size(self.size)
-        if self.estimator not in ("ggn", "ef"):
+        if self.estimator not in ("ggn", "ef", "kfac"):
             raise OptionError(
-                f"`estimator` must be 'ggn' or 'ef'; got {self.estimator!r}. Leave it "
-                "out for the GGN."
+                f"`estimator` must be 'ggn', 'ef' or 'kfac'; got {self.estimator!r}. "
+                "Leave it out for the GGN."
             )
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
@@ -80,6 +85,7 @@ class LargestVariance(Selector):
 
         Raises:
             PrecisionError: If a diagonal precision is not positive.
+            ModelError: If a site's prior precision differs within it, for ``"kfac"``.
             SelectionError: If too few weights have curvature, with ``keep_dead=False``.
         """
         latents = guide.latents
@@ -87,10 +93,7 @@ class LargestVariance(Selector):
         size = resolve_size(self.size, layout.num_params)
         dtype = at_least_float32(latents.loc.dtype)
         check_factor_fits(size, dtype, latents.loc.device)
-        curvature = diagonal_curvature(
-            guide.user_model, latents, data, kind=self.estimator
-        )
-        variance = _marginal_variance(curvature, layout)
+        curvature, variance = self._estimate(guide, data)
         scores = variance
         if not self.keep_dead:
             alive = curvature.ggn > 0
@@ -108,6 +111,21 @@ class LargestVariance(Selector):
         total = float(share.sum())
         explained = float(share[positions].sum()) / total if total > 0 else 0.0
         return Subnet.from_positions(layout, positions, explained)
+
+    def _estimate(
+        self, guide: GuideAtMAP, data: Data
+    ) -> tuple[DiagonalCurvature, Tensor]:
+        """Diagonals of the curvature, and marginal variances, both (D,)."""
+        latents, model = guide.latents, guide.user_model
+        if self.estimator != "kfac":
+            curvature = diagonal_curvature(model, latents, data, kind=self.estimator)
+            return curvature, _marginal_variance(curvature, latents.layout)
+        found = kronecker_curvature(model, latents, data)
+        precision = KroneckerPrecision.decompose(
+            found.blocks, found.diagonal, found.prior, latents.layout
+        )
+        variance = precision.gaussian(latents.loc.to(torch.float64)).variance()
+        return DiagonalCurvature(found.ggn_diagonal(), found.prior), variance
 
 
 def _marginal_variance(curvature: DiagonalCurvature, layout: Layout) -> Tensor:

@@ -246,9 +246,12 @@ def _of_rows(tensor: Tensor, num_data: int) -> Tensor:
 
 
 CONVOLUTIONS: dict[Any, Layer] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), Layer(_CONVOLUTION, _convolution)),
+    **dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d),
+        Layer(_CONVOLUTION, _convolution, affine="layer"),
+    ),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-        Layer(_TRANSPOSED, _transposed),
+        Layer(_TRANSPOSED, _transposed, affine="layer"),
     ),
 }

@@ -6,7 +6,7 @@ layer; a weight with several uses has its entries added up first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def layered_diagonal(
         NotLayered: If the model does not fit.
     """
     num_data = outputs.num_data
-    group = _group(outputs, budget)
+    group = group_size(outputs, budget)
     whole = group == num_data
     if not whole:
         check_separation(outputs)
@@ -54,8 +54,16 @@ def layered_diagonal(
     return total
 
 
-def _group(outputs: OutputMap, budget: int) -> int:
-    """How many data fit in the budget, by what a single one takes."""
+def group_size(outputs: OutputMap, budget: int) -> int:
+    """How many data fit in the budget, by what a single one takes.
+
+    Args:
+        outputs: The map to be differentiated.
+        budget: Bytes that a group of data may take.
+
+    Returns:
+        At least 1.
+    """
     if outputs.num_data == 1:
         return 1
     probe = Recording(outputs.at(0, 1), whole=False)
@@ -65,29 +73,59 @@ def _group(outputs: OutputMap, budget: int) -> int:
     return max(1, min(outputs.num_data, budget // (held + activations)))
 
 
+class SquaredColumns:
+    """Sums of squares of columns of :math:`R J`, as the rows' gradients come in.
+
+    Args:
+        columns: Uses of the weights, all that a site has.
+        outputs: The map of the data.
+    """
+
+    def __init__(self, columns: Sequence[Column], outputs: OutputMap):
+        uses: dict[str, list[Column]] = {}
+        for column in columns:
+            uses.setdefault(column.site, []).append(column)
+        self._outputs = outputs
+        self._single = [own[0] for own in uses.values() if len(own) == 1]
+        self._several = [own for own in uses.values() if len(own) > 1]
+        self._sums = [column.entries.new_squares() for column in self._single]
+
+    def add(self, total: Tensor, deltas: Gradients) -> None:
+        """Adds one row of every datum.
+
+        Args:
+            total: Where sums at weights with several uses go, (S,).
+            deltas: Gradients of the layers' outputs.
+        """
+        for place, column in enumerate(self._single):
+            delta = deltas[column.edge]
+            if delta is not None:
+                sums = column.entries.add_squares_(self._sums[place], delta)
+                self._sums[place] = sums
+        for own in self._several:
+            _add_summed_squares(total, own, deltas, self._outputs)
+
+    def finish(self, total: Tensor) -> None:
+        """Adds the sums at weights with one use, after the last row.
+
+        Args:
+            total: Where they go, (S,).
+        """
+        for column, squares in zip(self._single, self._sums, strict=True):
+            total[column.columns] += column.entries.squares(squares)
+
+
 def _add_squares(total: Tensor, recording: Recording, factors: Factors) -> None:
-    columns = recording.columns()
-    uses: dict[str, list[Column]] = {}
-    for column in columns:
-        uses.setdefault(column.site, []).append(column)
-    single = [own[0] for own in uses.values() if len(own) == 1]
-    several = [own for own in uses.values() if len(own) > 1]
-    sums = [column.entries.new_squares() for column in single]
+    squares = SquaredColumns(recording.columns(), recording.outputs)
     check, row = MixtureCheck(recording, factors), 0
     for site, factor in enumerate(factors):
         cotangents = cotangent_rows(factor, recording.outputs.num_data)
         for deltas in recording.gradients(site, cotangents):
             check.add(row, deltas)
             row += 1
-            for place, column in enumerate(single):
-                delta = deltas[column.edge]
-                if delta is not None:
-                    sums[place] = column.entries.add_squares_(sums[place], delta)
-            for own in several:
-                _add_summed_squares(total, own, deltas, recording.outputs)
+            squares.add(total, deltas)
     check.finish()
-    for column, squares in zip(single, sums, strict=True):
-        total[column.columns] += column.entries.squares(squares)
+    squares.finish(total)
 
 
 def _add_summed_squares(

@@ -287,7 +287,7 @@ _PRODUCT = ("input", "weight")
 _NORM = ("weight", "bias")
 
 _DENSE_LAYERS: dict[Any, Layer] = {
-    F.linear: Layer(("input", "weight", "bias"), _linear),
+    F.linear: Layer(("input", "weight", "bias"), _linear, affine="layer"),
     F.embedding: Layer(
         (
             "input",
@@ -322,12 +322,16 @@ _DENSE_LAYERS: dict[Any, Layer] = {
 _OPERATORS: dict[Any, Layer] = {
     **dict.fromkeys(
         (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__),
-        Layer(_PRODUCT, _matmul),
+        Layer(_PRODUCT, _matmul, affine="layer"),
     ),
     **dict.fromkeys(
-        (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), Layer(_BINARY, _add)
+        (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__),
+        Layer(_BINARY, _add, affine="sum"),
     ),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), Layer(_BINARY, _subtract)),
+    **dict.fromkeys(
+        (torch.sub, Tensor.sub, Tensor.__sub__),
+        Layer(_BINARY, _subtract, affine="sum"),
+    ),
     **dict.fromkeys(
         (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
         Layer(_BINARY, _multiply),

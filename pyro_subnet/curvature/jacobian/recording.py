@@ -12,7 +12,7 @@ from pyro_subnet.curvature.jacobian.contraction import Entries
 from pyro_subnet.curvature.jacobian.convolution import CONVOLUTIONS
 from pyro_subnet.curvature.jacobian.layers import LAYERS, REARRANGEMENTS
 from pyro_subnet.curvature.jacobian.output_map import OutputMap, agree
-from pyro_subnet.curvature.jacobian.tape import Tape, Use
+from pyro_subnet.curvature.jacobian.tape import Affine, Tape, Use
 from pyro_subnet.grad_mode import differentiable
 
 _RULES = {**LAYERS, **CONVOLUTIONS}
@@ -38,6 +38,7 @@ class Column:
         entries: From the output's gradient to entries of J.
         columns: Where they belong, (S of this use,).
         first: Whether these are all columns of the site, and none were written before.
+        affine: See :class:`~pyro_subnet.curvature.jacobian.tape.Layer`.
     """
 
     site: str
@@ -45,6 +46,7 @@ class Column:
     entries: Entries
     columns: Tensor | slice
     first: bool
+    affine: Affine | None
 
 
 class Recording:
@@ -143,7 +145,9 @@ class Recording:
         )
         place = slice(start, start + len(within)) if whole else start + columns
         edge = self.edges.index(use.edge)
-        return Column(use.weight.site, edge, entries, place, first and whole)
+        return Column(
+            use.weight.site, edge, entries, place, first and whole, use.affine
+        )
 
     def gradients(self, site: int, cotangents: Tensor) -> Iterator[Gradients]:
         """Gradients of all layers' outputs, row by row.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_subnet.curvature.jacobian.contraction import Entries
+
+Affine = Literal["layer", "sum"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Use:
         inputs: Tensors that ``entries`` reads, and their versions when recorded.
         entries: From the chosen flat positions of the weight, as the layer sees it, and
             the number of data to the entries of J.
+        affine: See :class:`Layer`.
     """
 
     weight: Weight
@@ -54,6 +57,7 @@ class Use:
     shape: torch.Size
     inputs: tuple[tuple[Tensor, int], ...]
     entries: Callable[[Tensor, int], Entries]
+    affine: Affine | None = None
 
 
 # What a rule makes of a call: for each argument that may be a weight, what its entries
@@ -69,10 +73,14 @@ class Layer:
     Attributes:
         parameters: Names of its arguments, in order.
         rule: How entries of J follow.
+        affine: How weights enter whose curvature has Kronecker factors: ``"layer"``,
+            it multiplies inputs by matrices and adds vectors to the results; ``"sum"``,
+            it adds alone.
     """
 
     parameters: Sequence[str]
     rule: Rule
+    affine: Affine | None = None
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name.
@@ -170,7 +178,9 @@ class Tape(TorchFunctionMode):
             if bound[name].dtype != result.dtype:  # as under autocast
                 return False
             versions = tuple((tensor, tensor._version) for tensor in inputs)
-            self.uses.append(Use(weight, edge, result.shape, versions, entries))
+            self.uses.append(
+                Use(weight, edge, result.shape, versions, entries, layer.affine)
+            )
         return True
 
 
