@@ -83,7 +83,8 @@ class Likelihood:
         Raises:
             OptionError: If the family has no Gaussian noise, or shapes do not fit.
         """
-        factor = torch.as_tensor(self.noise_scale).to(self.like)
+        like = self.like
+        factor = torch.as_tensor(self.noise_scale, dtype=like.dtype, device=like.device)
         if self.family.distribution not in NOISES:
             raise OptionError(
                 "`noise_scale` must be 1.0 where y has no Gaussian noise; got "

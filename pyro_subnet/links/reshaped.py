@@ -47,11 +47,11 @@ class Reshaped(TorchDistribution):
         """Marginal variances, of the array's shape."""
         return self._shaped(self.base_dist.variance)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws without gradients."""
         return self._shaped(self.base_dist.sample(sample_shape))
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws with gradients."""
         return self._shaped(self.base_dist.rsample(sample_shape))
 
