@@ -264,11 +264,15 @@ def constructor(taken: SiteDistribution, family: Family) -> Callable[..., Distri
         family: The family.
 
     Returns:
-        The plainest of the distribution's classes that is Pyro's.
+        The plainest of the distribution's classes that is Pyro's and the family's; or
+        Pyro's own of that name, for a distribution that is of the family by its density
+        alone.
     """
-    return next(
+    known = (
         parent
         for parent in reversed(type(taken.base).__mro__)
         if issubclass(parent, family.distribution)
         and issubclass(parent, TorchDistributionMixin)
     )
+    found: Callable[..., Distribution] | None = next(known, None)
+    return found or getattr(dist, family.distribution.__name__)

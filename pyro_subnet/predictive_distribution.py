@@ -223,9 +223,7 @@ class _Integration:
             return split.mixture(z, log_weights, lambda d: self._of_shape(d, event))
 
         if split.rank == 1 and self.options.link != "mc":
-            return _by_halves(
-                "quadrature", lambda z, w: mixed(z.unsqueeze(-1), w), split.loc
-            )
+            return _by_halves(lambda z, w: mixed(z.unsqueeze(-1), w), split.loc)
         noise_shape = (*split.log_scale.shape[:-1], split.rank)
         z, log_weights = self._draws(noise_shape)
         found = mixed(z, log_weights)
@@ -292,14 +290,18 @@ class _Integration:
                 _event(build(logits=logits), inner)
                 for logits in mean_logistic(loc, scale)
             ]
-            return Predictive(fine, "quadrature", _difference(fine, coarse))
+            return Predictive(
+                fine,
+                "quadrature",
+                lambda y: (fine.log_prob(y) - coarse.log_prob(y)).abs(),
+            )
 
         def mixed(z: Tensor, log_weights: Tensor) -> Any:
             eta = loc + scale * z.reshape(-1, *(1 for _ in loc.shape))
             flat = eta.reshape(len(z), len(loc), -1)
             return mixture(likelihood, flat, log_weights, len(likelihood.shape))
 
-        return _by_halves("quadrature", mixed, loc)
+        return _by_halves(mixed, loc)
 
     def _monte_carlo(self) -> Predictive:
         """Any family: draws of its outputs."""
@@ -367,17 +369,15 @@ class _Integration:
         return gaussian
 
 
-def _by_halves(
-    link: str, mixed: Callable[[Tensor, Tensor], Any], like: Tensor
-) -> Predictive:
+def _by_halves(mixed: Callable[[Tensor, Tensor], Any], like: Tensor) -> Predictive:
     """A mixture over nodes, with the difference that half of them make."""
     fine = mixed(*gauss_hermite(NUM_NODES, like))
-    coarse = mixed(*gauss_hermite(NUM_NODES // 2, like))
-    return Predictive(fine, link, _difference(fine, coarse))
 
+    def error(y: Tensor) -> Tensor:
+        coarse = mixed(*gauss_hermite(NUM_NODES // 2, like))
+        return (fine.log_prob(y) - coarse.log_prob(y)).abs()
 
-def _difference(first: Any, second: Any) -> Callable[[Tensor], Tensor]:
-    return lambda y: (first.log_prob(y) - second.log_prob(y)).abs()
+    return Predictive(fine, "quadrature", error)
 
 
 def _equal(count: int, like: Tensor) -> Tensor:

@@ -495,9 +495,14 @@ def test_quadrature_of_several_elements_is_by_element() -> None:
 # Classes.
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("kind", [dist.Categorical, dist.OneHotCategorical])
-def test_probit_reads_the_logits_that_the_model_gave(kind: Any) -> None:
-    fit = Fit(lambda f: kind(logits=f), 3)
+def test_probit_reads_the_logits_that_the_model_gave(kind: Any, expanded: bool) -> None:
+    def family(f: Tensor) -> Any:
+        found = kind(logits=f)
+        return found.expand((len(f),)) if expanded else found
+
+    fit = Fit(family, 3)
     loc, covariance = fit.each()
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     shrunk = loc / (1 + math.pi / 8 * variance).sqrt()
@@ -641,14 +646,14 @@ def test_draws_agree_with_the_best_link(name: str) -> None:
 
 
 def test_the_standard_error_is_that_of_repeated_draws() -> None:
-    """200 repetitions: their spread is known to 5%, five times that is allowed."""
+    """120 repetitions: their spread is known to 6.5%, 4.6 times that is allowed."""
     fit = Fit(lambda f: dist.Poisson((f[:, 0] / 2).exp()), 1)
-    runs = [fit.predict(link="mc", num_samples=200) for _ in range(200)]
+    runs = [fit.predict(link="mc", num_samples=200) for _ in range(120)]
     log_probs = torch.stack([run.distribution.log_prob(fit.y) for run in runs])
     errors = torch.stack(
         [run.log_prob_error(fit.y) for run in runs if run.log_prob_error is not None]
     )
-    assert_close(errors.square().mean(0).sqrt(), log_probs.std(0), rtol=0.25, atol=0.0)
+    assert_close(errors.square().mean(0).sqrt(), log_probs.std(0), rtol=0.3, atol=0.0)
 
 
 def test_a_generator_is_honoured() -> None:
@@ -729,6 +734,55 @@ def test_overflow_is_an_error() -> None:
     )
     with pytest.raises(NonFiniteError, match=r"`rate` must be finite .* torch.float32"):
         predict(posterior, torch.full((1,), 100.0))
+
+
+def test_a_mixture_of_a_family_in_another_class() -> None:
+    """Of the multivariate normal family, but no subclass of it."""
+    ones = torch.ones(3, dtype=torch.float64)
+    fit = Fit(lambda f: dist.LowRankMultivariateNormal(f, ones[:, None], ones), 3)
+    best = fit.predict().distribution.log_prob(fit.y)
+    found = fit.predict(link="mc", num_samples=20_000)
+    assert found.log_prob_error is not None
+    bound = num_standard_errors(NUM_TEST) * found.log_prob_error(fit.y)
+    assert bool(((found.distribution.log_prob(fit.y) - best).abs() <= bound).all())
+
+
+def test_a_class_that_cannot_be() -> None:
+    def family(f: Tensor) -> Any:
+        never = torch.full_like(f[:, :1], -torch.inf)
+        return dist.Categorical(logits=torch.cat([f, never], -1))
+
+    fit = Fit(family, 2)
+    for link in ("probit", "mc"):
+        probs = fit.predict(link=link).distribution.probs
+        assert bool((probs[:, 2] == 0).all())
+        assert bool((probs[:, :2] > 0).all())
+    with pytest.raises(OptionError, match=r"finite logit.* got 4 of 4 elements"):
+        fit.predict(link="bridge")
+
+
+@pytest.mark.parametrize("link", [None, "mc", "bridge"])
+def test_float32_stays_float32(link: str | None) -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=x @ w.mT), obs=y)
+
+    x, y = torch.randn(NUM_TRAIN, 2), torch.randint(3, (NUM_TRAIN,))
+    posterior = AutoSubnetLaplace(model).laplace_approximation(x, y)
+    assert predict(posterior, x, link=link).distribution.probs.dtype == torch.float32
+
+
+def test_one_datum_without_a_plate() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+    x = torch.randn(3)
+    posterior = AutoSubnetLaplace(model).laplace_approximation(x, torch.tensor(1.0))
+    d = predict(posterior, x).distribution
+    assert (d.batch_shape, d.event_shape) == ((1,), ())
+    assert predict(posterior, x, joint=True).distribution.event_shape == (1,)
 
 
 def test_noise_scale_is_differentiable() -> None:
