@@ -19,12 +19,9 @@ from pyro_subnet.gaussian import PrecisionGaussian
 from pyro_subnet.grad_mode import outside_inference_mode
 from pyro_subnet.linearized_outputs import LinearizedOutputs, of_site
 from pyro_subnet.links.categorical import bridge, probit
-from pyro_subnet.links.gaussian_noise import (
-    LogScaleGaussian,
-    multivariate,
-    noisy,
-)
+from pyro_subnet.links.gaussian_noise import LogScaleGaussian, multivariate, noisy
 from pyro_subnet.links.mixture import Likelihood, mixture, standard_error
+from pyro_subnet.links.options import Predictive, PredictiveOptions
 from pyro_subnet.links.quadrature import NUM_NODES, gauss_hermite, mean_logistic
 from pyro_subnet.links.reshaped import Reshaped
 from pyro_subnet.lower_factor import lower_factor
@@ -38,43 +35,6 @@ from pyro_subnet.trace import Latents, Model
 _CLASSES = (td.Categorical, td.OneHotCategorical)
 _NORMALS = (td.Normal, td.LogNormal)
 _BRIDGES = ("bridge", "bridge-norm")
-
-
-@dataclass(frozen=True)
-class PredictiveOptions:
-    """How a predictive distribution is computed.
-
-    Attributes:
-        link: The link; None for the family's best.
-        joint: Whether over all inputs at once.
-        site: Name of the observed site; None for the only one.
-        num_samples: Draws of the outputs where a link needs them.
-        noise_scale: Factor of the scale of Gaussian noise.
-        generator: Source of the random numbers; torch's own by default.
-    """
-
-    link: str | None = None
-    joint: bool = False
-    site: str | None = None
-    num_samples: int = 1000
-    noise_scale: float | Tensor = 1.0
-    generator: torch.Generator | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Predictive:
-    """A distribution over y, and how far its log density may be off.
-
-    Attributes:
-        distribution: The distribution.
-        link: The link that it comes from.
-        log_prob_error: From y to the estimated error of its log density, in nats, of
-            the sum that stands for an integral; None where there is no such sum.
-    """
-
-    distribution: Any
-    link: str
-    log_prob_error: Callable[[Tensor], Tensor] | None = None
 
 
 @outside_inference_mode()
@@ -145,7 +105,7 @@ class _Integration:
         if link == "exact":
             return self._gaussian()
         if kind in _NORMALS and "log_scale" in moved:
-            return self._log_scale_mixture(link)
+            return self._log_scale_mixture()
         if link in {"probit", *_BRIDGES}:
             return self._classes(link)
         if link == "quadrature":
@@ -208,7 +168,7 @@ class _Integration:
             )
         return Predictive(self._of_shape(noisy(loc, factor, noise), event), "exact")
 
-    def _log_scale_mixture(self, link: str) -> Predictive:
+    def _log_scale_mixture(self) -> Predictive:
         """Gaussian noise whose log scale is an output: integrated over that alone."""
         likelihood, joint = self.likelihood, self.options.joint
         split = LogScaleGaussian.split(*self._log_scales_first())
@@ -222,8 +182,11 @@ class _Integration:
         def mixed(z: Tensor, log_weights: Tensor) -> Any:
             return split.mixture(z, log_weights, lambda d: self._of_shape(d, event))
 
+        def by_nodes(z: Tensor, log_weights: Tensor) -> Any:
+            return mixed(z.unsqueeze(-1), log_weights)
+
         if split.rank == 1 and self.options.link != "mc":
-            return _by_halves(lambda z, w: mixed(z.unsqueeze(-1), w), split.loc)
+            return _by_halves(lambda coarse: by_nodes(*_nodes(split.loc, coarse)))
         noise_shape = (*split.log_scale.shape[:-1], split.rank)
         z, log_weights = self._draws(noise_shape)
         found = mixed(z, log_weights)
@@ -286,22 +249,20 @@ class _Integration:
         inner = len(likelihood.rest)
         if likelihood.family.distribution is td.Bernoulli:
             build = constructor(likelihood.taken, likelihood.family)
-            fine, coarse = [
-                _event(build(logits=logits), inner)
-                for logits in mean_logistic(loc, scale)
-            ]
-            return Predictive(
-                fine,
-                "quadrature",
-                lambda y: (fine.log_prob(y) - coarse.log_prob(y)).abs(),
-            )
 
-        def mixed(z: Tensor, log_weights: Tensor) -> Any:
+            def integrated(coarse: bool) -> Any:
+                logits = mean_logistic(loc, scale, coarse=coarse)
+                return _event(build(logits=logits), inner)
+
+            return _by_halves(integrated)
+
+        def mixed(coarse: bool) -> Any:
+            z, log_weights = _nodes(loc, coarse)
             eta = loc + scale * z.reshape(-1, *(1 for _ in loc.shape))
             flat = eta.reshape(len(z), len(loc), -1)
             return mixture(likelihood, flat, log_weights, len(likelihood.shape))
 
-        return _by_halves(mixed, loc)
+        return _by_halves(mixed)
 
     def _monte_carlo(self) -> Predictive:
         """Any family: draws of its outputs."""
@@ -369,15 +330,19 @@ class _Integration:
         return gaussian
 
 
-def _by_halves(mixed: Callable[[Tensor, Tensor], Any], like: Tensor) -> Predictive:
-    """A mixture over nodes, with the difference that half of them make."""
-    fine = mixed(*gauss_hermite(NUM_NODES, like))
+def _by_halves(integrated: Callable[[bool], Any]) -> Predictive:
+    """A sum over nodes, with the difference that half of them make."""
+    fine = integrated(False)
 
     def error(y: Tensor) -> Tensor:
-        coarse = mixed(*gauss_hermite(NUM_NODES // 2, like))
-        return (fine.log_prob(y) - coarse.log_prob(y)).abs()
+        return (fine.log_prob(y) - integrated(True).log_prob(y)).abs()
 
     return Predictive(fine, "quadrature", error)
+
+
+def _nodes(like: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
+    """Nodes of a mixture and their log weights."""
+    return gauss_hermite(NUM_NODES // 2 if coarse else NUM_NODES, like)
 
 
 def _equal(count: int, like: Tensor) -> Tensor:
