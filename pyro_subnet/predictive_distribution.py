@@ -60,16 +60,23 @@ def predictive_distribution(
         call_arguments: Positional and keyword arguments of the model.
         options: The link, and what it needs.
 
+    Links: ``"exact"`` for Gaussian noise whose scale no subnet weight moves;
+    ``"quadrature"`` for one scalar output an element, and for noise with one log scale
+    in the subnet; ``"probit"``, ``"bridge"`` and ``"bridge-norm"`` for classes, from
+    logits as the model gave them, ``"probit"`` for Bernoulli as well; ``"mc"`` for all.
+    All but ``"exact"`` and ``"mc"`` go element by element: the elements of one datum
+    are independent then. Masks of the site do not enter.
+
     Returns:
-        Batch shape (N,), and events of a datum's shape at the site; without batch shape
-        if joint.
+        Batch shape (N,), and events of a datum's shape at the site. If joint, no batch
+        shape, and events of shape (N, *datum), in a row where the link is exact.
 
     Raises:
         OptionError: If the link is unknown or means nothing for the family.
         ModelError: If the site is not clear, or the subnet does not move it.
         NonFiniteError: If a parameter overflows where it is integrated.
 
-    Source: Daxberger et al. (2021), eqs. 5 to 7, arXiv 2010.14689.
+    Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
     """
     check_num_samples(options.num_samples)
     call = of_site(ModelCall.read(model, latents, *call_arguments), options.site)

@@ -60,8 +60,8 @@ def bridge(loc: Logits, factor: Factor, *, normalized: bool) -> Logits:
     Raises:
         OptionError: If a class has no variance of its own, or no finite logit.
 
-    Source: Hobbhahn, Kristiadi and Hennig (2022), arXiv 2003.01227, eq. 8 and
-    appendix; the normalization as in laplace-torch's ``bridge_norm``.
+    Source: Hobbhahn, Kristiadi and Hennig (2022), arXiv 2003.01227; the
+    normalization as in laplace-torch's ``bridge_norm``.
     """
     num_classes = loc.shape[-1]
     flat = factor.detach().flatten(-2)
