@@ -250,14 +250,29 @@ def rebuilt(
     Returns:
         A Pyro distribution of the same family, mask and event shape.
     """
-    parameters = family.parameters(taken.base, outputs)
-    kind = next(
+    new = constructor(taken, family)(**family.parameters(taken.base, outputs))
+    if taken.mask is not None:
+        new = dist.MaskedDistribution(new, taken.mask)
+    return dist.Independent(new, taken.event_dim) if taken.event_dim else new
+
+
+def constructor(taken: SiteDistribution, family: Family) -> Callable[..., Distribution]:
+    """Pyro's class of a family, which takes the family's parameters.
+
+    Args:
+        taken: A distribution of the family, taken apart.
+        family: The family.
+
+    Returns:
+        The plainest of the distribution's classes that is Pyro's and the family's; or
+        Pyro's own of that name, for a distribution that is of the family by its density
+        alone.
+    """
+    known = (
         parent
         for parent in reversed(type(taken.base).__mro__)
         if issubclass(parent, family.distribution)
         and issubclass(parent, TorchDistributionMixin)
     )
-    new = kind(**parameters)
-    if taken.mask is not None:
-        new = dist.MaskedDistribution(new, taken.mask)
-    return dist.Independent(new, taken.event_dim) if taken.event_dim else new
+    found: Callable[..., Distribution] | None = next(known, None)
+    return found or getattr(dist, family.distribution.__name__)

@@ -17,3 +17,17 @@ def differentiable() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves inference mode, and gradient mode as it is.
+
+    ``torch.inference_mode(False)`` alone switches gradients on.
+
+    Yields:
+        Nothing.
+    """
+    enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield

@@ -60,7 +60,9 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
         yield JacobianBlock(site, 0, factor @ column)
 
 
-def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+def reverse_blocks(
+    outputs: OutputMap, factors: Factors, budget: int, *, create_graph: bool = False
+) -> Blocks:
     """Reverse mode: one backward pass of the whole call for every row, in groups.
 
     Plain autograd, without ``torch.func``: it takes every model that trains.
@@ -69,6 +71,8 @@ def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
         outputs: The map to be differentiated.
         factors: R of each element, one (M, r, c) tensor a site.
         budget: Bytes that a group of rows may take.
+        create_graph: Whether the rows carry gradients to the data of the call; they
+            are then pulled one by one, as not every second derivative can be batched.
 
     Yields:
         Blocks of consecutive elements, site by site.
@@ -88,8 +92,9 @@ def reverse_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
             cotangents = leaf.new_zeros(stop - start, rank, *value.shape)
             picked = torch.arange(stop - start, device=leaf.device)
             cotangents[picked, :, start + picked] = factor[start:stop]
+            pull = _pull_with_graph if create_graph else _pull
             rows = [
-                _pull(value, leaf, part)
+                pull(value, leaf, part)
                 for part in cotangents.flatten(0, 1).split(group)
             ]
             block = torch.cat(rows).reshape(stop - start, rank, -1)
@@ -108,3 +113,16 @@ def _pull(value: Tensor, leaf: Tensor, cotangents: Tensor) -> Tensor:
         is_grads_batched=True,
         materialize_grads=True,
     )[0]
+
+
+def _pull_with_graph(value: Tensor, leaf: Tensor, cotangents: Tensor) -> Tensor:
+    """The same, differentiable in whatever ``value`` was computed from."""
+    if not value.requires_grad:
+        return leaf.new_zeros(len(cotangents), *leaf.shape)
+    found = [
+        torch.autograd.grad(
+            value, leaf, one, create_graph=True, materialize_grads=True
+        )[0]
+        for one in cotangents
+    ]
+    return torch.stack(found)

@@ -97,6 +97,28 @@ def jacobian_blocks(
             block = next(blocks, None)
 
 
+def differentiable_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    r"""Blocks of :math:`R J` that carry gradients to the data of the call.
+
+    By a general route: the structured one keeps activations apart from their graph.
+    All blocks' graphs stay in memory until the caller drops them.
+
+    Args:
+        outputs: The map to be differentiated.
+        factors: R of each element, one (M, r, c) tensor a site.
+        budget: Bytes that a group of data, directions or rows may take.
+
+    Yields:
+        Blocks, with a graph wherever gradients are switched on.
+    """
+    with torch.no_grad():
+        route = choose_route(outputs, factors, budget)
+    if route == "reverse":
+        yield from reverse_blocks(outputs, factors, budget, create_graph=True)
+    else:
+        yield from _GENERAL[route](outputs, factors, budget)
+
+
 def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor:
     r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements of all sites.
 
