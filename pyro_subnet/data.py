@@ -82,7 +82,7 @@ class Data:
         empty = True
         for item in tqdm(self.batches, desc=description, disable=not self.progress):
             empty = False
-            yield _arguments(item)
+            yield arguments(item)
         if empty:
             raise DataError(
                 "`batches` must hold at least one batch; got none. Check the loader, "
@@ -90,8 +90,19 @@ class Data:
             )
 
 
-def _arguments(item: Any) -> Batch:
-    """Positional and keyword arguments from one item of the batches."""
+def arguments(item: Any) -> Batch:
+    """Positional and keyword arguments from one item of the batches.
+
+    Args:
+        item: ``(args, kwargs)``, a tuple or list of positional arguments, a mapping of
+            keyword arguments, or one tensor.
+
+    Returns:
+        Both kinds of arguments.
+
+    Raises:
+        DataError: If it is none of these.
+    """
     if isinstance(item, Tensor):
         return (item,), {}
     if isinstance(item, Mapping):

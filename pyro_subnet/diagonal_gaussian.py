@@ -3,7 +3,6 @@ r"""A Gaussian with a diagonal precision over all D elements, at any prior scale
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import NonFiniteError, OptionError, PrecisionError
+from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.subnet import Layout, Subnet
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalGaussian:
+class DiagonalGaussian(Gaussian):
     r"""The Gaussian :math:`N(\hat\theta, \operatorname{diag}(p)^{-1})`.
 
     Attributes:
@@ -62,11 +62,6 @@ class DiagonalGaussian:
         r"""Returns :math:`\frac12 \sum_i \log p_i`."""
         return 0.5 * self.precision.log().sum()
 
-    def entropy(self) -> Float[Tensor, ""]:
-        """Returns the differential entropy in nats."""
-        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
-        return constant - self.half_log_det()
-
     def variance(self) -> Float[Tensor, " params"]:
         """Returns the marginal variances, shape (D,)."""
         return self.precision.reciprocal()
@@ -97,99 +92,6 @@ class DiagonalGaussian:
     def _dense(self, diagonal: Tensor) -> Tensor:
         check_factor_fits(self.size, diagonal.dtype, diagonal.device)
         return diagonal.diag()
-
-
-@dataclass(frozen=True, eq=False)
-class DiagonalPrecision:
-    r"""The diagonal of :math:`G + s P_0`, for any prior scale s.
-
-    Attributes:
-        layout: Where the sites lie in the packed vector.
-        ggn: Diagonal of G, shape (D,), float64.
-        prior: Diagonal of P0, shape (D,), float64.
-    """
-
-    layout: Layout
-    ggn: Float[Tensor, " params"]
-    prior: Float[Tensor, " params"]
-
-    def gaussian(
-        self, loc: Float[Tensor, " params"], prior_scale: float | Tensor = 1.0
-    ) -> DiagonalGaussian:
-        """The Gaussian at a prior scale, in the type of ``loc``.
-
-        Args:
-            loc: Its mean, shape (D,).
-            prior_scale: s, what P0 is multiplied by: a number, or one a site in the
-                order of the layout, shape (num sites,). Differentiable.
-
-        Returns:
-            The Gaussian.
-
-        Raises:
-            OptionError: If a scale is not a positive finite number.
-            NonFiniteError: If a precision is NaN or infinite.
-            PrecisionError: If a precision is not positive.
-        """
-        precision = self._precision(site_scales(prior_scale, self.layout, self.ggn))
-        return DiagonalGaussian(loc, precision.to(loc))
-
-    def log_det_precision(
-        self, prior_scales: Float[Tensor, "..."]
-    ) -> Float[Tensor, "..."]:
-        """Log determinant at each of some prior scales, D logarithms each.
-
-        Args:
-            prior_scales: s, positive and finite, of any shape.
-
-        Returns:
-            Shape of ``prior_scales``, float64, in nats. Differentiable.
-
-        Raises:
-            OptionError: If a scale is not a positive finite number.
-            NonFiniteError: If a precision is NaN or infinite.
-            PrecisionError: If a precision is not positive.
-        """
-        found = [
-            self._precision(site_scales(scale, self.layout, self.ggn)).log().sum()
-            for scale in prior_scales.flatten()
-        ]
-        return torch.stack(found).reshape(prior_scales.shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What :meth:`from_tensors` reads, under names that buffers may have."""
-        return {"ggn": self.ggn, "prior": self.prior}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], layout: Layout
-    ) -> DiagonalPrecision:
-        """Puts it together again.
-
-        Args:
-            tensors: What :meth:`tensors` gave.
-            layout: Where the sites lie in the packed vector.
-
-        Returns:
-            The same.
-
-        Raises:
-            OptionError: If a tensor is missing, or has another size.
-        """
-        sizes = {name: tensors[name].shape for name in tensors}
-        expected = dict.fromkeys(("ggn", "prior"), torch.Size([layout.num_params]))
-        if sizes != expected:
-            raise OptionError(
-                f"`tensors` must hold {expected}; got {sizes}. Pass what `tensors()` "
-                "gave for the same model."
-            )
-        return cls(layout, tensors["ggn"], tensors["prior"])
-
-    def _precision(self, scales: Tensor) -> Tensor:
-        sizes = torch.tensor(self.layout.sizes, device=scales.device)
-        precision = self.ggn + scales.repeat_interleave(sizes) * self.prior
-        check_positive(precision, None, self.layout)
-        return precision
 
 
 def site_scales(prior_scale: float | Tensor, layout: Layout, like: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ class FitOptions:
             )
 
     @property
+    def kind_of_rows(self) -> Literal["ggn", "ggn-mc", "ef"]:
+        """The curvature, where it is one that sums over rows of the Jacobian."""
+        return "ggn" if self.curvature == "hessian" else self.curvature
+
+    @property
     def held_as(self) -> Form:
         """How the sum over the data is to be held."""
         return "diagonal" if self.covariance == "diag" else self.form

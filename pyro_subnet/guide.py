@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
 from pyro_subnet.fit_options import Covariance, Curvature, FitOptions
+from pyro_subnet.forms.registry import curvature_of
 from pyro_subnet.full_precision import at_least_float32, full_precision
-from pyro_subnet.laplace import subnet_curvature, whole_subnet
+from pyro_subnet.laplace import whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.selection import LargestVariance, Mask
@@ -95,6 +96,11 @@ class AutoSubnetLaplace(AutoContinuous):
     ):
         self.options = FitOptions(curvature, covariance, form)
         self._selector = _selector(subnet)
+        if covariance == "kron" and self._selector is not None:
+            raise OptionError(
+                "`covariance='kron'` must cover every weight; got a `subnet` as well. "
+                "Leave `subnet` out, or pass covariance='diag' or 'full'."
+            )
         self._user_model = (model,)
         super().__init__(model, init_loc_fn)
 
@@ -290,9 +296,9 @@ class AutoSubnetLaplace(AutoContinuous):
                 )
         if self.options.needs_matrix(data):
             check_factor_fits(subnet.size, dtype, latents.loc.device)
-        curvature = subnet_curvature(model, latents, subnet, data, self.options)
+        curvature = curvature_of(model, latents, subnet, data, self.options)
         return AutoSubnetMultivariateNormal.from_curvature(
-            self, model, latents.loc, subnet, curvature
+            self, model, latents.loc, subnet, curvature, options=self.options
         )
 
     def __getstate__(self) -> dict[str, Any]:

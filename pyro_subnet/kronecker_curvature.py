@@ -2,7 +2,7 @@ r"""Kronecker-factored curvature of a Pyro model over all D elements."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from pyro_subnet.curvature.kronecker import KroneckerBlock, KroneckerTotal
 from pyro_subnet.curvature.prior import prior_diagonal
 from pyro_subnet.data import Data
 from pyro_subnet.exceptions import NoKroneckerFactorsWarning, warn
+from pyro_subnet.fit_summary import FitSummary, prior_gradient
 from pyro_subnet.laplace import Tally, Weighted, whole_subnet
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import ModelCall, MovedParts
@@ -29,12 +30,34 @@ class KroneckerCurvature:
             others, shape (D,), float64.
         prior: Diagonal of P0, shape (D,), float64.
         has_outputs: Whether the model has any observed site.
+        summary: The log joint density at the MAP.
     """
 
     blocks: tuple[KroneckerBlock, ...]
     diagonal: Tensor
     prior: Tensor
     has_outputs: bool
+    summary: FitSummary
+
+    @property
+    def moves_outputs(self) -> bool:
+        """Whether the curvature of the likelihood is anywhere nonzero."""
+        return bool((self.ggn_diagonal() != 0).any())
+
+    def noise_scaled(self, noise_scale: float) -> KroneckerCurvature:
+        """The curvature under normal noise of another scale.
+
+        Args:
+            noise_scale: What the model's noise is multiplied by.
+
+        Returns:
+            The curvature.
+        """
+        factor = noise_scale**-2
+        blocks = tuple(
+            replace(block, output=block.output * factor) for block in self.blocks
+        )
+        return replace(self, blocks=blocks, diagonal=self.diagonal * factor)
 
     def ggn_diagonal(self) -> Tensor:
         """The likelihood's diagonal, from the factors where there are any.
@@ -87,7 +110,7 @@ def kronecker_curvature(
     (2023), "expand" in section 3, arXiv 2311.00636; Ritter et al. (2018), for the
     Laplace approximation. Departs from them in the weights of A, which they lack.
     """
-    tally, prior = Tally(data), list[Tensor]()
+    tally, prior, gradient = Tally(data), list[Tensor](), list[Tensor]()
     everything = whole_subnet(latents)
     total = KroneckerTotal(everything.size, latents.loc)
     for args, kwargs in data.calls("Kronecker factors"):
@@ -96,8 +119,10 @@ def kronecker_curvature(
         terms = tally.check(call, graph)
         if not prior:
             prior.append(prior_diagonal(terms, graph.leaves, budget))
+            gradient.append(prior_gradient(terms, graph.leaves, everything))
         moved, activations = call.moved_parts(graph, everything), graph.activation_bytes
         del graph, terms
+        tally.summary.add(call, moved, not data.whole)
         if any(moved.values()) and call.num_data:
             weighted = Weighted(call, everything, moved, activations, not data.whole)
             weights = _data_weights(call, moved, not data.whole)
@@ -117,6 +142,7 @@ def kronecker_curvature(
         total.diagonal * scale,
         prior[0].to(torch.float64),
         tally.has_outputs,
+        tally.summary.finish(scale, tally.log_prior or 0.0, gradient[0]),
     )
 
 

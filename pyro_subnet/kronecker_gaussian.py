@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.memory import check_factor_fits
 
 # Rows whose products with a block's eigenvectors are held at once.
@@ -85,7 +86,7 @@ class EigenBlock:
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerGaussian:
+class KroneckerGaussian(Gaussian):
     r"""The Gaussian :math:`N(\hat\theta, P^{-1})` with P in blocks and a diagonal.
 
     Attributes:
@@ -145,11 +146,6 @@ class KroneckerGaussian:
         r"""Returns :math:`\frac12 \log\det P`, a sum over eigenvalues."""
         parts = [block.values.log().sum() for block in self.blocks]
         return 0.5 * torch.stack([*parts, self.precision.log().sum()]).sum()
-
-    def entropy(self) -> Float[Tensor, ""]:
-        """Returns the differential entropy in nats."""
-        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
-        return constant - self.half_log_det()
 
     def variance(self) -> Float[Tensor, " params"]:
         r"""Marginal variances :math:`\operatorname{diag} \Sigma`.

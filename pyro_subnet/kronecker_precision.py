@@ -12,7 +12,7 @@ so that the two decompositions, made once, serve every s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -211,6 +211,21 @@ class KroneckerPrecision:
         ]
         ggn = forgetting * self.ggn + diagonal.to(self.ggn)
         return KroneckerPrecision.decompose(both, ggn, self.prior, self.layout)
+
+    def with_likelihood_scaled(self, scale: float) -> KroneckerPrecision:
+        """The precision of the same data with G multiplied by a number.
+
+        Args:
+            scale: The number, positive.
+
+        Returns:
+            The precision, with the same prior.
+        """
+        blocks = tuple(
+            replace(block, output_values=block.output_values * scale)
+            for block in self.blocks
+        )
+        return KroneckerPrecision(self.layout, blocks, self.ggn * scale, self.prior)
 
     def description(self) -> dict[str, int]:
         """What :meth:`from_tensors` needs besides tensors, fit for JSON."""

@@ -47,7 +47,6 @@ class SubnetCurvature:
         has_outputs: Whether the model has any observed site.
         moves_outputs: Whether the curvature of the likelihood is anywhere nonzero.
         summary: The log joint density at the MAP.
-        options: How it was asked for.
     """
 
     ggn: Tensor
@@ -56,7 +55,6 @@ class SubnetCurvature:
     has_outputs: bool
     moves_outputs: bool
     summary: FitSummary
-    options: FitOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +140,6 @@ def subnet_curvature(
         tally.has_outputs,
         _is_nonzero(ggn, held),
         summary,
-        options,
     )
 
 

@@ -41,6 +41,7 @@ class LinearizedOutputs:
         nodes: The observed sites of a run at the MAP; with a graph to the inputs where
             those want gradients.
         follows_inputs: Whether everything carries gradients to the inputs.
+        held: Rows of J by datum, kept for other Gaussians; None to make them anew.
     """
 
     call: ModelCall
@@ -49,6 +50,7 @@ class LinearizedOutputs:
     gaussian: Gaussian
     nodes: Mapping[str, Node]
     follows_inputs: bool
+    held: tuple[Tensor, ...] | None = None
 
     @classmethod
     def read(
@@ -99,6 +101,9 @@ class LinearizedOutputs:
         Yields:
             The groups, in order, in the posterior's dtype.
         """
+        if self.held is not None:
+            yield from self.held
+            return
         like = self.gaussian.loc
         one_element_a_datum = self.outputs.shapes[0][0] == self.call.num_data
         if len(self.outputs.shapes) == 1 and one_element_a_datum:
@@ -111,6 +116,25 @@ class LinearizedOutputs:
         yield torch.cat(
             [self.by_datum(site, _cat(rows)) for site, rows in enumerate(parts)], dim=1
         )
+
+    def holding_rows(self) -> LinearizedOutputs:
+        """The same, with the rows of J kept: N x C x S numbers.
+
+        Returns:
+            The outputs.
+        """
+        return replace(self, held=tuple(self.rows()))
+
+    def with_gaussian(self, gaussian: Gaussian) -> LinearizedOutputs:
+        """The same outputs under another posterior over the same subnet.
+
+        Args:
+            gaussian: The posterior.
+
+        Returns:
+            The outputs.
+        """
+        return replace(self, gaussian=gaussian)
 
     def whitened(self) -> Iterator[Tensor]:
         r"""Rows :math:`L^{-1} j` by datum, (data, C, S), in groups of data.

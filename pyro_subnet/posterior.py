@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_subnet.curvature_guide import CurvatureGuide
 from pyro_subnet.data import Data
 from pyro_subnet.evidence import site_scales
 from pyro_subnet.exceptions import (
@@ -19,19 +17,22 @@ from pyro_subnet.exceptions import (
     OptionError,
     warn,
 )
-from pyro_subnet.forms.registry import form_of, updated_form
+from pyro_subnet.fit_options import FitOptions
+from pyro_subnet.forms.registry import (
+    FitCurvature,
+    curvature_of,
+    form_of,
+    updated_form,
+)
 from pyro_subnet.full_precision import full_precision
-from pyro_subnet.hybrid import HybridModel
-from pyro_subnet.laplace import SubnetCurvature, subnet_curvature
-from pyro_subnet.linearized import LinearizedModel
-from pyro_subnet.predictive import output_distribution
+from pyro_subnet.predictive_guide import PredictiveGuide
 from pyro_subnet.state import sharing
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Model
 from pyro_subnet.tuning import tune_noise, tune_prior, tune_site_priors
 
 
-class AutoSubnetMultivariateNormal(CurvatureGuide):
+class AutoSubnetMultivariateNormal(PredictiveGuide):
     r"""Laplace posterior of a subnet, as a guide over the user's own sites.
 
     Made by :meth:`AutoSubnetLaplace.laplace_approximation
@@ -57,7 +58,9 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
         model: Model,
         loc: Tensor,
         subnet: Subnet,
-        curvature: SubnetCurvature,
+        curvature: FitCurvature,
+        *,
+        options: FitOptions,
     ) -> AutoSubnetMultivariateNormal:
         """Factors a precision and makes the guide.
 
@@ -67,6 +70,7 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
             loc: The MAP, packed, shape (D,).
             subnet: The chosen elements.
             curvature: Of likelihood and prior; its tensors become the guide's.
+            options: How it was asked for.
 
         Returns:
             The posterior guide.
@@ -79,8 +83,8 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
         new = cls(model, prototype)
         new.explained_variance = subnet.explained_variance
         new._register(loc=loc, subnet_positions=subnet.flat)
-        new._hold(form_of(curvature), curvature.summary)
-        new.options = curvature.options
+        new._hold(form_of(curvature, new.latents), curvature.summary)
+        new.options = options
         return new
 
     @full_precision()
@@ -213,7 +217,7 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
                 f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep "
                 "all that was known."
             )
-        more = subnet_curvature(
+        more = curvature_of(
             self.user_model,
             self.latents,
             self.subnet,
@@ -228,90 +232,8 @@ class AutoSubnetMultivariateNormal(CurvatureGuide):
         new._hold(form, self.summary.plus(more.summary, forgetting))
         return new
 
-    @property
-    def linearized_model(self) -> LinearizedModel:
-        r"""The model with its outputs expanded to first order about the MAP.
 
-        A Pyro model with the user's signature and sites: observed sites have
-        distribution parameters :math:`\eta(\hat\theta) + J (\theta - \hat\theta)`;
-        deterministic sites and tensors that the model returns are expanded likewise.
-        Works in ``Predictive``, also with ``parallel=True``. Normal noise is multiplied
-        by ``noise_scale``.
-
-        Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
-        """
-        return LinearizedModel(
-            self.user_model, self.latents, noise_scale=self.noise_scale
-        )
-
-    def hybrid_model(self, linearized: bool = False) -> HybridModel:
-        """The hybrid model: the subnet one latent site, other weights parameters.
-
-        For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
-        its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
-        elements, not of D. The log density is that of the model as it is written:
-        ``prior_scale`` and ``noise_scale`` do not enter.
-
-        Args:
-            linearized: Whether outputs are expanded to first order about the MAP. For
-                Gaussian noise and priors this posterior is then exact.
-
-        Returns:
-            A Pyro model with the user's signature and observed sites.
-        """
-        return HybridModel(
-            self.user_model,
-            self.latents,
-            self.subnet,
-            self.gaussian,
-            linearized=linearized,
-        )
-
-    @torch.inference_mode(False)
-    @full_precision()
-    def output_distribution(
-        self, *args: Any, joint: bool = False, **kwargs: Any
-    ) -> dist.MultivariateNormal:
-        r"""Gaussian over the linearized outputs, in closed form, before any noise.
-
-        .. math:: \eta(x) \sim N\big(\eta(x; \hat\theta),\; J(x) P^{-1} J(x)^\top\big)
-
-        Outputs are the unconstrained parameters of the observed distributions: logits,
-        log rate, loc, log scale. Parameters that no subnet weight moves are left out.
-        For each site, in trace order, and each parameter of its family, the elements
-        of one datum follow in row-major order. Categorical logits are log-probabilities
-        at the MAP: softmax is blind to a constant per row.
-
-        The covariance may be singular (logits that sum to one, inputs that the subnet
-        does not move); draws and ``covariance_matrix`` are exact then as well.
-
-        Args:
-            args: Positional arguments of the model; data of observed sites may be left
-                out where the model allows it.
-            joint: Gives the covariance across inputs: event shape (N * C,), datum by
-                datum, in place of batch shape (N,) and event shape (C,).
-            kwargs: Keyword arguments of the model.
-
-        Returns:
-            A multivariate normal distribution.
-
-        Raises:
-            ModelError: If the subnet moves no output parameter, or the observed sites
-                have data axes of different lengths.
-
-        Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
-        """
-        return output_distribution(
-            self.user_model,
-            self.latents,
-            self.subnet,
-            self.gaussian,
-            (args, kwargs),
-            joint=joint,
-        )
-
-
-def _warn_about_curvature(curvature: SubnetCurvature) -> None:
+def _warn_about_curvature(curvature: FitCurvature) -> None:
     if not curvature.has_outputs:
         warn(
             "The model has no observed site, so the posterior is the prior's curvature "

@@ -80,16 +80,48 @@ def predictive_distribution(
     """
     check_num_samples(options.num_samples)
     call = of_site(ModelCall.read(model, latents, *call_arguments), options.site)
+    return predictive_of(outputs_of(call, subnet, gaussian), options)
+
+
+def outputs_of(
+    call: ModelCall, subnet: Subnet, gaussian: Gaussian
+) -> LinearizedOutputs:
+    """The outputs that a predictive distribution is made of.
+
+    Args:
+        call: A call of the model, with one observed site.
+        subnet: The chosen elements.
+        gaussian: The posterior over them.
+
+    Returns:
+        The outputs; of classes, logits as the model gave them.
+
+    Raises:
+        ModelError: If the subnet does not move the site.
+    """
     outputs = LinearizedOutputs.read(call, subnet, gaussian)
     (site,) = outputs.sites
-    if site.family.distribution in _CLASSES:
-        outputs = with_raw_logits(outputs)
+    classes = site.family.distribution in _CLASSES
+    return with_raw_logits(outputs) if classes else outputs
+
+
+def predictive_of(outputs: LinearizedOutputs, options: PredictiveOptions) -> Predictive:
+    """The predictive distribution of some outputs.
+
+    Args:
+        outputs: What :func:`outputs_of` gave, perhaps with another Gaussian.
+        options: The link, and what it needs.
+
+    Returns:
+        As :func:`predictive_distribution`.
+    """
+    (site,) = outputs.sites
     node = outputs.nodes[site.name]
     likelihood = Likelihood(
         SiteDistribution.of(node["fn"], node["value"]),
         site.family,
         outputs.moved[site.name],
-        gaussian.loc,
+        outputs.gaussian.loc,
         outputs.follows_inputs,
         options.noise_scale,
     )

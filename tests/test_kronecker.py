@@ -27,7 +27,7 @@ from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.curvature import kronecker
 from pyro_subnet.curvature.kronecker import KroneckerBlock
 from pyro_subnet.data import Data
-from pyro_subnet.diagonal_gaussian import DiagonalPrecision
+from pyro_subnet.diagonal_gaussian import DiagonalGaussian
 from pyro_subnet.exceptions import (
     MemoryLimitError,
     ModelError,
@@ -756,21 +756,25 @@ def dense_precision(scales: tuple[float, float, float]) -> Tensor:
     for block in (matrix, vector):
         at = block.positions.flatten()
         found[at.unsqueeze(1), at] = torch.kron(block.output, block.input)
-    each = torch.tensor(scales).repeat_interleave(torch.tensor([6, 2, 1]))
+    each = torch.tensor(scales).repeat_interleave(SIZES)
     return found + (PRIOR * each).diag()
 
 
-def diagonal_precision() -> DiagonalPrecision:
-    return DiagonalPrecision(LAYOUT, torch.arange(9.0), PRIOR)
+class Diagonal:
+    """The diagonal Gaussian, made as the other one is."""
+
+    def gaussian(self, loc: Tensor, scale: float | Tensor = 1.0) -> DiagonalGaussian:
+        each = torch.as_tensor(scale).expand(3).repeat_interleave(SIZES)
+        return DiagonalGaussian(loc, (torch.arange(9.0) + PRIOR * each).to(loc))
 
 
+SIZES = torch.tensor([6, 2, 1])
 POSTERIORS = {
     "kron": (lambda s: random_precision(), dense_precision),
     "diag": (
-        lambda s: diagonal_precision(),
+        lambda s: Diagonal(),
         lambda s: (
-            torch.arange(9.0)
-            + PRIOR * torch.tensor(s).repeat_interleave(torch.tensor([6, 2, 1]))
+            torch.arange(9.0) + PRIOR * torch.tensor(s).repeat_interleave(SIZES)
         ).diag(),
     ),
 }
@@ -826,8 +830,8 @@ def test_draws_are_undone_by_the_log_density(case: Any) -> None:
     assert_close(found, normal, **EXACT)
 
 
-def test_log_determinants_of_many_scales(case: Any) -> None:
-    precision, matrix = case
+def test_log_determinants_of_many_scales() -> None:
+    precision, matrix = random_precision(), dense_precision
     scales = torch.tensor([[0.1, 1.0], [3.0, 20.0]], requires_grad=True)
     found = precision.log_det_precision(scales)
     expected = [matrix((s,) * 3).logdet() for s in scales.flatten().tolist()]
@@ -840,8 +844,8 @@ def test_log_determinants_of_many_scales(case: Any) -> None:
     assert_close(gradient, torch.stack(slope).view(2, 2), **EXACT)
 
 
-def test_gradients_reach_the_scale_of_each_site(case: Any) -> None:
-    precision, _ = case
+def test_gradients_reach_the_scale_of_each_site() -> None:
+    precision = random_precision()
     value = torch.randn(9)
 
     def density(scales: Tensor) -> Tensor:
@@ -861,17 +865,12 @@ def test_gaussian_keeps_the_type_of_its_mean(case: Any) -> None:
     assert_close(gaussian.precision_matrix(), dense_, **bounds)
 
 
-def test_tensors_go_there_and_back(case: Any) -> None:
-    precision, _ = case
+def test_tensors_go_there_and_back() -> None:
+    precision = random_precision()
     tensors = precision.tensors()
     assert all("." not in name for name in tensors)
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    if isinstance(precision, KroneckerPrecision):
-        again: Any = KroneckerPrecision.from_tensors(
-            tensors, precision.description(), LAYOUT
-        )
-    else:
-        again = DiagonalPrecision.from_tensors(tensors, LAYOUT)
+    again = KroneckerPrecision.from_tensors(tensors, precision.description(), LAYOUT)
     found, expected = again.gaussian(LOC), precision.gaussian(LOC)
     assert torch.equal(found.variance(), expected.variance())
 
@@ -887,8 +886,6 @@ def test_tensors_of_other_blocks_are_refused() -> None:
     wrong = {**tensors, "prior": torch.ones(3)}
     with pytest.raises(OptionError, match=r"must have shape \(9,\).*got \(3,\)"):
         KroneckerPrecision.from_tensors(wrong, precision.description(), LAYOUT)
-    with pytest.raises(OptionError, match=r"`tensors` must hold"):
-        DiagonalPrecision.from_tensors({"ggn": torch.ones(9)}, LAYOUT)
 
 
 def test_a_prior_that_varies_within_a_matrix_is_refused() -> None:
@@ -922,9 +919,8 @@ def test_round_off_below_zero_is_none() -> None:
     assert float(found.blocks[0].output_values.min()) == 0
 
 
-@pytest.mark.parametrize("make", [random_precision, diagonal_precision])
-def test_precisions_that_are_none_are_refused(make: Callable[[], Any]) -> None:
-    precision = make()
+def test_precisions_that_are_none_are_refused() -> None:
+    precision = random_precision()
     prior = precision.prior.clone()
     object.__setattr__(precision, "prior", prior)
     prior[8] = -9.0
@@ -943,9 +939,8 @@ def test_no_curvature_at_all_is_refused() -> None:
         precision.gaussian(LOC)
 
 
-@pytest.mark.parametrize("make", [random_precision, diagonal_precision])
-def test_scales_that_are_none_are_refused(make: Callable[[], Any]) -> None:
-    precision = make()
+def test_scales_that_are_none_are_refused() -> None:
+    precision = random_precision()
     with pytest.raises(OptionError, match=r"must be positive and finite; got \[0.0\]"):
         precision.gaussian(LOC, 0.0)
     with pytest.raises(OptionError, match=r"one for each of 3 sites; got shape \(2,\)"):

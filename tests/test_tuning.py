@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import OptionError, PrecisionError
+from pyro_subnet import AutoSubnetMultivariateNormal, held_out
+from pyro_subnet.exceptions import DataError, OptionError, PrecisionError
 from pyro_subnet.search import minimize
 from tests.cases import CASES, DOUBLE
 from tests.test_evidence import Linear
@@ -181,3 +181,79 @@ def test_tuning_leaves_the_posterior_alone() -> None:
     assert (posterior.prior_scale, posterior.noise_scale) == (1.0, 1.0)
     for name, buffer in posterior.named_buffers():
         assert_close(buffer, before[name], rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def held_out_nll(posterior: AutoSubnetMultivariateNormal, val: Any) -> float:
+    """Mean, from the posterior's own predictive distribution."""
+    x, y, *rest = val
+    found = posterior.predictive_distribution(x, None, *rest)
+    return -float(found.log_prob(y).mean())
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+def test_held_out_data_choose_the_prior(name: str, form: str) -> None:
+    case = CASES[name](DOUBLE)
+    posterior = fitted(name, form=form)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_prior_precision("nll", val=val)
+    assert tuned.tuning is not None
+    assert tuned.tuning.method == "nll"
+    grid = [
+        held_out_nll(posterior.with_prior_precision(float(s)), val) for s in GRID[::40]
+    ]
+    best = held_out_nll(tuned, val)
+    assert best <= min(grid) + 1e-9
+    expected = [
+        held_out_nll(posterior.with_prior_precision(float(s)), val)
+        for s in tuned.tuning.scales[::5]
+    ]
+    found = tuned.tuning.objective[::5]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_held_out_data_choose_the_noise() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp").with_prior_precision(0.5)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_noise_scale("nll", val=val)
+    assert tuned.prior_scale == 0.5
+    grid = [
+        held_out_nll(posterior.with_noise_scale(float(r)), val)
+        for r in GRID[800:1601:20]
+    ]
+    assert held_out_nll(tuned, val) <= min(grid) + 1e-9
+
+
+def test_held_out_data_without_room_for_their_jacobian(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp")
+    held = posterior.tune_prior_precision("nll", val=case.args)
+    monkeypatch.setattr(held_out, "available_bytes", lambda device: 8)
+    anew = posterior.tune_prior_precision("nll", val=case.args)
+    assert held.prior_scale == anew.prior_scale
+
+
+def test_held_out_data_that_do_not_serve() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp")
+    with pytest.raises(DataError, match="must hold observations; got none at site 'y'"):
+        posterior.tune_prior_precision("nll", val=(case.args[0],))
+    with pytest.raises(DataError, match="A batch must be .* got int"):
+        posterior.tune_prior_precision("nll", val=3)
+
+
+def test_held_out_data_leave_the_random_numbers_alone() -> None:
+    """Also where a family takes draws: these are the search's own."""
+    posterior = fitted("weighted_poisson")
+    args = CASES["weighted_poisson"](DOUBLE).args
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    first = posterior.tune_prior_precision("nll", val=args)
+    second = posterior.tune_prior_precision("nll", val=args)
+    assert bool((torch.get_rng_state() == state).all())
+    assert first.prior_scale == second.prior_scale

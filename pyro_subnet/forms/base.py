@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.exceptions import OptionError
 from pyro_subnet.gaussian import Gaussian
+from pyro_subnet.subnet import Layout
 
 # One number for all weights, or one for each.
 PriorScale = float | Float[Tensor, " subnet"]
@@ -61,12 +62,12 @@ class CurvatureForm(ABC):
 
     @abstractmethod
     def updated(
-        self, more: Tensor, forgetting: float, prior_scale: PriorScale
+        self, more: Any, forgetting: float, prior_scale: PriorScale
     ) -> CurvatureForm:
         r"""The form after more data, :math:`\gamma G + G'`.
 
         Args:
-            more: G' as this form's ``held`` says.
+            more: G', in what the form is made of.
             forgetting: γ.
             prior_scale: s, as for :meth:`rescaled`.
 
@@ -105,7 +106,7 @@ class CurvatureForm(ABC):
 
 
 # Makes a form of what its ``tensors`` gave.
-Maker = Callable[[Mapping[str, Tensor]], CurvatureForm]
+Maker = Callable[[Mapping[str, Tensor], Layout], CurvatureForm]
 
 
 def prior_tensors(prior: PriorPrecision) -> dict[str, Tensor]:
@@ -138,6 +139,21 @@ def prior_of(tensors: Mapping[str, Tensor]) -> PriorPrecision:
     )
 
 
+def diagonal_alone(prior: PriorPrecision) -> PriorPrecision:
+    """A prior precision without what couples weights.
+
+    Args:
+        prior: P0.
+
+    Returns:
+        Its diagonal.
+    """
+    nothing = prior.coupled.new_empty(0)
+    return PriorPrecision(
+        prior.diagonal, nothing, prior.columns.new_empty(len(prior.diagonal), 0)
+    )
+
+
 def scaled_diagonal(prior: PriorPrecision, prior_scale: PriorScale) -> Tensor:
     """Diagonal of a prior that couples nothing, scaled.
 
@@ -147,15 +163,6 @@ def scaled_diagonal(prior: PriorPrecision, prior_scale: PriorScale) -> Tensor:
 
     Returns:
         Shape (S,), in the dtype of P0.
-
-    Raises:
-        OptionError: If the prior couples weights.
     """
-    if prior.coupled.numel():
-        raise OptionError(
-            "This covariance must have a prior that treats weights as independent; got "
-            f"one that couples {prior.coupled.numel()} of them. Pass "
-            "covariance='full'."
-        )
     scale = torch.as_tensor(prior_scale, device=prior.diagonal.device)
     return (prior.diagonal * scale).to(prior.diagonal.dtype)

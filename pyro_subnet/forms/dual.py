@@ -19,6 +19,7 @@ from pyro_subnet.forms.base import (
     prior_tensors,
     scaled_diagonal,
 )
+from pyro_subnet.subnet import Layout
 
 
 @final
@@ -62,11 +63,12 @@ class DualForm(CurvatureForm):
         return cls(curvature, prior, precision, factored.kernel_tril)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DualForm:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: Layout) -> DualForm:
         """Undoes :meth:`tensors`.
 
         Args:
             tensors: What it gave; others are not read.
+            layout: Not used.
 
         Returns:
             The form.

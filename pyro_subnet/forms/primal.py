@@ -22,6 +22,7 @@ from pyro_subnet.scaled_precision import (
     log_det_function,
     restore_ggn_,
 )
+from pyro_subnet.subnet import Layout
 from pyro_subnet.triangular import mirror_
 
 
@@ -68,11 +69,12 @@ class PrimalForm(CurvatureForm):
         return cls(lower, diagonal, prior)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PrimalForm:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: Layout) -> PrimalForm:
         """Undoes :meth:`tensors`.
 
         Args:
             tensors: What it gave; others are not read.
+            layout: Not used.
 
         Returns:
             The form.

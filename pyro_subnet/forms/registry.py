@@ -1,18 +1,36 @@
-"""Which form a curvature is held in, and how forms are named in files."""
+"""How a fit's curvature is summed, held, added to, and named in files."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
+from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.data import Data
+from pyro_subnet.fit_options import FitOptions
 from pyro_subnet.forms.base import CurvatureForm, Maker, PriorScale
+from pyro_subnet.forms.diagonal import DiagonalForm
 from pyro_subnet.forms.dual import DualForm
+from pyro_subnet.forms.kronecker import KroneckerForm
 from pyro_subnet.forms.primal import PrimalForm
-from pyro_subnet.laplace import SubnetCurvature
+from pyro_subnet.full_precision import at_least_float32
+from pyro_subnet.kronecker_curvature import KroneckerCurvature, kronecker_curvature
+from pyro_subnet.laplace import SubnetCurvature, subnet_curvature
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.trace import Latents, Model
 
-# Makes a form of what its `tensors` gave.
+FitCurvature = SubnetCurvature | KroneckerCurvature
+_NAMES: dict[type[CurvatureForm], str] = {
+    PrimalForm: "primal",
+    DualForm: "dual",
+    DiagonalForm: "diagonal",
+    KroneckerForm: "kronecker",
+}
+# Makes a form of what its `tensors` gave, and the layout of the packed vector.
 FORM_MAKERS: dict[str, Maker] = {
     "primal": PrimalForm.from_tensors,
     "dual": DualForm.from_tensors,
+    "diagonal": DiagonalForm.from_tensors,
+    "kronecker": KroneckerForm.from_tensors,
 }
 
 
@@ -25,14 +43,36 @@ def form_name(form: CurvatureForm) -> str:
     Returns:
         Its name.
     """
-    return {PrimalForm: "primal", DualForm: "dual"}[type(form)]
+    return _NAMES[type(form)]
 
 
-def form_of(curvature: SubnetCurvature) -> CurvatureForm:
+def curvature_of(
+    model: Model, latents: Latents, subnet: Subnet, data: Data, options: FitOptions
+) -> FitCurvature:
+    """One pass over the data for the curvature that the options ask for.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        subnet: The chosen elements; all of them for Kronecker factors.
+        data: The data.
+        options: What is wanted.
+
+    Returns:
+        The curvature.
+    """
+    if options.covariance == "kron":
+        kind = options.kind_of_rows
+        return kronecker_curvature(model, latents, data, kind=kind)
+    return subnet_curvature(model, latents, subnet, data, options)
+
+
+def form_of(curvature: FitCurvature, latents: Latents) -> CurvatureForm:
     """The form of a curvature as it was summed, at the model's own prior.
 
     Args:
         curvature: Of likelihood and prior; its tensors become the form's.
+        latents: The latent sites.
 
     Returns:
         The form.
@@ -41,14 +81,21 @@ def form_of(curvature: SubnetCurvature) -> CurvatureForm:
         PrecisionError: If the precision is not positive definite.
         NonFiniteError: If it is not finite.
     """
+    if isinstance(curvature, KroneckerCurvature):
+        diagonal = curvature.prior.to(at_least_float32(latents.loc.dtype))
+        nothing = torch.empty(0, dtype=torch.long, device=diagonal.device)
+        prior = PriorPrecision(diagonal, nothing, diagonal.new_empty(len(diagonal), 0))
+        return KroneckerForm.decomposed(curvature, prior, latents.layout)
     if curvature.held == "rows":
         return DualForm.factored(curvature.ggn, curvature.prior, 1.0)
+    if curvature.held == "diagonal":
+        return DiagonalForm.summed(curvature.ggn, curvature.prior, 1.0)
     return PrimalForm.factored_(curvature.ggn, curvature.prior, 1.0)
 
 
 def updated_form(
     form: CurvatureForm,
-    more: SubnetCurvature,
+    more: FitCurvature,
     forgetting: float,
     prior_scale: PriorScale,
     noise_scale: float,
@@ -68,6 +115,9 @@ def updated_form(
     Raises:
         PrecisionError: If the precision is not positive definite.
     """
+    if isinstance(more, KroneckerCurvature):
+        scaled = more.noise_scaled(noise_scale)
+        return form.updated(scaled, forgetting, prior_scale)
     scale = noise_scale**-1 if more.held == "rows" else noise_scale**-2
-    new: Tensor = more.ggn if scale == 1.0 else more.ggn.mul_(scale)
+    new = more.ggn if scale == 1.0 else more.ggn.mul_(scale)
     return form.updated(new, forgetting, prior_scale)
