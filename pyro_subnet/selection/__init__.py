@@ -11,6 +11,7 @@ from pyro_subnet.selection.last_layer import LastLayer
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.random_subnet import RandomSubnet
 from pyro_subnet.selection.sites import Modules, Sites
+from pyro_subnet.selection.swag import SwagMoments
 
 __all__ = [
     "LargestMagnitude",
@@ -21,4 +22,5 @@ __all__ = [
     "RandomSubnet",
     "Selector",
     "Sites",
+    "SwagMoments",
 ]
