@@ -31,6 +31,7 @@ LAYERS = {
     "log_prior": 3,
     "model_call": 3,
     "output_site": 3,
+    "output_variance": 3,
     "trace": 3,
     "selection": 4,
     "distribution": 5,
