@@ -49,6 +49,7 @@ LAYERS = {
     "checkpoint": 6,
     "diagnostics": 6,
     "distributed": 6,
+    "subnet_comparison": 6,
     "inference_data": 6,
     "plotting": 6,
     "": 7,

@@ -14,6 +14,7 @@ from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.selection.random_subnet import RandomSubnet
 from pyro_subnet.selection.sites import Modules, Sites
+from pyro_subnet.selection.subspace import Subspace, SubspacePosterior
 from pyro_subnet.selection.swag import SwagMoments
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "RandomSubnet",
     "Selector",
     "Sites",
+    "Subspace",
+    "SubspacePosterior",
     "SwagMoments",
 ]

@@ -30,7 +30,7 @@ _RELATIVE = 1e-9
 _NOISE = 1e-12
 
 
-def check_pool(pool: float) -> None:
+def check_pool(pool: int | float) -> None:
     """Refuses a pool smaller than the subnet.
 
     Args:
@@ -46,7 +46,7 @@ def check_pool(pool: float) -> None:
         )
 
 
-def pool_size(pool: float, size: int, num_params: int) -> int:
+def pool_size(pool: int | float, size: int, num_params: int) -> int:
     """How many candidates there are.
 
     Args:

@@ -70,7 +70,7 @@ class GreedyVariance(Selector):
 
     size: int | float
     inputs: Any = None
-    pool: float = 2.0
+    pool: int | float = 2.0
     max_swaps: int = 200
 
     passes_over_data = True

@@ -91,7 +91,7 @@ class PredictiveVariance(Selector):
     inputs: Any = None
     method: Literal["diagonal", "greedy"] = "diagonal"
     weighting: Weighting = "equal"
-    pool: float = 4.0
+    pool: int | float = 4.0
     block_size: int | None = None
 
     passes_over_data = True
