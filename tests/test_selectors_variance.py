@@ -31,7 +31,7 @@ from pyro_subnet.selection import (
     PredictiveVariance,
     Selector,
 )
-from pyro_subnet.selection.greedy import add_in_blocks, check_pool_fits, exchange
+from pyro_subnet.selection.greedy import add_in_blocks_, check_pool_fits, exchange_
 from tests.cases import (
     CASES,
     DOUBLE,
@@ -271,14 +271,20 @@ def test_greedy_chooses_among_the_best_by_the_diagonal() -> None:
     assert found.flat.tolist() == sorted(among[chosen].tolist())
 
 
+def exchanged(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
+    at = torch.tensor(start)
+    return exchange_(p.clone(), a.clone(), at, max_swaps=most, noise=1e-9).tolist()
+
+
 def test_greedy_counts_correlations() -> None:
     """Two inputs that are copies: the diagonal takes both, greedy one of them."""
     p = torch.tensor([[2.0, 0.99, 0.0], [0.99, 2.0, 0.0], [0.0, 0.0, 2.0]]).double()
     a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]).double()
     assert top(a.diagonal() / p.diagonal(), 2) == [0, 1]
-    assert sorted(add_in_blocks(p, a, 2, 1).tolist()) == [0, 2]
-    assert exchange(p, a, torch.tensor([0, 1]), 5).tolist() == [1, 2]
-    assert exchange(p, a, torch.tensor([0, 1]), 0).tolist() == [0, 1]
+    found = add_in_blocks_(p.clone(), a.clone(), 2, block_size=1, noise=1e-9)
+    assert found.tolist() == [0, 2]
+    assert exchanged(p, a, [0, 1], 5) == [1, 2]
+    assert exchanged(p, a, [0, 1], 0) == [0, 1]
 
 
 def random_pair(seed: int, count: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -311,7 +317,7 @@ def test_exchange(seed: int, size: int) -> None:
     p, a = random_pair(seed, 12, 1 + seed % 9)
     start = top(a.diagonal(), size)
     for most in (1, 100):
-        found = exchange(p, a, torch.tensor(start), most).tolist()
+        found = exchanged(p, a, start, most)
         assert found == swaps(p, a, start, most)
         assert kept(p, a, found) >= kept(p, a, start) - 1e-9
 
@@ -501,17 +507,17 @@ def test_inputs_that_nothing_moves(kind: Any) -> None:
 def test_a_precision_that_is_not_positive_definite() -> None:
     p = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
     with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -\d.*of 2\. "):
-        exchange(p, torch.eye(2).double(), torch.tensor([0, 1]), 1)
+        exchanged(torch.block_diag(p, p), torch.eye(4).double(), [0, 1], 1)
     with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -1.*of 2\. "):
-        add_in_blocks(
-            torch.block_diag(p, p), torch.eye(4).double(), size=4, block_size=2
+        add_in_blocks_(
+            torch.block_diag(p, p), torch.eye(4).double(), 4, block_size=2, noise=1e-9
         )
 
 
 def test_a_pool_too_large_for_the_memory() -> None:
-    message = r"A pool of M .* got M=9999999, which needs \d+\.\d GiB .*method='diag"
+    message = r"A pool of M .* got M=9999999, which needs \d+\.\d GiB .*diagonal scores"
     with pytest.raises(MemoryLimitError, match=message):
-        check_pool_fits(9_999_999, torch.device("cpu"))
+        check_pool_fits(9_999_999, 3, torch.device("cpu"))
 
 
 def test_gradients_disagree_with_marginal_variances() -> None:

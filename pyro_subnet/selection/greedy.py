@@ -13,6 +13,8 @@ weights of T eliminated, a further weight j has the precision
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,11 +23,9 @@ from pyro_subnet.exceptions import MemoryLimitError, OptionError, PrecisionError
 from pyro_subnet.memory import available_bytes
 from pyro_subnet.selection.base import largest
 
-# P and A in float64, and as much again while they are made or eliminated from.
-_MATRICES = 4
+# M x M matrices that are held at once, in float64: P, A, and blocks of S rows.
+MATRICES_TO_ADD, MATRICES_TO_EXCHANGE = 3, 5
 _BYTES = 8
-# Gains and losses closer than this count as equal: a cycle of exchanges ends.
-_RELATIVE = 1e-9
 # Round-off that the gains below may carry, relative to what they are differences of.
 _NOISE = 1e-12
 
@@ -60,34 +60,48 @@ def pool_size(pool: int | float, size: int, num_params: int) -> int:
     return max(size, round(min(pool * size, num_params)))
 
 
-def check_pool_fits(num_candidates: int, device: torch.device) -> None:
+def check_pool_fits(num_candidates: int, matrices: int, device: torch.device) -> None:
     """Refuses a pool of candidates whose matrices cannot be held.
 
     Args:
         num_candidates: M.
+        matrices: How many M x M matrices are held at once.
         device: Where they will live.
 
     Raises:
-        MemoryLimitError: If four M x M matrices do not fit; says the largest M that
-            does.
+        MemoryLimitError: If they do not fit; says the largest M that does.
     """
-    needed = _MATRICES * _BYTES * num_candidates**2
+    needed = matrices * _BYTES * num_candidates**2
     free = available_bytes(device)
     if needed > free:
-        most = int((free / (_MATRICES * _BYTES)) ** 0.5)
+        most = math.isqrt(free // (matrices * _BYTES))
         raise MemoryLimitError(
-            f"A pool of M candidates must have {_MATRICES} M x M matrices that fit in "
+            f"A pool of M candidates must have {matrices} M x M matrices that fit in "
             f"memory; got M={num_candidates}, which needs {needed / 2**30:.1f} GiB "
-            f"where {free / 2**30:.1f} GiB are free. Choose a size and `pool` whose "
-            f"product is at most {most}, or method='diagonal'."
+            f"where {free / 2**30:.1f} GiB are free. Choose `size` and `pool` so that "
+            f"their product is at most {most}, or a selector by diagonal scores."
         )
 
 
-def add_in_blocks(
+def relative_noise(dtype: torch.dtype) -> float:
+    """How far gains may differ and still count as equal.
+
+    Args:
+        dtype: Floating point type of the network.
+
+    Returns:
+        A relative difference, at least 1e-9: elimination adds to the round-off.
+    """
+    return max(1e-9, torch.finfo(dtype).eps ** 0.75)
+
+
+def add_in_blocks_(
     precision: Float[Tensor, "pool pool"],
     gram: Float[Tensor, "pool pool"],
     size: int,
+    *,
     block_size: int,
+    noise: float,
 ) -> Int[Tensor, " chosen"]:
     r"""Chooses weights a block at a time, those that add most variance first.
 
@@ -95,61 +109,64 @@ def add_in_blocks(
     block is eliminated from the candidates that are left,
 
     .. math:: P \leftarrow P - P_{\cdot B} P_{BB}^{-1} P_{B \cdot}, \qquad
-        A \leftarrow (I - W)^\top A\, (I - W), \quad W = P_{BB}^{-1} P_{B \cdot}.
+        A \leftarrow (I - W)^\top A\, (I - W), \quad W = P_{BB}^{-1} P_{B \cdot},
 
-    Costs about 6 M^2 S operations, and memory for two M x M matrices beside its
-    arguments. A gain that is round-off counts as zero, and equal gains go by position.
+    in place. Costs 6 M^2 S operations, and memory for a few rows a block. A gain that
+    is round-off counts as zero, and equal gains go by position.
 
     Args:
-        precision: P, shape (M, M), symmetric, float64.
-        gram: A, shape (M, M), symmetric, float64.
+        precision: P, shape (M, M), symmetric, float64; overwritten.
+        gram: A, shape (M, M), symmetric, float64; overwritten.
         size: S, at most M.
         block_size: Weights a block.
+        noise: See :func:`relative_noise`.
 
     Returns:
-        Positions among the candidates, shape (S,), in the order of choice.
+        Positions among the candidates, shape (S,), block by block.
 
     Raises:
         PrecisionError: If P is not positive definite.
     """
-    left = torch.arange(len(precision), device=precision.device)
-    alone = gram.diagonal()
+    is_left = torch.ones(len(precision), dtype=torch.bool, device=precision.device)
+    floor = _NOISE * gram.diagonal().clone()
     chosen: list[Tensor] = []
     missing = size
     while missing:
-        gains = _per_precision(precision, gram, _NOISE * alone)
-        block = largest(gains, min(block_size, missing), _RELATIVE).sort().values
-        chosen.append(left[block])
+        gains = _per_precision(precision, gram, floor).where(is_left, -torch.inf)
+        block = largest(gains, min(block_size, missing), noise).sort().values
+        is_left[block] = False
+        chosen.append(block)
         missing -= len(block)
-        rest = torch.ones_like(left, dtype=torch.bool).index_fill_(0, block, False)
-        left, alone = left[rest], alone[rest]
         if missing:
-            precision, gram = _eliminated(precision, gram, block, rest)
+            _eliminate_(precision, gram, block)
     return torch.cat(chosen)
 
 
-def exchange(
+def exchange_(
     precision: Float[Tensor, "pool pool"],
     gram: Float[Tensor, "pool pool"],
     start: Int[Tensor, " chosen"],
+    *,
     max_swaps: int,
+    noise: float,
 ) -> Int[Tensor, " chosen"]:
     r"""Swaps weights of a set for others while that raises the variance it keeps.
 
     The chosen weight whose removal costs least leaves; of all others the one that then
     adds most enters; the first swap that adds nothing ends it. Both prices count all
-    interactions: in the tableau of P swept on the set, with the rows of J reduced
+    interactions: in the tableau of P swept on the set, with the columns of J reduced
     alongside, each is the Gram matrix's diagonal over the tableau's. So the variance
     kept rises with every swap, up to a set that no such swap improves.
 
-    Costs 6 M^2 S operations to start, about 14 M^2 a swap, and memory for two M x M
-    matrices beside its arguments.
+    Costs 6 M^2 S operations to start and 16 M^2 a swap, and memory for a few S x M
+    blocks.
 
     Args:
-        precision: P, shape (M, M), symmetric, float64.
-        gram: A, shape (M, M), symmetric, float64.
+        precision: P, shape (M, M), symmetric, float64; overwritten.
+        gram: A, shape (M, M), symmetric, float64; overwritten.
         start: The set to start from, shape (S,).
         max_swaps: How many at most.
+        noise: See :func:`relative_noise`.
 
     Returns:
         Positions among the candidates, ascending, shape (S,).
@@ -157,31 +174,26 @@ def exchange(
     Raises:
         PrecisionError: If P is not positive definite.
     """
-    order = torch.cat([start, _others(len(precision), start)])
-    size = len(start)
-    tableau, reduced = precision[order][:, order], gram[order][:, order]
-    alone = reduced.diagonal().clone()
-    _sweep_leading_(tableau, reduced, size)
-    inside = torch.arange(len(order), device=order.device) < size
-    for _ in range(max_swaps if size < len(order) else 0):
-        losses = _per_precision(tableau, reduced, torch.zeros_like(alone))
-        out = largest((-losses).where(inside, -torch.inf), 1, _RELATIVE)
-        _sweep_(tableau, reduced, int(out), remove=True)
-        inside[out] = False
-        gains = _per_precision(tableau, reduced, _NOISE * alone)
-        enters = largest(gains.where(~inside, -torch.inf), 1, _RELATIVE)
-        better = bool(gains[enters] > gains[out] * (1 + _RELATIVE))
-        enters = enters if better else out
-        _sweep_(tableau, reduced, int(enters), remove=False)
+    inside = torch.zeros(len(precision), dtype=torch.bool, device=precision.device)
+    inside[start] = True
+    if bool(inside.all()) or not max_swaps:
+        return start.sort().values
+    floor = _NOISE * gram.diagonal().clone()
+    _eliminate_(precision, gram, start, keep=True)
+    for _ in range(max_swaps):
+        losses = _per_precision(precision, gram, 0.0 * floor)
+        leaves = largest((-losses).where(inside, -torch.inf), 1, noise)
+        _sweep_(precision, gram, int(leaves), remove=True)
+        inside[leaves] = False
+        gains = _per_precision(precision, gram, floor).where(~inside, -torch.inf)
+        enters = largest(gains, 1, noise)
+        better = bool(gains[enters] > gains[leaves] * (1 + noise))
+        enters = enters if better else leaves
         inside[enters] = True
         if not better:
             break
-    return order[inside].sort().values
-
-
-def _others(count: int, chosen: Tensor) -> Tensor:
-    mask = torch.ones(count, dtype=torch.bool, device=chosen.device)
-    return mask.index_fill_(0, chosen, False).nonzero().squeeze(-1)
+        _sweep_(precision, gram, int(enters), remove=False)
+    return inside.nonzero().squeeze(-1)
 
 
 def _per_precision(precision: Tensor, gram: Tensor, floor: Tensor) -> Tensor:
@@ -190,48 +202,49 @@ def _per_precision(precision: Tensor, gram: Tensor, floor: Tensor) -> Tensor:
     return (square / precision.diagonal().abs()).where(square > floor, 0.0)
 
 
-def _factor(block: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(block)
+def _eliminate_(
+    precision: Tensor, gram: Tensor, block: Tensor, *, keep: bool = False
+) -> None:
+    """P and A of the other weights, given a block; in place.
+
+    Args:
+        precision: P, symmetric.
+        gram: A, symmetric.
+        block: Positions.
+        keep: Whether to leave the block's part of the swept tableau, and of the Gram
+            matrix, in its rows and columns; what stands there has no meaning otherwise.
+
+    Raises:
+        PrecisionError: If P is not positive definite.
+    """
+    cross, between = precision[block], gram[block]
+    factor, info = torch.linalg.cholesky_ex(cross[:, block])
     if int(info):
-        smallest = float(torch.linalg.eigvalsh(block)[0])
+        smallest = float(torch.linalg.eigvalsh(cross[:, block])[0])
         raise PrecisionError(
-            "The precision over the candidates must be positive definite; got "
-            f"smallest eigenvalue {smallest:.3e} in a block of {len(block)}. Train "
-            "closer to the MAP, run the model in float64, or use method='diagonal'."
+            "The precision over the candidates must be positive definite; got smallest "
+            f"eigenvalue {smallest:.3e} in a block of {len(block)}. Train closer to "
+            "the MAP, run the model in float64, or choose by diagonal scores."
         )
-    return factor
-
-
-def _eliminated(
-    precision: Tensor, gram: Tensor, block: Tensor, rest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """P and A of the rest, given a block."""
-    cross = precision[block][:, rest]
-    weights = torch.cholesky_solve(cross, _factor(precision[block][:, block]))
-    inner, between = gram[block][:, block], gram[block][:, rest]
-    # (A_rB - W^T A_BB / 2) W, and its transpose
-    half = (between - 0.5 * inner @ weights).mT @ weights
-    left = precision[rest][:, rest].addmm_(cross.mT, weights, alpha=-1.0)
-    reduced = gram[rest][:, rest].sub_(half).sub_(half.mT)
-    return left, reduced
-
-
-def _sweep_leading_(tableau: Tensor, gram: Tensor, size: int) -> None:
-    """Sweeps the first S weights at once."""
-    cross, own = tableau[:size, size:].clone(), tableau[:size, :size]
-    factor = _factor(own)
-    inverse = torch.cholesky_inverse(factor)
     weights = torch.cholesky_solve(cross, factor)
-    inner, between = gram[:size, :size].clone(), gram[:size, size:].clone()
-    tableau[size:, size:].addmm_(cross.mT, weights, alpha=-1.0)
-    tableau[:size, :size] = -inverse
-    tableau[:size, size:] = weights
-    tableau[size:, :size] = weights.mT
-    half = (between - 0.5 * inner @ weights).mT @ weights
-    gram[size:, size:].sub_(half).sub_(half.mT)
-    gram[:size, :size] = inverse @ inner @ inverse
-    gram[:size, size:] = inverse @ (between - inner @ weights)
-    gram[size:, :size] = gram[:size, size:].mT
+    inner = between[:, block]
+    precision.addmm_(cross.mT, weights, alpha=-1.0)
+    half = torch.addmm(between, inner, weights, alpha=-0.5)
+    gram.addmm_(half.mT, weights, alpha=-1.0)
+    gram.addmm_(weights.mT, half, alpha=-1.0)
+    if not keep:
+        return
+    inverse = torch.cholesky_inverse(factor)
+    _set_cross_(precision, block, weights, -inverse)
+    reduced = inverse @ between.addmm_(inner.clone(), weights, alpha=-1.0)
+    _set_cross_(gram, block, reduced, inverse @ inner @ inverse)
+
+
+def _set_cross_(matrix: Tensor, block: Tensor, rows: Tensor, own: Tensor) -> None:
+    """Sets the rows and columns of a block in a symmetric matrix."""
+    matrix[block] = rows
+    matrix[:, block] = rows.mT
+    matrix[block[:, None], block] = own
 
 
 def _sweep_(tableau: Tensor, gram: Tensor, k: int, *, remove: bool) -> None:

@@ -24,10 +24,12 @@ from pyro_subnet.selection.base import (
     resolve_size,
 )
 from pyro_subnet.selection.greedy import (
+    MATRICES_TO_EXCHANGE,
     check_pool,
     check_pool_fits,
-    exchange,
+    exchange_,
     pool_size,
+    relative_noise,
 )
 from pyro_subnet.subnet import Subnet
 
@@ -50,7 +52,7 @@ class GreedyVariance(Selector):
 
     Costs a pass over the inputs for the gradients; over the candidates one more, and
     one over the training data, with 2 M^2 operations a row of J; 6 M^2 S to start and
-    about 14 M^2 a swap; four M x M matrices of memory in float64.
+    16 M^2 a swap; five M x M matrices of memory in float64.
     ``explained_variance`` is not measured.
 
     Attributes:
@@ -106,17 +108,18 @@ class GreedyVariance(Selector):
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
         num_candidates = pool_size(self.pool, size, layout.num_params)
-        check_pool_fits(num_candidates, latents.loc.device)
+        check_pool_fits(num_candidates, MATRICES_TO_EXCHANGE, latents.loc.device)
         inputs = reference_data(self.inputs, data)
         scores = squared_gradients(model, latents, inputs, "equal")
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         best = largest(scores, num_candidates, noise)
         pool = Subnet.from_positions(layout, best)
         start = torch.searchsorted(pool.flat, best[:size])
-        chosen = exchange(
+        chosen = exchange_(
             dense_precision(model, latents, pool, data),
             output_gram(model, latents, pool, inputs, "equal"),
             start,
-            self.max_swaps,
+            max_swaps=self.max_swaps,
+            noise=relative_noise(latents.loc.dtype),
         )
         return Subnet.from_positions(layout, pool.flat[chosen])

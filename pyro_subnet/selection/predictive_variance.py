@@ -28,10 +28,12 @@ from pyro_subnet.selection.base import (
 )
 from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
 from pyro_subnet.selection.greedy import (
-    add_in_blocks,
+    MATRICES_TO_ADD,
+    add_in_blocks_,
     check_pool,
     check_pool_fits,
     pool_size,
+    relative_noise,
 )
 from pyro_subnet.subnet import Subnet
 
@@ -57,7 +59,7 @@ class PredictiveVariance(Selector):
     block of weights at a time enters, those that add most to f given all blocks before,
     by Schur complements. With ``block_size=1`` it is the forward greedy algorithm. It
     costs a further pass of each, 2 M^2 operations a row of J in them, 6 M^2 S for the
-    choice, and four M x M matrices of memory in float64; D x D only if M = D. Weights
+    choice, and three M x M matrices of memory in float64; D x D only if M = D. Weights
     that add nothing go by position.
 
     Neither is the best subset, which no known algorithm of reasonable cost finds;
@@ -136,7 +138,7 @@ class PredictiveVariance(Selector):
         size = resolve_size(self.size, layout.num_params)
         num_candidates = pool_size(self.pool, size, layout.num_params)
         if self.method == "greedy":
-            check_pool_fits(num_candidates, latents.loc.device)
+            check_pool_fits(num_candidates, MATRICES_TO_ADD, latents.loc.device)
         inputs = reference_data(self.inputs, data)
         curvature = diagonal_curvature(model, latents, data)
         variance = marginal_variance(curvature, layout)
@@ -147,11 +149,12 @@ class PredictiveVariance(Selector):
         else:
             best = largest(squares * variance, num_candidates, noise)
             pool = Subnet.from_positions(layout, best)
-            chosen = add_in_blocks(
+            chosen = add_in_blocks_(
                 dense_precision(model, latents, pool, data),
                 output_gram(model, latents, pool, inputs, self.weighting),
                 size,
-                self.block_size or max(1, size // _STEPS),
+                block_size=self.block_size or max(1, size // _STEPS),
+                noise=relative_noise(latents.loc.dtype),
             )
             positions = pool.flat[chosen]
         explained = explained_variance(curvature, variance, positions)
