@@ -157,6 +157,31 @@ def output_gram(
     return gram
 
 
+def output_rows(
+    model: Model, latents: Latents, data: Data, weighting: Weighting
+) -> Float[Tensor, "rows params"] | None:
+    r"""Output gradients over all weights, the rows of :math:`R_n J_n`, if they are few.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        data: The reference inputs.
+        weighting: As for :func:`squared_gradients`.
+
+    Returns:
+        Shape (rows, D), float64; None if there are D rows or more.
+    """
+    everything = whole_subnet(latents)
+    held, count = [latents.loc.new_empty(0, everything.size, dtype=torch.float64)], 0
+    for outputs, factors in _maps(model, latents, everything, data, weighting):
+        count += sum(factor.shape[0] * factor.shape[1] for factor in factors)
+        if count >= everything.size:
+            return None
+        for block in jacobian_blocks(outputs, factors, DEFAULT_BUDGET):
+            held.append(block.rows.flatten(0, 1).to(torch.float64))
+    return torch.cat(held)
+
+
 def dense_precision(
     model: Model, latents: Latents, subnet: Subnet, data: Data
 ) -> Float[Tensor, "subnet subnet"]:

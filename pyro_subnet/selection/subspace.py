@@ -22,6 +22,7 @@ from pyro_subnet.output_variance import (
     check_weighting,
     dense_precision,
     output_gram,
+    output_rows,
     reference_data,
 )
 from pyro_subnet.selection.base import GuideAtMAP, check_size, resolve_size
@@ -90,8 +91,9 @@ class Subspace:
     with U those of the predictive covariance. A subnet of S weights is one such
     subspace, so it keeps no more at these inputs.
 
-    A diagnostic, no selector: it mixes all weights, costs about 12 D^3 operations, and
-    holds six D x D matrices in float64. ::
+    A diagnostic, no selector: it mixes all weights. It holds up to six D x D matrices
+    in float64, and costs about D^3 operations for the posterior, and the eigenvectors
+    of a matrix of side D or N C, whichever is smaller (D if S is larger). ::
 
         bound = Subspace(50, x_shifted).fit(guide, x, y)
         bound.kept_variance[-1]
@@ -161,13 +163,13 @@ class Subspace:
         )
         gaussian = full_gaussian(model, latents, data)
         inputs = reference_data(self.inputs, data)
-        gram = whitened_gram(model, latents, inputs, gaussian, self.weighting)
-        values, directions = leading_directions(gram, size)
+        gradients = WhitenedGradients.read(guide, inputs, gaussian, self.weighting)
+        values, directions = gradients.leading(size)
         # Columns L^-T v.
         basis = torch.linalg.solve_triangular(
             gaussian.precision_tril.mT, directions, upper=True
         )
-        kept = (values.cumsum(0) / gram.trace()).clamp(max=1.0)
+        kept = (values.cumsum(0) / gradients.total).clamp(max=1.0)
         return SubspacePosterior(basis, kept, model, latents)
 
 
@@ -197,50 +199,102 @@ def full_gaussian(model: Model, latents: Latents, data: Data) -> PrecisionGaussi
     return PrecisionGaussian(latents.loc.to(torch.float64), precision.tril_())
 
 
-def whitened_gram(
-    model: Model,
-    latents: Latents,
-    inputs: Data,
-    gaussian: PrecisionGaussian,
-    weighting: Weighting,
-) -> Float[Tensor, "params params"]:
-    r"""Gram matrix of whitened output gradients, :math:`X^\top X = L^{-1} A L^{-\top}`.
+@dataclass(frozen=True, eq=False)
+class WhitenedGradients:
+    r"""X of a predictive covariance :math:`X X^\top`, over all weights.
 
-    Args:
-        model: The user's model.
-        latents: Its latent sites at the MAP.
-        inputs: The reference inputs.
-        gaussian: The posterior over all weights.
-        weighting: As for :class:`PredictiveVariance`.
-
-    Returns:
-        Shape (D, D); its trace is the full posterior's predictive variance.
-
-    Raises:
-        SelectionError: If no weight moves an output at the inputs.
+    Attributes:
+        rows: X, shape (rows, D), where it has fewer than D rows; else None.
+        gram: :math:`X^\top X`, shape (D, D), where it has not.
     """
-    gram = output_gram(model, latents, whole_subnet(latents), inputs, weighting)
-    if not bool((gram.diagonal() > 0).any()):
-        raise SelectionError(
-            "`inputs` must be such that some weight moves an output; got gradients "
-            "that are all zero. Pass inputs like those to predict at."
-        )
-    # A is symmetric, so its rows are its columns.
-    return gaussian.whiten(gaussian.whiten(gram).mT)
 
+    rows: Tensor | None
+    gram: Tensor | None
 
-def leading_directions(
-    gram: Float[Tensor, "params params"], size: int
-) -> tuple[Float[Tensor, " subspace"], Float[Tensor, "params subspace"]]:
-    """Largest eigenvalues of a Gram matrix and their eigenvectors.
+    @classmethod
+    def read(
+        cls,
+        guide: GuideAtMAP,
+        inputs: Data,
+        gaussian: PrecisionGaussian,
+        weighting: Weighting,
+    ) -> WhitenedGradients:
+        r"""Reads :math:`X = J L^{-\top}` at reference inputs.
 
-    Args:
-        gram: Shape (D, D).
-        size: S.
+        Args:
+            guide: A guide at its MAP.
+            inputs: The reference inputs.
+            gaussian: The posterior over all weights.
+            weighting: As for :class:`PredictiveVariance`.
 
-    Returns:
-        Shapes (S,), descending and not negative, and (D, S).
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    best = vectors[:, -size:].flip(1)
-    return values[-size:].flip(0).clamp(min=0.0), best
+        Returns:
+            X, or its Gram matrix.
+
+        Raises:
+            SelectionError: If no weight moves an output at the inputs.
+        """
+        model, latents = guide.user_model, guide.latents
+        found = cls(output_rows(model, latents, inputs, weighting), None)
+        if found.rows is None:
+            everything = whole_subnet(latents)
+            found = cls(
+                None, output_gram(model, latents, everything, inputs, weighting)
+            )
+        if not found.total > 0:
+            raise SelectionError(
+                "`inputs` must be such that some weight moves an output; got gradients "
+                "that are all zero. Pass inputs like those to predict at."
+            )
+        if found.rows is not None:
+            return cls(gaussian.whiten(found.rows), None)
+        # The Gram matrix is symmetric, so its rows are its columns.
+        half = gaussian.whiten(found._dense())
+        return cls(None, gaussian.whiten(half.mT))
+
+    @property
+    def total(self) -> float:
+        """The variance of the outputs, summed."""
+        if self.rows is not None:
+            return float(self.rows.square().sum())
+        return float(self._dense().trace())
+
+    def kept(self, basis: Float[Tensor, "params subspace"]) -> float:
+        """Share of it on a subspace.
+
+        Args:
+            basis: Orthonormal, whitened, shape (D, S).
+
+        Returns:
+            From 0 to 1.
+        """
+        if self.rows is not None:
+            return float((self.rows @ basis).square().sum()) / self.total
+        return float((basis * (self._dense() @ basis)).sum()) / self.total
+
+    def leading(
+        self, size: int
+    ) -> tuple[Float[Tensor, " subspace"], Float[Tensor, "params subspace"]]:
+        """Variances along the best directions, and the directions.
+
+        By the eigenvectors of the predictive covariance, mapped back to the weights,
+        where that is the smaller matrix and has enough of them.
+
+        Args:
+            size: S.
+
+        Returns:
+            Shapes (S,), descending and not negative, and (D, S), orthonormal.
+        """
+        if self.rows is None or len(self.rows) < size:
+            values, vectors = torch.linalg.eigh(self._dense())
+            return values[-size:].flip(0).clamp(min=0.0), vectors[:, -size:].flip(1)
+        values, vectors = torch.linalg.eigh(self.rows @ self.rows.mT)
+        # Descending, so that round-off in a later column lies in those before it.
+        mapped = self.rows.mT @ vectors[:, -size:].flip(1)
+        basis, _ = torch.linalg.qr(mapped)
+        return values[-size:].flip(0).clamp(min=0.0), basis
+
+    def _dense(self) -> Tensor:
+        if self.rows is not None:
+            return self.rows.mT @ self.rows
+        return torch.as_tensor(self.gram)
