@@ -239,11 +239,12 @@ class LinearizedOutputs:
         everything = whole_subnet(latents)
         call = ModelCall.read(model, latents, *batch)
         outputs, moved = _map(call, everything)
-        if outputs is None or len({site.leading for site in call.sites}) > 1:
+        lengths = {site.name: site.leading for site in call.sites}
+        if outputs is None or len(set(lengths.values())) > 1:
             raise ModelError(
                 "Observed sites must share one data axis, and a latent must move one; "
-                f"got lengths { {site.name: site.leading for site in call.sites} }, "
-                f"moved parameters {dict(moved)}. Pass inputs of one length."
+                f"got lengths {lengths}, moved parameters {dict(moved)}. Pass inputs "
+                "of one length."
             )
         sites = tuple(site for site in call.sites if moved[site.name])
         rows: list[list[Tensor]] = [[] for _ in sites]

@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, Subnet, memory
-from pyro_subnet.exceptions import MemoryLimitError, OptionError, SelectionError
+from pyro_subnet.exceptions import (
+    MemoryLimitError,
+    ModelError,
+    OptionError,
+    SelectionError,
+)
 from pyro_subnet.selection import (
     GreedyVariance,
     LargestGradient,
@@ -352,6 +357,12 @@ def test_errors(options: Any, error: Any, message: str) -> None:
     case = regression_mlp(DOUBLE)
     with pytest.raises(error, match=message):
         compare(case, **{"selectors": [RandomSubnet(1)], **options})
+
+
+def test_observed_sites_of_two_lengths() -> None:
+    message = r"must share one data axis, .*; got lengths \{.*\}, moved"
+    with pytest.raises(ModelError, match=message):
+        compare(CASES["two_lengths"](DOUBLE), selectors=[RandomSubnet(1)])
 
 
 def test_memory_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
