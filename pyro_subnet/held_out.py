@@ -17,7 +17,8 @@ from pyro_subnet.links.options import PredictiveOptions
 from pyro_subnet.memory import available_bytes
 from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import OutputSite, site_weights
-from pyro_subnet.predictive_distribution import outputs_of, predictive_of
+from pyro_subnet.predictive_distribution import predictive_of
+from pyro_subnet.raw_logits import outputs_of
 from pyro_subnet.search import Tuning, minimize
 
 # Share of the free memory that the Jacobian of the held-out data may take.

@@ -29,18 +29,25 @@ def available_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_factor_fits(size: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_factor_fits(
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    matrices: float = _MATRICES_PER_FIT,
+) -> None:
     """Refuses a subnet whose S x S factor cannot be held, before any long work.
 
     Args:
         size: S.
         dtype: Floating point type of the factor.
         device: Where it will live.
+        matrices: How many S x S matrices are held at once.
 
     Raises:
         MemoryLimitError: If it does not fit; says the largest S that does.
     """
-    per_entry = _MATRICES_PER_FIT * torch.finfo(dtype).bits / 8
+    per_entry = matrices * torch.finfo(dtype).bits / 8
     needed = math.ceil(per_entry * size**2)
     free = available_bytes(device)
     if needed > free:

@@ -25,6 +25,7 @@ from pyro_subnet.forms.registry import (
     updated_form,
 )
 from pyro_subnet.full_precision import full_precision
+from pyro_subnet.held_out import tune_by_nll
 from pyro_subnet.predictive_guide import PredictiveGuide
 from pyro_subnet.state import sharing
 from pyro_subnet.subnet import Subnet
@@ -117,8 +118,8 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         """
         _check_method(method, val, per_site)
         if method == "nll":
-            raise NotImplementedError
-        if per_site:
+            tuning = tune_by_nll(self, val, bounds, self.with_prior_precision)
+        elif per_site:
             tuning = tune_site_priors(
                 self.form, self.summary, self.subnet, self.noise_scale, bounds
             )
@@ -152,9 +153,12 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         """
         _check_method(method, val)
         if method == "nll":
-            raise NotImplementedError
-        scales = site_scales(self.prior_scale, self.subnet)
-        tuning = tune_noise(self.form, self.summary, scales, self.noise_scale, bounds)
+            tuning = tune_by_nll(self, val, bounds, self.with_noise_scale)
+        else:
+            scales = site_scales(self.prior_scale, self.subnet)
+            tuning = tune_noise(
+                self.form, self.summary, scales, self.noise_scale, bounds
+            )
         new = self.with_noise_scale(tuning.best)
         new.tuning = tuning
         return new

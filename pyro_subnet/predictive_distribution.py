@@ -28,11 +28,10 @@ from pyro_subnet.lower_factor import lower_factor
 from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import SiteDistribution
 from pyro_subnet.predictive import moments
-from pyro_subnet.raw_logits import with_raw_logits
+from pyro_subnet.raw_logits import CLASSES, outputs_of
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
 
-_CLASSES = (td.Categorical, td.OneHotCategorical)
 _NORMALS = (td.Normal, td.LogNormal)
 _BRIDGES = ("bridge", "bridge-norm")
 
@@ -81,28 +80,6 @@ def predictive_distribution(
     check_num_samples(options.num_samples)
     call = of_site(ModelCall.read(model, latents, *call_arguments), options.site)
     return predictive_of(outputs_of(call, subnet, gaussian), options)
-
-
-def outputs_of(
-    call: ModelCall, subnet: Subnet, gaussian: Gaussian
-) -> LinearizedOutputs:
-    """The outputs that a predictive distribution is made of.
-
-    Args:
-        call: A call of the model, with one observed site.
-        subnet: The chosen elements.
-        gaussian: The posterior over them.
-
-    Returns:
-        The outputs; of classes, logits as the model gave them.
-
-    Raises:
-        ModelError: If the subnet does not move the site.
-    """
-    outputs = LinearizedOutputs.read(call, subnet, gaussian)
-    (site,) = outputs.sites
-    classes = site.family.distribution in _CLASSES
-    return with_raw_logits(outputs) if classes else outputs
 
 
 def predictive_of(outputs: LinearizedOutputs, options: PredictiveOptions) -> Predictive:
@@ -175,7 +152,7 @@ class _Integration:
             return ("quadrature", "mc")
         if joint:
             return ("mc",)
-        if kind in _CLASSES:
+        if kind in CLASSES:
             return ("probit", *_BRIDGES, "mc")
         own = likelihood.own()
         if len(moved) > 1 or own[moved[0]].shape[-1] > 1:
@@ -329,7 +306,7 @@ class _Integration:
         likelihood = self.likelihood
         kind = likelihood.family.distribution
         build = constructor(likelihood.taken, likelihood.family)
-        if kind not in {td.Bernoulli, *_CLASSES}:
+        if kind not in {td.Bernoulli, *CLASSES}:
             return None
         logits = mixed.component_distribution.logits
         count = math.log(self.options.num_samples)

@@ -7,11 +7,39 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributions as td
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.linearized_outputs import LinearizedOutputs
+from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import SiteDistribution
+from pyro_subnet.subnet import Subnet
+
+CLASSES = (td.Categorical, td.OneHotCategorical)
+
+
+def outputs_of(
+    call: ModelCall, subnet: Subnet, gaussian: Gaussian
+) -> LinearizedOutputs:
+    """The outputs that a predictive distribution is made of.
+
+    Args:
+        call: A call of the model, with one observed site.
+        subnet: The chosen elements.
+        gaussian: The posterior over them.
+
+    Returns:
+        The outputs; of classes, logits as the model gave them.
+
+    Raises:
+        ModelError: If the subnet does not move the site.
+    """
+    outputs = LinearizedOutputs.read(call, subnet, gaussian)
+    (site,) = outputs.sites
+    classes = site.family.distribution in CLASSES
+    return with_raw_logits(outputs) if classes else outputs
 
 
 def with_raw_logits(outputs: LinearizedOutputs) -> LinearizedOutputs:

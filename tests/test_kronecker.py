@@ -36,6 +36,7 @@ from pyro_subnet.exceptions import (
     OptionError,
     PrecisionError,
 )
+from pyro_subnet.fit_options import FitOptions
 from pyro_subnet.kronecker_curvature import KroneckerCurvature, kronecker_curvature
 from pyro_subnet.kronecker_gaussian import KroneckerGaussian
 from pyro_subnet.kronecker_precision import KroneckerPrecision
@@ -313,7 +314,9 @@ def test_one_datum_is_exact_within_blocks(likelihood: str) -> None:
     latents = latents_of(model, net, x, y)
     data = Data.single((x, y), {})
     found = dense(kronecker_curvature(model, latents, data))
-    full = subnet_curvature(model, latents, whole_subnet(latents), data).ggn.tril()
+    full = subnet_curvature(
+        model, latents, whole_subnet(latents), data, FitOptions(form="primal")
+    ).ggn.tril()
     full = full + full.tril(-1).mT
     start = 0
     for size in latents.layout.sizes:
@@ -334,7 +337,9 @@ def test_a_transposed_convolution_of_one_position_is_exact_for_one_datum() -> No
 
     latents = latents_of(model, net, x, y)
     data = Data.single((x, y), {})
-    full = subnet_curvature(model, latents, whole_subnet(latents), data).ggn.tril()
+    full = subnet_curvature(
+        model, latents, whole_subnet(latents), data, FitOptions(form="primal")
+    ).ggn.tril()
     found = kronecker_curvature(model, latents, data)
     assert len(found.blocks) == 1
     assert_close(dense(found), full + full.tril(-1).mT, **EXACT)
@@ -359,7 +364,9 @@ def test_what_a_sum_adds_has_its_exact_block(
     guide = AutoSubnetLaplace(model)
     guide(x, y)
     latents, data = guide.latents, Data.single((x, y), {})
-    full = subnet_curvature(model, latents, whole_subnet(latents), data).ggn.tril()
+    full = subnet_curvature(
+        model, latents, whole_subnet(latents), data, FitOptions(form="primal")
+    ).ggn.tril()
     found = kronecker_curvature(model, latents, data)
     assert len(found.blocks) == 1
     assert_close(dense(found), full + full.tril(-1).mT, **EXACT)

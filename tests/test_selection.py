@@ -374,7 +374,8 @@ def as_users_run_it() -> Iterator[None]:
 @pytest.mark.usefixtures("as_users_run_it")
 def test_unknown_estimator() -> None:
     with pytest.raises(
-        OptionError, match=r"`estimator` must be 'ggn', 'ef' or 'kfac'; got 'crude'"
+        OptionError,
+        match=r"`estimator` must be 'ggn', 'ef', 'kfac' or 'swag'; got 'crude'",
     ):
         LargestVariance(3, estimator="crude")  # type: ignore[arg-type]
 

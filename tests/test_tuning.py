@@ -243,7 +243,7 @@ def test_held_out_data_that_do_not_serve() -> None:
     posterior = fitted("regression_mlp")
     with pytest.raises(DataError, match="must hold observations; got none at site 'y'"):
         posterior.tune_prior_precision("nll", val=(case.args[0],))
-    with pytest.raises(DataError, match="A batch must be .* got int"):
+    with pytest.raises(DataError, match=r"A batch must be .* got int"):
         posterior.tune_prior_precision("nll", val=3)
 
 

@@ -164,5 +164,8 @@ def scaled_diagonal(prior: PriorPrecision, prior_scale: PriorScale) -> Tensor:
     Returns:
         Shape (S,), in the dtype of P0.
     """
-    scale = torch.as_tensor(prior_scale, device=prior.diagonal.device)
+    # In float64: a plain number would become one of float32.
+    scale = torch.as_tensor(
+        prior_scale, dtype=torch.float64, device=prior.diagonal.device
+    )
     return (prior.diagonal * scale).to(prior.diagonal.dtype)

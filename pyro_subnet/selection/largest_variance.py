@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyro_subnet.data import Data
-from pyro_subnet.exceptions import OptionError, PrecisionError, SelectionError
+from pyro_subnet.exceptions import OptionError, SelectionError
 from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.kronecker_curvature import kronecker_curvature
 from pyro_subnet.kronecker_precision import KroneckerPrecision
@@ -22,6 +22,8 @@ from pyro_subnet.selection.base import (
     largest,
     resolve_size,
 )
+from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
+from pyro_subnet.selection.swag import SwagMoments
 from pyro_subnet.subnet import Layout, Subnet
 
 
@@ -39,7 +41,9 @@ class LargestVariance(Selector):
     never fires) have the largest variance of all, the prior's. On inputs like the
     training data they leave the predictive at the MAP; on shifted inputs they wake
     up, which is often where uncertainty is wanted. They are kept unless
-    ``keep_dead=False``.
+    ``keep_dead=False``. The iterates of SGD say the opposite of them: nothing moves
+    such a weight but the prior, so that its variance over the steps is about zero and
+    ``"swag"`` ranks it last; ``keep_dead=False`` then takes a pass over the data.
 
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
@@ -47,31 +51,46 @@ class LargestVariance(Selector):
             the generalized Gauss-Newton matrix; ``"ef"``, that of the empirical Fisher,
             one backward pass in place of one a class; ``"kfac"``, those of a
             Kronecker-factored posterior (:mod:`~pyro_subnet.curvature.kronecker`),
-            which counts correlations within a layer. It takes eigendecompositions of
-            the factors.
+            which counts correlations within a layer and takes eigendecompositions of
+            the factors; ``"swag"``, the variances of SGD iterates that ``moments`` has
+            collected, without a pass over the data and without ``explained_variance``,
+            unless ``keep_dead=False``.
         keep_dead: Whether weights without any curvature may be chosen.
+        moments: Moments of the iterates, for ``"swag"`` alone.
 
     Raises:
         SelectionError: If ``size`` is neither a count nor a share.
-        OptionError: If ``estimator`` is not known.
+        OptionError: If ``estimator`` is not known, or ``moments`` are missing or not
+            asked for.
 
-    Source: Daxberger et al. (2021), section 4 and eq. 9, arXiv 2010.14689.
+    Source: Daxberger et al. (2021), section 4 and eq. 9, arXiv 2010.14689; Maddox et
+    al. (2019), arXiv 1902.02476, for ``"swag"``.
     """
 
     size: int | float
-    estimator: Literal["ggn", "ef", "kfac"] = "ggn"
+    estimator: Literal["ggn", "ef", "kfac", "swag"] = "ggn"
     keep_dead: bool = True
+    moments: SwagMoments | None = field(default=None, repr=False)
 
     passes_over_data = True
 
     def __post_init__(self) -> None:
         """Checks the options."""
         check_size(self.size)
-        if self.estimator not in ("ggn", "ef", "kfac"):
+        if self.estimator not in ("ggn", "ef", "kfac", "swag"):
             raise OptionError(
-                f"`estimator` must be 'ggn', 'ef' or 'kfac'; got {self.estimator!r}. "
+                "`estimator` must be 'ggn', 'ef', 'kfac' or 'swag'; got "
+                f"{self.estimator!r}. "
                 "Leave it out for the GGN."
             )
+        if (self.estimator == "swag") != (self.moments is not None):
+            raise OptionError(
+                "`moments` must come with estimator='swag', and with no other; got "
+                f"{type(self.moments).__name__} with {self.estimator!r}. Collect them "
+                "in training with `SwagMoments(guide)`."
+            )
+        if self.estimator == "swag" and self.keep_dead:
+            object.__setattr__(self, "passes_over_data", False)
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
         """Chooses the subnet.
@@ -81,20 +100,28 @@ class LargestVariance(Selector):
             data: The training data.
 
         Returns:
-            The subnet, with the share of output variance it explains.
+            The subnet, with the share of output variance it explains if the data were
+            passed over.
 
         Raises:
             PrecisionError: If a diagonal precision is not positive.
             ModelError: If a site's prior precision differs within it, for ``"kfac"``.
-            SelectionError: If too few weights have curvature, with ``keep_dead=False``.
+            SelectionError: If too few weights have curvature, with ``keep_dead=False``;
+                if the moments are of fewer than two iterates or another length.
         """
         latents = guide.latents
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
         dtype = at_least_float32(latents.loc.dtype)
         check_factor_fits(size, dtype, latents.loc.device)
+        noise = torch.finfo(latents.loc.dtype).eps ** 0.75
+        collected = None
+        if self.moments is not None:
+            collected = _collected(self.moments, layout).to(latents.loc.device)
+            if self.keep_dead:
+                return Subnet.from_positions(layout, largest(collected, size, noise))
         curvature, variance = self._estimate(guide, data)
-        scores = variance
+        scores = variance if collected is None else collected
         if not self.keep_dead:
             alive = curvature.ggn > 0
             if int(alive.sum()) < size:
@@ -103,13 +130,9 @@ class LargestVariance(Selector):
                     f"data move, {int(alive.sum())}, with keep_dead=False; got {size}. "
                     "Choose fewer, or keep the others."
                 )
-            scores = variance.where(alive, -torch.inf)
-        noise = torch.finfo(latents.loc.dtype).eps ** 0.75
+            scores = scores.where(alive, -torch.inf)
         positions = largest(scores, size, noise)
-        # Under a diagonal posterior weight j adds G_jj sigma_j^2 of (scaled) variance.
-        share = curvature.ggn * variance
-        total = float(share.sum())
-        explained = float(share[positions].sum()) / total if total > 0 else 0.0
+        explained = explained_variance(curvature, variance, positions)
         return Subnet.from_positions(layout, positions, explained)
 
     def _estimate(
@@ -118,8 +141,9 @@ class LargestVariance(Selector):
         """Diagonals of the curvature, and marginal variances, both (D,)."""
         latents, model = guide.latents, guide.user_model
         if self.estimator != "kfac":
-            curvature = diagonal_curvature(model, latents, data, kind=self.estimator)
-            return curvature, _marginal_variance(curvature, latents.layout)
+            kind: Literal["ggn", "ef"] = "ef" if self.estimator == "ef" else "ggn"
+            curvature = diagonal_curvature(model, latents, data, kind=kind)
+            return curvature, marginal_variance(curvature, latents.layout)
         found = kronecker_curvature(model, latents, data)
         precision = KroneckerPrecision.decompose(
             found.blocks, found.diagonal, found.prior, latents.layout
@@ -128,15 +152,12 @@ class LargestVariance(Selector):
         return DiagonalCurvature(found.ggn_diagonal(), found.prior), variance
 
 
-def _marginal_variance(curvature: DiagonalCurvature, layout: Layout) -> Tensor:
-    precision = curvature.ggn + curvature.prior
-    bad = (~(precision > 0)).nonzero().squeeze(-1)
-    if bad.numel():
-        first = Subnet(layout, bad[:1]).names[0]
-        raise PrecisionError(
-            f"The diagonal of the precision must be positive to rank weights; got "
-            f"{float(precision[bad[0]]):.3e} at {first} ({bad.numel()} such weights). "
-            "Train closer to the MAP, or choose sites whose prior has curvature with "
-            "`Sites([...])`."
+def _collected(moments: SwagMoments, layout: Layout) -> Tensor:
+    variance = moments.variance
+    if len(variance) != layout.num_params:
+        raise SelectionError(
+            "`moments` must be of the guide's latent parameters, "
+            f"{layout.num_params}; got {len(variance)}. Collect them from a guide of "
+            "the same model."
         )
-    return precision.reciprocal()
+    return variance

@@ -1,0 +1,83 @@
+"""The weights with the largest output gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_subnet.data import Data
+from pyro_subnet.output_variance import (
+    check_inputs,
+    reference_data,
+    squared_gradients,
+)
+from pyro_subnet.selection.base import (
+    GuideAtMAP,
+    Selector,
+    check_size,
+    largest,
+    resolve_size,
+)
+from pyro_subnet.subnet import Subnet
+
+
+@dataclass(frozen=True, eq=False)
+class LargestGradient(Selector):
+    r"""Keeps the weights of largest mean squared output gradient (Gradient-Laplace).
+
+    .. math:: s_j = \operatorname{E}_x \sum_c J_{cj}(x)^2
+
+    over all unconstrained parameters c of the observed distributions that a latent
+    moves: for classes their log-probabilities, for a heteroscedastic normal its loc and
+    its log scale. Neither the prior nor the data's number enters: a weight that moves
+    the outputs much is chosen even where the data fix it well. It prefers what
+    :class:`LargestVariance` leaves out.
+
+    Costs one pass over the reference inputs, C backward passes each, and memory linear
+    in D. ``explained_variance`` is not measured.
+
+    Attributes:
+        size: A count (int) or a share in (0, 1] (float).
+        inputs: Where the outputs matter: a tensor, a tuple of arguments, a mapping of
+            keyword arguments, ``(args, kwargs)``, or a list of such batches; None for
+            the training data.
+
+    Raises:
+        SelectionError: If ``size`` is neither a count nor a share.
+        OptionError: If ``inputs`` are nothing that the model can take.
+
+    Source: Raha, Khare and Patra (2026), arXiv 2605.09075, by its abstract; the sum
+    over several outputs is ours.
+    """
+
+    size: int | float
+    inputs: Any = None
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        check_size(self.size)
+        check_inputs(self.inputs)
+        object.__setattr__(self, "passes_over_data", self.inputs is None)
+
+    def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
+        """Chooses the subnet.
+
+        Args:
+            guide: A guide at its MAP.
+            data: The training data; read if there are no other inputs.
+
+        Returns:
+            The subnet.
+
+        Raises:
+            SelectionError: If no weight moves an output at the inputs.
+        """
+        latents = guide.latents
+        size = resolve_size(self.size, latents.layout.num_params)
+        inputs = reference_data(self.inputs, data)
+        scores = squared_gradients(guide.user_model, latents, inputs, "equal")
+        noise = torch.finfo(latents.loc.dtype).eps ** 0.75
+        positions = largest(scores, size, noise)
+        return Subnet.from_positions(latents.layout, positions)

@@ -1,0 +1,528 @@
+"""Selectors by predictive variance, against dense autograd over all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import jaxtyping
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyro_subnet import AutoSubnetLaplace, Subnet
+from pyro_subnet.data import Data
+from pyro_subnet.exceptions import (
+    DataError,
+    MemoryLimitError,
+    OptionError,
+    PrecisionError,
+    SelectionError,
+)
+from pyro_subnet.selection import (
+    GreedyVariance,
+    LargestGradient,
+    LargestVariance,
+    PredictiveVariance,
+    Selector,
+)
+from pyro_subnet.selection.greedy import add_in_blocks_, check_pool_fits, exchange_
+from tests.cases import (
+    CASES,
+    DOUBLE,
+    NUM_DATA,
+    Case,
+    classification_mlp,
+    draw,
+    mlp_outputs,
+    regression_mlp,
+    several_outputs,
+)
+from tests.reference import dense_jacobian
+from tests.tolerances import tolerance
+
+SUM = tolerance(torch.float64, "reordered")
+AUTOGRAD = tolerance(torch.float64, "autograd")
+# Those whose precision over all weights is positive definite at their point.
+NAMES = [
+    "regression_mlp",
+    "several_outputs",
+    "classification_mlp",
+    "heteroscedastic",
+    "cnn",
+    "two_sites",
+]
+
+
+def case_of(name: str) -> Case:
+    return CASES[name](DOUBLE)
+
+
+def select(case: Case, selector: Any, data: Data | None = None) -> Subnet:
+    pyro.clear_param_store()  # a guide that is gone leaves its `loc` to the next one
+    guide = case.guide()
+    guide(*case.args, **case.kwargs)
+    return selector(guide, data or Data.single(case.args, case.kwargs))
+
+
+def gram(case: Case, weighting: str = "equal") -> Tensor:
+    """Σ JᵀJ, or Σ w JᵀΛJ, at the training inputs."""
+    if weighting == "fisher":
+        return case.ggn()
+    jacs = [case.jacobian(site) for site in range(len(case.observed))]
+    return sum((jac.T @ jac for jac in jacs), torch.zeros(()).double())
+
+
+def precision(case: Case) -> Tensor:
+    return case.ggn() + case.prior()
+
+
+def kept(p: Tensor, a: Tensor, chosen: Any) -> float:
+    """tr P_SS⁻¹ A_SS, by an inverse."""
+    at = torch.as_tensor(chosen)
+    return float((p[at][:, at].inverse() @ a[at][:, at]).trace())
+
+
+def top(scores: Tensor, size: int) -> list[int]:
+    """Positions of the largest scores; scores that agree to 1e-9 go by position."""
+    order = sorted(range(len(scores)), key=lambda i: (-float(f"{scores[i]:.8e}"), i))
+    return sorted(order[:size])
+
+
+def test_the_names_are_cases() -> None:
+    for name in NAMES:
+        assert float(torch.linalg.eigvalsh(precision(case_of(name)))[0]) > 0
+
+
+# ----------------------------------------------------------------------------------
+# Diagonal scores.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_largest_gradient(name: str) -> None:
+    case = case_of(name)
+    scores = gram(case).diagonal()
+    for size in (1, 5, case.num_params - 1, case.num_params):
+        found = select(case, LargestGradient(size))
+        assert found.flat.tolist() == top(scores, size)
+        assert found.explained_variance is None
+
+
+@pytest.mark.parametrize("weighting", ["equal", "fisher"])
+@pytest.mark.parametrize("name", NAMES)
+def test_predictive_variance_by_its_diagonal(name: str, weighting: Any) -> None:
+    case = case_of(name)
+    p, ggn = precision(case).diagonal(), case.ggn().diagonal()
+    scores = gram(case, weighting).diagonal() / p
+    for size in (1, 5, case.num_params):
+        found = select(case, PredictiveVariance(size, weighting=weighting))
+        assert found.flat.tolist() == top(scores, size)
+        expected = (ggn / p)[found.flat].sum() / (ggn / p).sum()
+        assert found.explained_variance == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_the_fisher_weighted_diagonal_explains_most() -> None:
+    case = case_of("heteroscedastic")
+    best = select(case, PredictiveVariance(3, weighting="fisher")).explained_variance
+    ggn = case.ggn().diagonal()
+    share = ggn / precision(case).diagonal()
+    for chosen in combinations(range(case.num_params), 3):
+        assert best is not None
+        assert best >= float(share[list(chosen)].sum() / share.sum()) - 1e-9
+
+
+# ----------------------------------------------------------------------------------
+# Inputs.
+
+
+def other_inputs(case: Case) -> tuple[Tensor, Tensor]:
+    """Eight inputs unlike the training data, and Σ JᵀJ at them."""
+    x = draw(77, 8, 3) * 2 + 1
+    jac = dense_jacobian(lambda u: mlp_outputs(x, case.values(u)), case.packed)
+    rows = jac.flatten(0, -2)
+    return x, rows.T @ rows
+
+
+SELECTORS = [
+    LargestGradient,
+    GreedyVariance,
+    PredictiveVariance,
+    lambda size, inputs: PredictiveVariance(size, inputs, method="greedy"),
+]
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_every_form_of_inputs_is_the_same(kind: Any) -> None:
+    case = regression_mlp(DOUBLE)
+    x, _ = other_inputs(case)
+    expected = select(case, kind(6, x))
+    forms = [
+        (x,),
+        (x, None),
+        {"x": x},
+        ((), {"x": x}),
+        ((x,), {}),
+        [x[:3], x[3:4], (x[4:],)],
+        [x],
+    ]
+    for inputs in forms:
+        found = select(case, kind(6, inputs))
+        assert found.flat.tolist() == expected.flat.tolist()
+    training = select(case, kind(6, None))
+    again = select(case, kind(6, case.args))
+    assert training.flat.tolist() == again.flat.tolist()
+
+
+def test_other_inputs_are_where_gradients_are_taken() -> None:
+    case = regression_mlp(DOUBLE)
+    x, a = other_inputs(case)
+    p = precision(case)
+    assert select(case, LargestGradient(6, x)).flat.tolist() == top(a.diagonal(), 6)
+    found = select(case, PredictiveVariance(6, x))
+    assert found.flat.tolist() == top(a.diagonal() / p.diagonal(), 6)
+    ggn = case.ggn().diagonal()
+    share = ggn / p.diagonal()  # on the training inputs still
+    assert found.explained_variance == pytest.approx(
+        float(share[found.flat].sum() / share.sum()), rel=1e-8
+    )
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_minibatches_and_their_order_change_nothing(kind: Any) -> None:
+    case = classification_mlp(DOUBLE)
+    expected = select(case, kind(9, None))
+    x, y = case.args
+    order = torch.randperm(NUM_DATA)
+    for size in (1, 3, NUM_DATA):
+        batches = list(zip(x[order].split(size), y[order].split(size), strict=True))
+        found = select(case, kind(9, None), Data(batches, whole=False))
+        assert found.flat.tolist() == expected.flat.tolist()
+    guide = case.guide(kind(9, None))
+    posterior = guide.laplace_approximation_from([(x[:4], y[:4]), (x[4:], y[4:])])
+    assert posterior.subnet.flat.tolist() == expected.flat.tolist()
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_float32_chooses_the_same(kind: Any) -> None:
+    expected = select(several_outputs(DOUBLE), kind(5, None))
+    found = select(several_outputs(DOUBLE.float()), kind(5, None))
+    assert found.flat.tolist() == expected.flat.tolist()
+
+
+def test_one_shot_training_batches_serve_where_they_are_not_read_twice() -> None:
+    case = regression_mlp(DOUBLE)
+    x, y = case.args
+    guide = case.guide(LargestGradient(4, x))
+    guide(x, y)
+    posterior = guide.laplace_approximation_from(iter([(x, y)]))
+    assert (
+        posterior.subnet.flat.tolist() == select(case, LargestGradient(4)).flat.tolist()
+    )
+    again = case.guide(LargestGradient(4))
+    again(x, y)
+    with pytest.raises(DataError, match="must be re-iterable because LargestGradient"):
+        again.laplace_approximation_from(iter([(x, y)]))
+
+
+# ----------------------------------------------------------------------------------
+# Greedy choices.
+
+
+def forward_greedy(p: Tensor, a: Tensor, size: int, block_size: int) -> list[int]:
+    """Tries every weight at every block, by inverses."""
+    chosen: list[int] = []
+    while len(chosen) < size:
+        before = kept(p, a, chosen) if chosen else 0.0
+        rest = [j for j in range(len(p)) if j not in chosen]
+        gain = {j: kept(p, a, [*chosen, j]) - before for j in rest}
+        order = sorted(rest, key=lambda j: (-float(f"{gain[j]:.6e}"), j))
+        chosen += order[: min(block_size, size - len(chosen))]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("name", ["regression_mlp", "several_outputs", "two_sites"])
+def test_greedy_is_forward_selection(name: str, block_size: int) -> None:
+    case = case_of(name)
+    p, a = precision(case), gram(case)
+    most = float(case.num_params)
+    for size in (1, 4, 7):
+        chosen = PredictiveVariance(
+            size, method="greedy", pool=most, block_size=block_size
+        )
+        found = select(case, chosen)
+        assert found.flat.tolist() == forward_greedy(p, a, size, block_size)
+    everything = PredictiveVariance(case.num_params, method="greedy")
+    assert select(case, everything).size == case.num_params
+
+
+def test_greedy_chooses_among_the_best_by_the_diagonal() -> None:
+    case = classification_mlp(DOUBLE)
+    p, a = precision(case), gram(case)
+    size, pool = 4, 2.5
+    among = torch.tensor(top(a.diagonal() / p.diagonal(), 10))
+    chosen = forward_greedy(p[among][:, among], a[among][:, among], size, 1)
+    found = select(case, PredictiveVariance(size, method="greedy", pool=pool))
+    assert found.flat.tolist() == sorted(among[chosen].tolist())
+
+
+def exchanged(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
+    at = torch.tensor(start)
+    return exchange_(p.clone(), a.clone(), at, max_swaps=most, noise=1e-9).tolist()
+
+
+def test_greedy_counts_correlations() -> None:
+    """Two inputs that are copies: the diagonal takes both, greedy one of them."""
+    p = torch.tensor([[2.0, 0.99, 0.0], [0.99, 2.0, 0.0], [0.0, 0.0, 2.0]]).double()
+    a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]).double()
+    assert top(a.diagonal() / p.diagonal(), 2) == [0, 1]
+    found = add_in_blocks_(p.clone(), a.clone(), 2, block_size=1, noise=1e-9)
+    assert found.tolist() == [0, 2]
+    assert exchanged(p, a, [0, 1], 5) == [1, 2]
+    assert exchanged(p, a, [0, 1], 0) == [0, 1]
+
+
+def random_pair(seed: int, count: int, rank: int) -> tuple[Tensor, Tensor]:
+    rows, wide = draw(seed, rank, count), draw(seed + 1, count + 2, count)
+    return wide.T @ wide + 0.1 * torch.eye(count).double(), rows.T @ rows
+
+
+def swaps(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
+    """The exchange, every price by inverses."""
+    inside = list(start)
+    for _ in range(most):
+        cost = {i: kept(p, a, [j for j in inside if j != i] or [i]) for i in inside}
+        if len(inside) == 1:
+            cost = dict.fromkeys(inside, 0.0)
+        leaves = max(inside, key=lambda i: (cost[i], -i))
+        rest = [j for j in inside if j != leaves]
+        outside = [j for j in range(len(p)) if j not in inside]
+        if not outside:
+            break
+        enters = max(outside, key=lambda j: kept(p, a, [*rest, j]))
+        if kept(p, a, [*rest, enters]) <= kept(p, a, inside) * (1 + 1e-9):
+            break
+        inside = [*rest, enters]
+    return sorted(inside)
+
+
+@pytest.mark.parametrize("seed", range(0, 20, 2))
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_exchange(seed: int, size: int) -> None:
+    p, a = random_pair(seed, 12, 1 + seed % 9)
+    start = top(a.diagonal(), size)
+    for most in (1, 100):
+        found = exchanged(p, a, start, most)
+        assert found == swaps(p, a, start, most)
+        assert kept(p, a, found) >= kept(p, a, start) - 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_variance_refines_the_largest_gradients(name: str) -> None:
+    case = case_of(name)
+    p, a = precision(case), gram(case)
+    for size in (1, 6, case.num_params):
+        found = select(case, GreedyVariance(size)).flat
+        pool = torch.tensor(top(a.diagonal(), min(2 * size, case.num_params)))
+        start = torch.searchsorted(pool, torch.tensor(top(a.diagonal(), size)))
+        expected = swaps(p[pool][:, pool], a[pool][:, pool], start.tolist(), 200)
+        assert kept(p, a, found) == pytest.approx(kept(p, a, pool[expected]), rel=1e-8)
+        gradients = select(case, LargestGradient(size)).flat
+        assert kept(p, a, found) >= kept(p, a, gradients) * (1 - 1e-9)
+        unrefined = select(case, GreedyVariance(size, max_swaps=0)).flat
+        assert unrefined.tolist() == gradients.tolist()
+
+
+# ----------------------------------------------------------------------------------
+# What is proved: no part of the weights keeps more than a larger one.
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "heteroscedastic"])
+def test_every_subnet_underestimates_and_less_as_it_grows(name: str, seed: int) -> None:
+    """J_S P_SS⁻¹ J_Sᵀ rises with S in the order of symmetric matrices, at any input,
+    up to J P⁻¹ Jᵀ: for nested random subnets, of the posteriors as they are fitted."""
+    case = case_of(name)
+    jac = torch.cat([case.jacobian(site) for site in range(len(case.observed))])
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(case.num_params, generator=generator)
+    sizes = sorted({1, 2, case.num_params // 3, case.num_params // 2, case.num_params})
+    before = torch.zeros(len(jac), len(jac)).double()
+    for size in sizes:
+        chosen = order[:size].sort().values
+        posterior = case.guide(chosen.tolist()).laplace_approximation(
+            *case.args, **case.kwargs
+        )
+        rows = posterior.gaussian.whiten(jac[:, chosen])
+        covariance = rows @ rows.T
+        least = float(torch.linalg.eigvalsh(covariance - before)[0])
+        assert least >= -1e-9 * float(covariance.diagonal().amax())
+        before = covariance
+    full = jac @ torch.linalg.solve(precision(case), jac.T)
+    assert_close(before, full, **AUTOGRAD)
+
+
+# ----------------------------------------------------------------------------------
+# Ties, permutations, options.
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_weights_without_gradient_come_last_and_by_position(kind: Any) -> None:
+    """All inputs are zero but the first: two columns of the first layer are dead."""
+    case = regression_mlp(DOUBLE)
+    x = torch.zeros(5, 3).double()
+    x[:, 0] = draw(5, 5)
+    case = replace(case, args=(x, draw(6, 5)))
+    alive = case.num_params - 8
+    dead = [3 * row + column for row in range(4) for column in (1, 2)]
+    found = select(case, kind(alive + 3, None)).flat.tolist()
+    assert sorted(set(found) & set(dead)) == dead[:3]
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_a_permutation_of_the_sites_permutes(kind: Any) -> None:
+    case = classification_mlp(DOUBLE)
+    expected = select(case, kind(6, None))
+    values = case.values(case.packed)
+    bias = draw(8, 3)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        v = {"fc2.bias": bias}
+        for site in ("fc2.weight", "fc1.bias", "fc1.weight"):
+            zeros = torch.zeros_like(values[site])
+            v[site] = pyro.sample(site, dist.Normal(zeros, 1.0).to_event(zeros.ndim))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=mlp_outputs(x, v)), obs=y)
+
+    found = select(replace(case, model=model), kind(6, None))
+    assert found.layout.names == expected.layout.names[::-1]
+    assert sorted(found.names) == sorted(expected.names)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    case = classification_mlp(DOUBLE)
+    state = torch.get_rng_state()
+    guide = case.guide()
+    guide(*case.args)
+    before = guide.loc.detach().clone()
+    torch.set_rng_state(state)
+    for kind in SELECTORS:
+        kind(3, case.args)(guide, Data.single(case.args, {}))
+    assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+    assert_close(guide.loc.detach(), before, rtol=0, atol=0)
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the run-time type checks of the tests, which come before our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LargestGradient(0), SelectionError, "`size` must be a positive int"),
+        (lambda: GreedyVariance(1.5), SelectionError, "`size` must be a positive int"),
+        (lambda: PredictiveVariance(True), SelectionError, "`size` must be"),
+        (
+            lambda: PredictiveVariance(3, method="best"),  # type: ignore[arg-type]
+            OptionError,
+            "`method` must be 'diagonal' or 'greedy'; got 'best'",
+        ),
+        (
+            lambda: PredictiveVariance(3, weighting="x"),  # type: ignore[arg-type]
+            OptionError,
+            "`weighting` must be 'equal' or 'fisher'; got 'x'",
+        ),
+        (
+            lambda: PredictiveVariance(3, pool=0.5),
+            OptionError,
+            r"`pool` must be at least 1, .*; got 0\.5",
+        ),
+        (
+            lambda: PredictiveVariance(3, block_size=0),
+            OptionError,
+            "`block_size` must be at least 1; got 0",
+        ),
+        (
+            lambda: GreedyVariance(3, pool=float("nan")),
+            OptionError,
+            "`pool` must be at least 1, .*; got nan",
+        ),
+        (
+            lambda: GreedyVariance(3, max_swaps=-1),
+            OptionError,
+            "`max_swaps` must be a count; got -1",
+        ),
+        (
+            lambda: LargestGradient(3, 7),
+            OptionError,
+            "`inputs` must be a tensor, .*; got int",
+        ),
+        (
+            lambda: LargestGradient(3, iter([torch.zeros(2)])),
+            DataError,
+            "must be re-iterable because a selector at `inputs`.*one-shot",
+        ),
+    ],
+)
+def test_bad_options(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_sizes(kind: Any) -> None:
+    case = regression_mlp(DOUBLE)
+    assert select(case, kind(0.25, None)).size == round(0.25 * case.num_params)
+    assert issubclass(type(kind(1, None)), Selector)
+    message = rf"at most the number of latent parameters, {case.num_params}; got 99"
+    with pytest.raises(SelectionError, match=message):
+        select(case, kind(99, None))
+
+
+@pytest.mark.parametrize("kind", [LargestGradient, PredictiveVariance])
+def test_inputs_that_nothing_moves(kind: Any) -> None:
+    """Without the last layer's weights random, at inputs of zero: tanh(0) v."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).to(x), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = draw(1, 4, 3), draw(2, 4)
+    guide = AutoSubnetLaplace(model, kind(1, torch.zeros(2, 3).double()))
+    with pytest.raises(SelectionError, match="got gradients that are all zero"):
+        guide.laplace_approximation(x, y)
+
+
+def test_a_precision_that_is_not_positive_definite() -> None:
+    p = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
+    with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -\d.*of 2\. "):
+        exchanged(torch.block_diag(p, p), torch.eye(4).double(), [0, 1], 1)
+    with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -1.*of 2\. "):
+        add_in_blocks_(
+            torch.block_diag(p, p), torch.eye(4).double(), 4, block_size=2, noise=1e-9
+        )
+
+
+def test_a_pool_too_large_for_the_memory() -> None:
+    message = r"A pool of M .* got M=9999999, which needs \d+\.\d GiB .*diagonal scores"
+    with pytest.raises(MemoryLimitError, match=message):
+        check_pool_fits(9_999_999, 3, torch.device("cpu"))
+
+
+def test_gradients_disagree_with_marginal_variances() -> None:
+    """As the docstring says: what one ranks first the other leaves out."""
+    case = regression_mlp(DOUBLE)
+    gradients = set(select(case, LargestGradient(5)).flat.tolist())
+    variances = set(select(case, LargestVariance(5)).flat.tolist())
+    assert not gradients & variances
