@@ -11,6 +11,7 @@ from pyro_subnet.curvature.jacobian.route import compare_routes
 from pyro_subnet.guide import AutoSubnetLaplace
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.subnet_comparison import compare_subnets
 
 __all__ = [
     "AutoSubnetLaplace",
@@ -18,6 +19,7 @@ __all__ = [
     "Subnet",
     "__version__",
     "compare_routes",
+    "compare_subnets",
     "diagnostics",
     "exceptions",
     "nn",

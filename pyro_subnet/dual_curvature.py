@@ -168,25 +168,28 @@ class DualCurvature:
 def dual_pays(num_rows: int, size: int, dtype: torch.dtype) -> bool:
     """Whether the dual form costs no more than the S x S factor, in all that counts.
 
-    - Memory: R S numbers of the dtype and two R x R matrices in float64, against S^2
-      numbers.
-    - Operations of a fit: R^2 S + R^3/3, counted twice as they are float64, against
-      R S^2 + S^3/3.
+    Rows and kernel are float64, whose operations count twice against a float32 factor.
+
+    - Memory: R S numbers and two R x R matrices, against S^2 numbers.
+    - Operations of a fit: R^2 S + R^3/3, against R S^2 + S^3/3.
     - Operations of each draw or whitened row: 4 R S + 2 R^2, against S^2. This decides
-      nearly always, at R about 0.22 S, where memory and fit have long been cheaper.
+      nearly always, at R about 0.22 S for a float64 factor and 0.12 S for a float32
+      one, where memory and fit have long been cheaper.
 
     Args:
         num_rows: R.
         size: S.
-        dtype: Floating point type of the rows, or of the factor.
+        dtype: Floating point type of the S x S factor.
 
     Returns:
         True where none of the three is larger.
     """
     width = torch.finfo(dtype).bits // 8
-    kernel_bytes = _KERNEL_MATRICES * 8 * num_rows**2
-    in_memory = width * num_rows * size + kernel_bytes <= width * size**2
+    own_bytes = 8 * (num_rows * size + _KERNEL_MATRICES * num_rows**2)
+    in_memory = own_bytes <= width * size**2
+    dearer = 8 // width
     # Both sides times three, to stay in whole numbers.
-    fit = 2 * (3 * num_rows**2 * size + num_rows**3) <= 3 * num_rows * size**2 + size**3
-    each_row = 4 * num_rows * size + 2 * num_rows**2 <= size**2
+    own_fit = dearer * (3 * num_rows**2 * size + num_rows**3)
+    fit = own_fit <= 3 * num_rows * size**2 + size**3
+    each_row = dearer * (4 * num_rows * size + 2 * num_rows**2) <= size**2
     return in_memory and fit and each_row

@@ -61,9 +61,9 @@ class DualGaussian(Gaussian):
     4 R S + 2 R^2 operations; while a batch of them is made, C + I takes R^2 numbers.
 
     Attributes:
-        loc: Mean, shape (S,).
-        rows: W, shape (R, S).
-        prior_precision: D, shape (S,), positive.
+        loc: Mean, shape (S,), whose dtype draws and variances have.
+        rows: W, shape (R, S), perhaps in more digits than ``loc``.
+        prior_precision: D, shape (S,), positive, in the dtype of the rows.
         kernel_tril: C, shape (R, R), float64. Only its lower triangle is read.
     """
 
@@ -115,15 +115,15 @@ class DualGaussian(Gaussian):
         Returns:
             Draws of the same shape; differentiable in ``noise`` and ``loc``.
         """
-        root = self.prior_precision.rsqrt()
-        columns = self._products(noise * root)
+        root, wide = self.prior_precision.rsqrt(), noise.to(self.rows.dtype)
+        columns = self._products(wide * root)
         # z -> C^-T (C + I)^-1 A z
         columns = torch.linalg.solve_triangular(self._shifted(), columns, upper=False)
         columns = torch.linalg.solve_triangular(
             self.kernel_tril.mT, columns, upper=True
         )
         held_back = self._combinations(columns).reshape(noise.shape) * root
-        return self.loc + (noise - held_back) * root
+        return self.loc + ((wide - held_back) * root).to(self.loc.dtype)
 
     def log_prob(
         self, value: Float[Tensor, "*batch subnet"]
@@ -139,12 +139,13 @@ class DualGaussian(Gaussian):
         Returns:
             Shape (...), in nats.
         """
-        centred = value - self.loc
+        centred = (value - self.loc).to(self.rows.dtype)
         with full_precision():
             from_data = (centred @ self.rows.mT).square().sum(-1)
         from_prior = (centred.square() * self.prior_precision).sum(-1)
         constant = 0.5 * self.size * math.log(2 * math.pi)
-        return self.half_log_det() - 0.5 * (from_data + from_prior) - constant
+        quadratic = (from_data + from_prior).to(self.loc.dtype)
+        return self.half_log_det() - 0.5 * quadratic - constant
 
     def half_log_det(self) -> Float[Tensor, ""]:
         r"""Returns :math:`\frac12 \log\det P`, half of D's and the sum over log C."""
@@ -194,19 +195,20 @@ class DualGaussian(Gaussian):
             Shape (..., S).
         """
         root = self.prior_precision.rsqrt()
-        scaled = jac * root
+        scaled = jac.to(self.rows.dtype) * root
         columns = self._products(scaled * root)
         # x -> (C + I)^-T C^-1 A x
         columns = torch.linalg.solve_triangular(self.kernel_tril, columns, upper=False)
         columns = torch.linalg.solve_triangular(self._shifted().mT, columns, upper=True)
-        return scaled - self._combinations(columns).reshape(jac.shape) * root
+        held_back = self._combinations(columns).reshape(jac.shape) * root
+        return (scaled - held_back).to(jac.dtype)
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         """Returns P, shape (S, S)."""
         with full_precision():
             precision = self.rows.mT @ self.rows
         precision.diagonal().add_(self.prior_precision)
-        return precision
+        return precision.to(self.loc.dtype)
 
     def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`\Sigma = P^{-1}`, shape (S, S); made in float64."""

@@ -73,7 +73,8 @@ class AutoSubnetLaplace(AutoContinuous):
         form: How a full covariance is held. ``"primal"``: as one S x S factor.
             ``"dual"``: by an R x R kernel of the R = N C rows of the weighted
             Jacobian, R S numbers, for small data and large subnets. ``"auto"``: dual
-            where that costs less in memory, fit and prediction, at R below about S / 5.
+            where that costs less in memory, fit and prediction: at R below about S / 5,
+            and S / 9 in float32.
             Both give the same posterior.
 
     Raises:

@@ -75,7 +75,7 @@ def subnet_curvature(
     latents: Latents,
     subnet: Subnet,
     data: Data,
-    options: FitOptions = FitOptions(),  # noqa: B008 - frozen
+    options: FitOptions = FitOptions(form="primal"),  # noqa: B008 - frozen
     *,
     budget: int = DEFAULT_BUDGET,
 ) -> SubnetCurvature:

@@ -204,7 +204,7 @@ def dense_precision(
 
 
 @dataclass(frozen=True, eq=False)
-class LinearizedOutputs:
+class DenseOutputs:
     """Outputs of one call and their Jacobian over all D elements, datum by datum.
 
     Attributes:
@@ -221,7 +221,7 @@ class LinearizedOutputs:
     jac: Float[Tensor, "batch out params"]
 
     @classmethod
-    def read(cls, model: Model, latents: Latents, batch: Batch) -> LinearizedOutputs:
+    def read(cls, model: Model, latents: Latents, batch: Batch) -> DenseOutputs:
         """Calls the model and differentiates it; holds N C D numbers.
 
         Args:

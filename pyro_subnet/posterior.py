@@ -231,7 +231,12 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         new = sharing(self)
         new.tuning = None
         form = updated_form(
-            self.form, more, forgetting, self._scales(), self.noise_scale
+            self.form,
+            more,
+            forgetting,
+            self._scales(),
+            self.noise_scale,
+            may_change=self.options.form == "auto",
         )
         new._hold(form, self.summary.plus(more.summary, forgetting))
         return new

@@ -20,7 +20,7 @@ from pyro_subnet.guide import AutoSubnetLaplace
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.output_site import OutputSite
 from pyro_subnet.output_variance import (
-    LinearizedOutputs,
+    DenseOutputs,
     Weighting,
     check_weighting,
     reference_data,
@@ -193,7 +193,7 @@ def compare_subnets(
         batches = reference_data(where, data)
         gradients = WhitenedGradients.read(guide, batches, gaussian, weighting)
         outputs = [
-            LinearizedOutputs.read(guide.user_model, latents, batch)
+            DenseOutputs.read(guide.user_model, latents, batch)
             for batch in batches.calls("Comparison")
         ]
         view = _Inputs(
@@ -274,7 +274,7 @@ class _Inputs:
 
     name: str
     gradients: WhitenedGradients
-    outputs: Sequence[LinearizedOutputs]
+    outputs: Sequence[DenseOutputs]
     whitened: Sequence[Tensor]
 
 
@@ -307,7 +307,7 @@ def _row(
 
 
 def predictive_divergence(
-    outputs: LinearizedOutputs,
+    outputs: DenseOutputs,
     f_var: Float[Tensor, "batch out out"],
     other_var: Float[Tensor, "batch out out"],
 ) -> Float[Tensor, " batch"] | None:

@@ -149,6 +149,27 @@ def test_the_cheaper_form_is_chosen(num_data: int, form: type) -> None:
     assert_close(first.covariance_matrix, second.covariance_matrix, **PREDICTION)
 
 
+def test_float32_keeps_digits_where_the_data_outweigh_the_prior() -> None:
+    """By 1e7 along the training rows: variances there, against float64."""
+    x, y = draw(1, 10, 400), draw(2, 10)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(400), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.006), obs=y)
+
+    exact, found = (
+        AutoSubnetLaplace(model, form="dual")
+        .laplace_approximation(x.to(dtype), y.to(dtype))
+        .output_distribution(x.to(dtype))
+        .variance
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert found.dtype == torch.float32
+    assert float((exact / x.square().sum(1, keepdim=True)).max()) < 1e-6
+    assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
+
+
 def test_float32_keeps_its_dtype_and_digits() -> None:
     case = CASES["regression_mlp"](torch.empty((), dtype=torch.float32))
     primal, dual = both(case, case.scattered())
@@ -203,3 +224,18 @@ def test_unknown_options(options: dict[str, Any], message: str) -> None:
     unchecked.__dict__.update(options)
     with pytest.raises(OptionError, match=re.escape(message)):
         unchecked.__post_init__()
+
+
+def test_a_stream_leaves_the_dual_form_once_it_does_not_pay() -> None:
+    x, y = draw(1, 130, 400), draw(2, 130)
+    guide = AutoSubnetLaplace(wide_model)
+    first = guide.laplace_approximation(x[:70], y[:70])
+    assert isinstance(first.form, DualForm)
+    both = first.with_prior_precision(0.3).update(x[70:], y[70:])
+    assert isinstance(both.form, PrimalForm)
+    whole = guide.laplace_approximation(x, y).with_prior_precision(0.3)
+    found, expected = (p.get_posterior().covariance_matrix for p in (both, whole))
+    assert_close(found, expected, **PREDICTION)
+    asked = AutoSubnetLaplace(wide_model, form="dual")
+    kept = asked.laplace_approximation(x[:70], y[:70]).update(x[70:], y[70:])
+    assert isinstance(kept.form, DualForm)

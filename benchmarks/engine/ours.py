@@ -156,10 +156,10 @@ def predict_only(task: Task, meter: Meter) -> Answer:
 
 def tune_prior(task: Task, meter: Meter) -> Answer:
     model = make_model(task)
-    warm_up(task, model).log_det_precision(PRIOR_SCALES)
+    warm_up(task, model).tune_prior_precision()
     posterior = fitted(task, model)
-    found = meter.time("fit", lambda: posterior.log_det_precision(PRIOR_SCALES))
-    return {"log_determinant": found}, {}
+    meter.time("fit", posterior.tune_prior_precision)
+    return {"log_determinant": posterior.log_det_precision(PRIOR_SCALES)}, {}
 
 
 class TimedSelector:

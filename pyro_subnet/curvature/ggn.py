@@ -142,7 +142,7 @@ class GGNSum:
             add_ggn_(self.matrix(), outputs, factors, budget)
         else:
             for block in jacobian_blocks(outputs, factors, budget):
-                self._rows.append(block.rows.flatten(0, 1).to(self._like))
+                self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
 
     def matrix(self) -> Tensor:
         """The sum so far, to be added to in its lower triangle, shape (S, S).
@@ -157,7 +157,7 @@ class GGNSum:
             check_factor_fits(self._size, self._like.dtype, self._like.device)
             self._total = self._like.new_zeros(self._size, self._size)
             for rows in self._rows:
-                add_gram_(self._total, rows)
+                add_gram_(self._total, rows.to(self._like))
             self._rows = []
         return self._total
 
@@ -175,5 +175,5 @@ class GGNSum:
             return (total if self._total is None else self._total) * scale, "diagonal"
         if self.form == "primal" or (self.form == "auto" and not self._rows):
             return self.matrix().mul_(scale), "matrix"
-        rows = self._rows or [self._like.new_zeros(0, self._size)]
+        rows = self._rows or [self._like.new_zeros(0, self._size, dtype=torch.float64)]
         return torch.cat(rows).mul_(scale**0.5), "rows"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,9 +29,11 @@ class DualForm(CurvatureForm):
     r"""Rows W with :math:`G = W^\top W`, and the factor of the kernel at one scale.
 
     Attributes:
-        curvature: W and the diagonal of P0.
+        curvature: W and the diagonal of P0, float64: the part of a vector that the data
+            hold back is subtracted from it, and in float32 too few digits would be left
+            where they outweigh the prior by more than 1e4.
         prior: P0.
-        scaled_prior: The scaled diagonal, shape (S,).
+        scaled_prior: The scaled diagonal, shape (S,), float64.
         kernel_tril: Cholesky factor of the kernel under it, shape (R, R).
     """
 
@@ -46,7 +49,7 @@ class DualForm(CurvatureForm):
         """Factors the kernel.
 
         Args:
-            rows: W, shape (R, S); kept, not copied.
+            rows: W, shape (R, S); kept, not copied, if float64.
             prior: P0, which couples nothing.
             prior_scale: s.
 
@@ -57,9 +60,10 @@ class DualForm(CurvatureForm):
             NonFiniteError: If the prior or the kernel is not finite.
             PrecisionError: If the prior is not positive.
         """
-        precision = scaled_diagonal(prior, prior_scale)
+        rows = rows.to(torch.float64)
+        precision = scaled_diagonal(prior.to(torch.float64), prior_scale)
         factored = DualGaussian.of(precision, rows, precision)
-        curvature = DualCurvature(rows, prior.diagonal)
+        curvature = DualCurvature(rows, prior.diagonal.double())
         return cls(curvature, prior, precision, factored.kernel_tril)
 
     @classmethod
@@ -74,7 +78,7 @@ class DualForm(CurvatureForm):
             The form.
         """
         prior = prior_of(tensors)
-        curvature = DualCurvature(tensors["rows"], prior.diagonal)
+        curvature = DualCurvature(tensors["rows"], prior.diagonal.double())
         return cls(curvature, prior, tensors["scaled_prior"], tensors["kernel_tril"])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -89,7 +93,7 @@ class DualForm(CurvatureForm):
     def gaussian(self, loc: Tensor) -> DualGaussian:
         """See :meth:`CurvatureForm.gaussian`."""
         return DualGaussian(
-            loc.to(self.scaled_prior),
+            loc.to(self.prior.diagonal),
             self.curvature.rows,
             self.scaled_prior,
             self.kernel_tril,
@@ -117,4 +121,4 @@ class DualForm(CurvatureForm):
 
     def ggn(self) -> Tensor:
         """See :meth:`CurvatureForm.ggn`."""
-        return self.curvature.ggn().to(self.scaled_prior.dtype)
+        return self.curvature.ggn().to(self.prior.diagonal.dtype)

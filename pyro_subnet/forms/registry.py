@@ -6,6 +6,7 @@ import torch
 
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.data import Data
+from pyro_subnet.dual_curvature import dual_pays
 from pyro_subnet.fit_options import FitOptions
 from pyro_subnet.forms.base import CurvatureForm, Maker, PriorScale
 from pyro_subnet.forms.diagonal import DiagonalForm
@@ -15,8 +16,10 @@ from pyro_subnet.forms.primal import PrimalForm
 from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.kronecker_curvature import KroneckerCurvature, kronecker_curvature
 from pyro_subnet.laplace import SubnetCurvature, subnet_curvature
+from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
+from pyro_subnet.triangular import add_gram_
 
 FitCurvature = SubnetCurvature | KroneckerCurvature
 _NAMES: dict[type[CurvatureForm], str] = {
@@ -99,6 +102,8 @@ def updated_form(
     forgetting: float,
     prior_scale: PriorScale,
     noise_scale: float,
+    *,
+    may_change: bool,
 ) -> CurvatureForm:
     """A form after more data.
 
@@ -108,6 +113,7 @@ def updated_form(
         forgetting: What the old data's curvature is multiplied by.
         prior_scale: Of the precision.
         noise_scale: What the model's noise is multiplied by in ``form``.
+        may_change: Whether a dual form becomes primal once that costs less.
 
     Returns:
         A new form.
@@ -120,4 +126,18 @@ def updated_form(
         return form.updated(scaled, forgetting, prior_scale)
     scale = noise_scale**-1 if more.held == "rows" else noise_scale**-2
     new = more.ggn if scale == 1.0 else more.ggn.mul_(scale)
-    return form.updated(new, forgetting, prior_scale)
+    updated = form.updated(new, forgetting, prior_scale)
+    if may_change and isinstance(updated, DualForm):
+        rows = updated.curvature.rows
+        if not dual_pays(rows.shape[0], rows.shape[1], more.prior.diagonal.dtype):
+            return _primal(updated, prior_scale)
+    return updated
+
+
+def _primal(form: DualForm, prior_scale: PriorScale) -> PrimalForm:
+    rows = form.curvature.rows.to(form.prior.diagonal)
+    size = rows.shape[1]
+    check_factor_fits(size, rows.dtype, rows.device)
+    ggn = rows.new_zeros(size, size)
+    add_gram_(ggn, rows)
+    return PrimalForm.factored_(ggn, form.prior, prior_scale)

@@ -16,7 +16,7 @@ from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
 from pyro_subnet.laplace import whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.output_variance import (
-    LinearizedOutputs,
+    DenseOutputs,
     Weighting,
     check_inputs,
     check_weighting,
@@ -74,7 +74,7 @@ class SubspacePosterior:
         Raises:
             ModelError: If none does, or observed sites differ in length.
         """
-        outputs = LinearizedOutputs.read(self.model, self.latents, (args, kwargs))
+        outputs = DenseOutputs.read(self.model, self.latents, (args, kwargs))
         rows = outputs.jac @ self.basis
         return outputs.loc, rows @ rows.mT
 
