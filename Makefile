@@ -1,6 +1,7 @@
 # Every target sets up what it needs: on a fresh machine, `make quickstart` is enough.
 VENV ?= .venv
 PYTHON ?= python3
+WORKERS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # A stamp is the time of the last installation; a changed input makes it stale.
@@ -14,15 +15,16 @@ DEV = $(VENV)/.stamp-dev
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON)"
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) WORKERS=$(WORKERS)"
 
 quickstart: $(TUTORIALS)  ## Train, fit and compare on handwritten digits (two minutes)
 	$(BIN)/python tutorials/quickstart.py
 
 setup: $(DEV)  ## Make the virtual environment that tests and checks need
 
+# One thread a worker: the tests' networks are small, and two tests at once are faster.
 test: $(DEV)  ## Run the tests, the docstrings' examples among them
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 slow-test: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

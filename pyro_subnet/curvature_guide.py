@@ -68,7 +68,7 @@ class CurvatureGuide(SubnetGuide):
     @property
     def form(self) -> CurvatureForm:
         """Curvature of likelihood and prior, at the present scales."""
-        return FORM_MAKERS[self.form_name](dict(self._buffers), self.latents.layout)
+        return FORM_MAKERS[self.form_name](dict(self._buffers), self.layout)
 
     @property
     def summary(self) -> FitSummary:

@@ -13,7 +13,7 @@ from pyro_subnet.distribution import SubnetNormal
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.state import copied, portable_state, sharing
-from pyro_subnet.subnet import Subnet, place_elements
+from pyro_subnet.subnet import Layout, Subnet, place_elements
 from pyro_subnet.trace import Latents, Model
 
 # What the guide's own set-up found out about the model's sites.
@@ -87,10 +87,15 @@ class SubnetGuide(AutoContinuous):
         return Latents.from_guide(self, self.loc)
 
     @property
+    def layout(self) -> Layout:
+        """Where the latent sites lie in the packed vector."""
+        shapes = self._unconstrained_shapes
+        return Layout(tuple(shapes), tuple(shapes.values()))
+
+    @property
     def subnet(self) -> Subnet:
         """The chosen elements."""
-        layout = self.latents.layout
-        return Subnet(layout, self.subnet_positions, self.explained_variance)
+        return Subnet(self.layout, self.subnet_positions, self.explained_variance)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
         """The posterior over the subnet, unconstrained.
