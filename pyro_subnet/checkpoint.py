@@ -48,6 +48,15 @@ FORM_AXES = {
     "primal": {"factor_and_ggn": "SS", "ggn_diagonal": "S"},
     "dual": {"rows": "RS", "scaled_prior": "S", "kernel_tril": "RR"},
 }
+_KEYS = (
+    "sites",
+    "form",
+    "prior_scale",
+    "noise_scale",
+    "options",
+    "explained_variance",
+    "tuning",
+)
 _INTEGER = ("subnet_positions", "prior_coupled")
 _TUNING = ("tuning_scales", "tuning_objective")
 
@@ -208,6 +217,11 @@ def _checked_subnet(layout: Layout, tensors: Mapping[str, Tensor]) -> Subnet:
 
 def _check_tensors(tensors: Mapping[str, Tensor], content: Content) -> None:
     """Holds names, shapes and kinds of numbers to what a posterior has."""
+    if missing := [key for key in _KEYS if key not in content]:
+        raise CheckpointError(
+            f"The file must hold {', '.join(_KEYS)}; got none of {missing}. Take "
+            "another copy of it."
+        )
     form = content["form"]
     if form not in FORM_MAKERS:
         raise CheckpointError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,8 +77,11 @@ def write_file(
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
     try:
         try:
+            partial.touch(exist_ok=False)
+            mode = (target if target.exists() else partial).stat().st_mode
             save_file(_on_cpu(tensors), partial, metadata)
             _seal(partial)
+            partial.chmod(stat.S_IMODE(mode))  # safetensors has one of its own
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -119,11 +123,18 @@ def read_file(
             f"truncated or altered: its SHA-256 begins {found[:8].decode()}, the one "
             f"that it holds {recorded[:8].decode()}. Take another copy of it."
         )
-    with safe_open(path, framework="pt") as opened:
-        content = json.loads(opened.metadata()[_CONTENT])
-        _check_kind(path, kind, content)
-        # Clones: what is mapped into memory goes bad when the file is written over.
-        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as opened:
+            content = json.loads(opened.metadata()[_CONTENT])
+            _check_kind(path, kind, content)
+            names = opened.keys()
+            # Clones: what is mapped into memory changes with the file.
+            tensors = {name: opened.get_tensor(name).clone() for name in names}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} must be a file that pyro_subnet wrote; got one that "
+            f"cannot be read: {error}. Take another copy of it."
+        ) from error
     return tensors, content
 
 
