@@ -304,7 +304,8 @@ class AutoSubnetLaplace(AutoContinuous):
         latents = Latents.from_guide(self, self.loc.detach().clone())
         model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
         subnet = (file and file.chosen) or self._choose(latents, data)
-        if self.options.needs_matrix(data):
+        resumed = file is not None and file.done > 0  # the matrix is there already
+        if self.options.needs_matrix(data) and not resumed:
             check_factor_fits(subnet.size, dtype, latents.loc.device)
         if file is not None:
             file.keep_subnet(subnet)

