@@ -59,6 +59,11 @@ class OptionError(SubnetError, ValueError):
     """Raised when an option has a value outside of those it allows."""
 
 
+@final
+class CheckpointError(SubnetError, ValueError):
+    """Raised when a file is damaged, of another model or fit, or cannot be written."""
+
+
 class SubnetWarning(UserWarning):
     """Base of every warning that the package gives."""
 

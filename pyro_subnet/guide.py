@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -21,6 +22,7 @@ from pyro_subnet.full_precision import at_least_float32, full_precision
 from pyro_subnet.laplace import whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.resume import FitCheckpoint
 from pyro_subnet.selection import LargestVariance, Mask
 from pyro_subnet.state import copied, portable_state
 from pyro_subnet.subnet import Subnet
@@ -243,11 +245,20 @@ class AutoSubnetLaplace(AutoContinuous):
         *,
         num_data: int | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
     ) -> AutoSubnetMultivariateNormal:
         """Fits the subnet's Gaussian from minibatches that show each datum once.
 
         Equal to :meth:`laplace_approximation` on all data, whatever the batches' sizes
         and order; the N/B of a subsampling plate is left out of the sum.
+
+        With ``checkpoint=`` a fit that ended early, whatever ended it, goes on where
+        its file was written last when the same call is made again, and gives the same
+        posterior to the bit. The batches summed by then are loaded, and skipped: they
+        must come again in the same order, so ``shuffle=True`` cannot be resumed. What
+        is found to differ (the batches, the MAP, the model's sites, shapes or
+        likelihood, the subnet, an option) is an error, never a mixture.
 
         Args:
             batches: A ``DataLoader``, list or other iterable. An item is
@@ -257,12 +268,19 @@ class AutoSubnetLaplace(AutoContinuous):
             num_data: If the batches hold only a random part of the data, how many
                 there are in all: the sum is scaled up to them.
             progress: Whether to show a progress bar.
+            checkpoint: File that holds the subnet and the sums (S x S numbers, or the
+                rows) while the fit runs; deleted when it ends well. The selection is
+                not repeated either. With ``"ggn-mc"`` the global random state is set
+                to what it was at the same batch, so that the labels are the same.
+            checkpoint_every: After how many batches it is written.
 
         Returns:
             The posterior guide.
 
         Raises:
-            OptionError: If ``num_data`` is not a positive count.
+            OptionError: If ``num_data`` or ``checkpoint_every`` is not a positive
+                count.
+            CheckpointError: If the file is damaged, or of another fit.
             SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
         """
         if num_data is not None and num_data < 1:
@@ -277,30 +295,48 @@ class AutoSubnetLaplace(AutoContinuous):
             data.require_repeatable("setting up the guide")
             args, kwargs = next(data.calls("Set-up"))
             self._setup_prototype(*args, **kwargs)
-        return self._approximate(data)
+        file = None
+        if checkpoint is not None:
+            fit = (data, self._selector)
+            every = checkpoint_every
+            file = FitCheckpoint.open(checkpoint, every, self, self.options, fit)
+        return self._approximate(data, file)
 
     @torch.inference_mode(False)
     @full_precision()
-    def _approximate(self, data: Data) -> AutoSubnetMultivariateNormal:
+    def _approximate(
+        self, data: Data, file: FitCheckpoint | None = None
+    ) -> AutoSubnetMultivariateNormal:
         # The guide may be trained on: the posterior keeps a copy of its MAP.
         latents = Latents.from_guide(self, self.loc.detach().clone())
         model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
-        if self._selector is None:
-            subnet = whole_subnet(latents)
-        else:
-            subnet = self._selector(self, data)
-            if not isinstance(subnet, Subnet):
-                raise SelectionError(
-                    "A selector must return a Subnet; got "
-                    f"{type(subnet).__name__}. Build one with "
-                    "`Subnet.from_positions(guide.latents.layout, positions)`."
-                )
-        if self.options.needs_matrix(data):
+        subnet = (file and file.chosen) or self._choose(latents, data)
+        resumed = file is not None and file.done > 0  # the matrix is there already
+        if self.options.needs_matrix(data) and not resumed:
             check_factor_fits(subnet.size, dtype, latents.loc.device)
-        curvature = curvature_of(model, latents, subnet, data, self.options)
-        return AutoSubnetMultivariateNormal.from_curvature(
+        if file is not None:
+            file.keep_subnet(subnet)
+        curvature = curvature_of(
+            model, latents, subnet, data, self.options, checkpoint=file
+        )
+        posterior = AutoSubnetMultivariateNormal.from_curvature(
             self, model, latents.loc, subnet, curvature, options=self.options
         )
+        if file is not None:
+            file.remove()
+        return posterior
+
+    def _choose(self, latents: Latents, data: Data) -> Subnet:
+        if self._selector is None:
+            return whole_subnet(latents)
+        subnet = self._selector(self, data)
+        if not isinstance(subnet, Subnet):
+            raise SelectionError(
+                "A selector must return a Subnet; got "
+                f"{type(subnet).__name__}. Build one with "
+                "`Subnet.from_positions(guide.latents.layout, positions)`."
+            )
+        return subnet
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickling: without the model, and without touching this guide."""

@@ -2,8 +2,9 @@ r"""Curvature of the negative log joint over the data: likelihood plus prior."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +22,15 @@ from pyro_subnet.curvature.prior import (
     prior_diagonal,
     prior_precision,
 )
-from pyro_subnet.data import Data
-from pyro_subnet.exceptions import ModelError
+from pyro_subnet.data import Batch, Data
+from pyro_subnet.exceptions import CheckpointError, DataError, ModelError
 from pyro_subnet.fit_options import Curvature, FitOptions
 from pyro_subnet.fit_summary import FitSummary, SummaryTally, prior_gradient
 from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.log_likelihood import log_likelihood_map
 from pyro_subnet.memory import DEFAULT_BUDGET
 from pyro_subnet.model_call import Graph, ModelCall, MovedParts
+from pyro_subnet.resume import FitCheckpoint
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
 
@@ -78,6 +80,7 @@ def subnet_curvature(
     options: FitOptions = FitOptions(form="primal"),  # noqa: B008 - frozen
     *,
     budget: int = DEFAULT_BUDGET,
+    checkpoint: FitCheckpoint | None = None,
 ) -> SubnetCurvature:
     r"""One pass over the data: the likelihood's curvature, and P0.
 
@@ -98,6 +101,7 @@ def subnet_curvature(
         data: The training data.
         options: Which curvature, and how it is wanted.
         budget: Bytes of Jacobian and activations that may be held at once.
+        checkpoint: Where the sums are kept, and resumed from.
 
     Returns:
         Curvature, in its lower triangle or as rows, prior precision and summary.
@@ -109,38 +113,13 @@ def subnet_curvature(
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
     """
-    tally, prior, gradient = Tally(data), list[PriorPrecision](), list[Tensor]()
-    dtype = at_least_float32(latents.loc.dtype)
-    like, kind = latents.loc.new_empty(0, dtype=dtype), options.curvature
-    total = GGNSum(subnet.size, like, options.held_as)
-    for args, kwargs in data.calls("GGN"):
-        call = ModelCall.read(model, latents, args, kwargs)
-        graph = call.graph()
-        terms = tally.check(call, graph)
-        if not prior:
-            prior.append(prior_precision(terms, graph.leaves, subnet, budget).to(dtype))
-            gradient.append(prior_gradient(terms, graph.leaves, subnet))
-            total.meet(prior[0], kind)
-        moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
-        del graph, terms  # frees the activations before the Jacobian needs the room
-        tally.summary.add(call, moved, not data.whole)
-        if any(moved.values()) and call.num_data:
-            weighted = Weighted(call, subnet, moved, activations, not data.whole)
-            if kind == "hessian":
-                subtract_hessian_(total.matrix(), weighted.log_likelihood(1.0), budget)
-            else:
-                total.add(*weighted.rows(kind), budget)
-    scale = tally.scale()
-    summary = tally.summary.finish(scale, tally.log_prior or 0.0, gradient[0])
-    ggn, held = total.finish(scale)
-    return SubnetCurvature(
-        ggn,
-        held,
-        prior[0],
-        tally.has_outputs,
-        _is_nonzero(ggn, held),
-        summary,
-    )
+    sums = _FitSums(model, latents, subnet, data, options, budget=budget)
+    calls = data.calls("GGN")
+    if checkpoint is not None:
+        calls = checkpoint.calls(data, "GGN", sums)
+    for args, kwargs in calls:
+        sums.add(args, kwargs)
+    return sums.finish()
 
 
 def diagonal_curvature(
@@ -230,6 +209,130 @@ class Weighted:
             without_plates=self.without_plates,
             sampled=sampled,
         )
+
+
+class _FitSums:
+    """What :func:`subnet_curvature` adds up; a file can hold it between two batches."""
+
+    def __init__(
+        self,
+        model: Model,
+        latents: Latents,
+        subnet: Subnet,
+        data: Data,
+        options: FitOptions,
+        *,
+        budget: int,
+    ):
+        self.model, self.latents, self.subnet = model, latents, subnet
+        self.data, self.options, self.budget = data, options, budget
+        self.tally = Tally(data)
+        self.dtype = at_least_float32(latents.loc.dtype)
+        like = latents.loc.new_empty(0, dtype=self.dtype)
+        self.total = GGNSum(subnet.size, like, options.held_as)
+        self.prior: PriorPrecision | None = None
+        self.gradient: Tensor | None = None
+        self.last = 0.0
+
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Adds one call."""
+        kind, tally, budget = self.options.curvature, self.tally, self.budget
+        call = ModelCall.read(self.model, self.latents, args, kwargs)
+        graph = call.graph()
+        terms = tally.check(call, graph)
+        if self.prior is None:
+            prior = prior_precision(terms, graph.leaves, self.subnet, budget)
+            self.prior = prior.to(self.dtype)
+            self.gradient = prior_gradient(terms, graph.leaves, self.subnet)
+            self.total.meet(self.prior, kind)
+        moved = call.moved_parts(graph, self.subnet)
+        activations = graph.activation_bytes
+        del graph, terms  # frees the activations before the Jacobian needs the room
+        before = float(tally.summary.numbers[0])
+        tally.summary.add(call, moved, not self.data.whole)
+        self.last = float(tally.summary.numbers[0]) - before
+        if any(moved.values()) and call.num_data:
+            weighted = Weighted(
+                call, self.subnet, moved, activations, not self.data.whole
+            )
+            if kind == "hessian":
+                likelihood = weighted.log_likelihood(1.0)
+                subtract_hessian_(self.total.matrix(), likelihood, budget)
+            else:
+                self.total.add(*weighted.rows(kind), budget)
+
+    def finish(self) -> SubnetCurvature:
+        """The curvature of all that was added."""
+        scale, tally = self.tally.scale(), self.tally
+        prior, gradient = self._of_prior()
+        summary = tally.summary.finish(scale, tally.log_prior or 0.0, gradient)
+        ggn, held = self.total.finish(scale)
+        return SubnetCurvature(
+            ggn,
+            held,
+            prior,
+            tally.has_outputs,
+            _is_nonzero(ggn, held),
+            summary,
+        )
+
+    def _of_prior(self) -> tuple[PriorPrecision, Tensor]:
+        if self.prior is None or self.gradient is None:
+            raise DataError(
+                "`batches` must hold at least one batch; got none. Check the loader."
+            )
+        return self.prior, self.gradient
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that was added so far; see :class:`~pyro_subnet.resume.Sums`."""
+        prior, gradient = self._of_prior()
+        tensors = {
+            **self.total.tensors(),
+            "prior_diagonal": prior.diagonal,
+            "prior_coupled": prior.coupled,
+            "prior_columns": prior.columns,
+            "prior_gradient": gradient,
+            "summary": self.tally.summary.numbers,
+        }
+        content = {
+            "form": self.total.form,
+            "seen": self.tally.seen,
+            "log_prior": self.tally.log_prior,
+            "has_outputs": self.tally.has_outputs,
+            "scales_noise": self.tally.summary.scales_noise,
+            "last": self.last,
+        }
+        return tensors, content
+
+    def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+        """Undoes :meth:`state`."""
+        names = ("prior_diagonal", "prior_coupled", "prior_columns", "prior_gradient")
+        parts = (tensors[name].to(self.latents.loc.device) for name in names)
+        diagonal, coupled, columns, self.gradient = parts
+        self.prior = PriorPrecision(diagonal, coupled, columns)
+        self.total.restore(content["form"], tensors)
+        self.tally.seen, self.last = content["seen"], content["last"]
+        self.tally.log_prior = content["log_prior"]
+        self.tally.has_outputs = content["has_outputs"]
+        self.tally.summary.numbers = tensors["summary"]
+        self.tally.summary.scales_noise = content["scales_noise"]
+
+    def check_again(self, batch: Batch) -> None:
+        """Holds the model to its log likelihood of the batch that was added last."""
+        call = ModelCall.read(self.model, self.latents, *batch)
+        tally = SummaryTally()
+        tally.add(
+            call, call.moved_parts(call.graph(), self.subnet), not self.data.whole
+        )
+        found, expected = float(tally.numbers[0]), self.last
+        tolerance = torch.finfo(self.latents.loc.dtype).eps ** 0.5
+        if abs(found - expected) > tolerance * (1 + abs(expected)):
+            raise CheckpointError(
+                "The model must be as it was when the file was written: the log "
+                f"likelihood of the batch that was summed last was {expected:.6g}; got "
+                f"{found:.6g}. Put its parameters back to resume, or delete the file "
+                "to start over."
+            )
 
 
 class Tally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
+from pyro_subnet.checkpoint import load_posterior, save_posterior
 from pyro_subnet.data import Data
 from pyro_subnet.evidence import site_scales
 from pyro_subnet.exceptions import (
@@ -240,6 +242,49 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         )
         new._hold(form, self.summary.plus(more.summary, forgetting))
         return new
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all that this posterior is to a file, whole or not at all.
+
+        A safetensors file: numbers, no code. The model is not in it.
+
+        Args:
+            path: Where to. What is there is kept until the new file is complete.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        save_posterior(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Model,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AutoSubnetMultivariateNormal:
+        """The posterior of a file, equal to the bit to the one that was saved.
+
+        No code of the file's is run. Its tensors go where the model's latent sites are;
+        from there :meth:`torch.nn.Module.to` moves them.
+
+        Args:
+            path: Where from.
+            model: The model that was fitted; it is run once, and not changed.
+            args: Its positional arguments: any on which its latent sites are those of
+                the fit, with data for its observed sites.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The posterior guide.
+
+        Raises:
+            CheckpointError: If the file is damaged, newer, or of another model.
+            FileNotFoundError: If there is none.
+        """
+        return load_posterior(cls, path, model, args, kwargs)
 
 
 def _warn_about_curvature(curvature: FitCurvature) -> None:

@@ -2,6 +2,7 @@ r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the data of one call."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -160,6 +161,30 @@ class GGNSum:
                 add_gram_(self._total, rows.to(self._like))
             self._rows = []
         return self._total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sum so far, for files; with :attr:`form` it is all there is.
+
+        Returns:
+            ``{name: tensor}``, not copied. Rows stay in the blocks that they came in,
+            so that what is added later rounds alike.
+        """
+        if self._total is not None:
+            return {"total": self._total}
+        return {f"rows.{i}": rows for i, rows in enumerate(self._rows)}
+
+    def restore(self, form: Form, tensors: Mapping[str, Tensor]) -> None:
+        """Undoes :meth:`tensors`.
+
+        Args:
+            form: What :attr:`form` was.
+            tensors: What it gave; others are not read.
+        """
+        self.form = form
+        moved = {name: part.to(self._like.device) for name, part in tensors.items()}
+        self._total = moved.get("total")
+        count = sum(name.startswith("rows.") for name in moved)
+        self._rows = [moved[f"rows.{i}"] for i in range(count)]
 
     def finish(self, scale: float) -> tuple[Tensor, Held]:
         """The sum over all data.

@@ -7,6 +7,7 @@ import torch
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.data import Data
 from pyro_subnet.dual_curvature import dual_pays
+from pyro_subnet.exceptions import OptionError
 from pyro_subnet.fit_options import FitOptions
 from pyro_subnet.forms.base import CurvatureForm, Maker, PriorScale
 from pyro_subnet.forms.diagonal import DiagonalForm
@@ -17,6 +18,7 @@ from pyro_subnet.full_precision import at_least_float32
 from pyro_subnet.kronecker_curvature import KroneckerCurvature, kronecker_curvature
 from pyro_subnet.laplace import SubnetCurvature, subnet_curvature
 from pyro_subnet.memory import check_factor_fits
+from pyro_subnet.resume import FitCheckpoint
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.trace import Latents, Model
 from pyro_subnet.triangular import add_gram_
@@ -50,7 +52,13 @@ def form_name(form: CurvatureForm) -> str:
 
 
 def curvature_of(
-    model: Model, latents: Latents, subnet: Subnet, data: Data, options: FitOptions
+    model: Model,
+    latents: Latents,
+    subnet: Subnet,
+    data: Data,
+    options: FitOptions,
+    *,
+    checkpoint: FitCheckpoint | None = None,
 ) -> FitCurvature:
     """One pass over the data for the curvature that the options ask for.
 
@@ -60,14 +68,25 @@ def curvature_of(
         subnet: The chosen elements; all of them for Kronecker factors.
         data: The data.
         options: What is wanted.
+        checkpoint: The file that holds the sums meanwhile, if any.
 
     Returns:
         The curvature.
+
+    Raises:
+        OptionError: If a file is to hold Kronecker factors, which is not provided for.
     """
     if options.covariance == "kron":
+        if checkpoint is not None:
+            raise OptionError(
+                "`checkpoint` must be left out with covariance='kron', whose sums no "
+                "file holds; got one. Leave it out, or choose another covariance."
+            )
         kind = options.kind_of_rows
         return kronecker_curvature(model, latents, data, kind=kind)
-    return subnet_curvature(model, latents, subnet, data, options)
+    return subnet_curvature(
+        model, latents, subnet, data, options, checkpoint=checkpoint
+    )
 
 
 def form_of(curvature: FitCurvature, latents: Latents) -> CurvatureForm:
@@ -85,7 +104,8 @@ def form_of(curvature: FitCurvature, latents: Latents) -> CurvatureForm:
         NonFiniteError: If it is not finite.
     """
     if isinstance(curvature, KroneckerCurvature):
-        diagonal = curvature.prior.to(at_least_float32(latents.loc.dtype))
+        dtype = at_least_float32(latents.loc.dtype)
+        diagonal = curvature.prior.to(dtype, copy=True)  # a buffer of its own
         nothing = torch.empty(0, dtype=torch.long, device=diagonal.device)
         prior = PriorPrecision(diagonal, nothing, diagonal.new_empty(len(diagonal), 0))
         return KroneckerForm.decomposed(curvature, prior, latents.layout)
