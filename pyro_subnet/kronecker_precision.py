@@ -358,4 +358,5 @@ def _eigen(factor: Tensor, site: str) -> tuple[Tensor, Tensor]:
             f"eigenvalue {float(values[0]):.3e} at site {site!r}, the largest being "
             f"{float(values[-1]):.3e}. Run the model in float64."
         )
-    return values.clamp(min=0.0).to(factor), vectors.to(factor)
+    # Row-major, as a file gives them back: products round by the layout.
+    return values.clamp(min=0.0).to(factor), vectors.to(factor).contiguous()
