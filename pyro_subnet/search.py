@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.exceptions import OptionError, PrecisionError
+from pyro_subnet.exceptions import NonFiniteError, OptionError, PrecisionError
 
 # Points of the first pass, one and a half to a decade between the default bounds, and
 # golden-section steps of the second, which leave 0.618^24, 1e-5, of the best interval.
@@ -58,7 +58,8 @@ def minimize(
     harm where they are wider than a step; golden sections shrink it.
 
     Args:
-        loss: The function. A ``PrecisionError``, NaN or infinity counts as infinite.
+        loss: The function. A ``PrecisionError`` or ``NonFiniteError`` (a prior so wide
+            that a rate overflows), NaN and infinity count as infinite.
         bounds: Least and largest number.
         method: What to call the objective.
         sign: What the recorded objective is multiplied by.
@@ -72,14 +73,14 @@ def minimize(
     """
     low, high = check_bounds(bounds)
     tried: list[tuple[float, float]] = []
-    last_error: list[PrecisionError] = []
+    errors: list[PrecisionError | NonFiniteError] = []
 
     def at(log_scale: float) -> float:
         scale = math.exp(log_scale)
         try:
             value = loss(scale)
-        except PrecisionError as error:
-            last_error.append(error)
+        except (PrecisionError, NonFiniteError) as error:
+            errors.append(error)
             value = math.inf
         value = value if math.isfinite(value) else math.inf
         tried.append((scale, value))
@@ -91,7 +92,7 @@ def minimize(
     values = [at(point) for point in grid]
     best = min(range(_GRID), key=values.__getitem__)
     if not math.isfinite(values[best]):
-        cause = last_error[-1] if last_error else None
+        cause = errors[-1] if errors else None
         raise PrecisionError(
             "The objective must be finite at some scale between the bounds; got none "
             f"at {_GRID} scales from {low:g} to {high:g}. Train closer to the MAP, or "
