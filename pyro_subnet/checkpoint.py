@@ -113,6 +113,7 @@ def save_posterior(guide: CurvatureGuide, path: str | os.PathLike[str]) -> None:
             "method": tuning.method,
             "best": float(tuning.best),
             "at_bound": bool(tuning.at_bound),
+            "is_flat": bool(tuning.is_flat),
             "by_site": (
                 None
                 if tuning.by_site is None

@@ -298,7 +298,8 @@ def _warn_about_curvature(curvature: FitCurvature) -> None:
         warn(
             "The subnet moves no output at any training input: there the predictive "
             "is the MAP's. Its weights may still matter on other inputs; choose more "
-            "weights, or another selector, to have variance on these.",
+            "weights, or another selector such as `LargestGradient`, to have variance "
+            "on these.",
             NoOutputVarianceWarning,
         )
 

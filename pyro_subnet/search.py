@@ -18,6 +18,8 @@ _GRID = 19
 _STEPS = 24
 _GOLDEN = (math.sqrt(5) - 1) / 2
 NUM_TRIED = _GRID + 2 + _STEPS
+# Nats over which an objective must move for its minimum to mean anything.
+_FLAT = 1e-3
 # A scale that is this close to a bound, in logarithms, counts as being there.
 AT_BOUND = 1e-3
 
@@ -35,6 +37,8 @@ class Tuning:
             the posterior does not exist.
         best: The scale that was chosen; the geometric mean where there is one a site.
         by_site: One for each site, where those were chosen.
+        is_flat: Whether the objective moves by less than 0.001 nats between the bounds:
+            the data do not choose, and the model's own scale stays.
         at_bound: Whether it is one of the bounds: the best may lie outside.
     """
 
@@ -44,6 +48,7 @@ class Tuning:
     best: float
     at_bound: bool
     by_site: Mapping[str, float] | None = None
+    is_flat: bool = False
 
 
 def minimize(
@@ -55,7 +60,9 @@ def minimize(
     """Minimizes a function of one positive number, in its logarithm.
 
     A grid over the bounds finds the best interval, so that several local minima do no
-    harm where they are wider than a step; golden sections shrink it.
+    harm where they are wider than a step; golden sections shrink it. Where the function
+    does not move, whatever round-off calls the minimum is not taken: 1 is, or the bound
+    next to it.
 
     Args:
         loss: The function. A ``PrecisionError`` or ``NonFiniteError`` (a prior so wide
@@ -98,10 +105,27 @@ def minimize(
             f"at {_GRID} scales from {low:g} to {high:g}. Train closer to the MAP, or "
             "choose other bounds."
         ) from cause
+    finite = [value for value in values if math.isfinite(value)]
+    is_flat = len(finite) == _GRID and max(finite) - min(finite) < _FLAT
+    if is_flat:
+        at(min(max(0.0, grid[0]), grid[-1]))
+        scale = tried[-1][0]
+        return _record(method, sign, tried, scale, bounds=(low, high), is_flat=True)
     _golden_section(at, grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)])
     scale = min(tried, key=lambda pair: pair[1])[0]
-    edges = (math.exp(grid[0]), math.exp(grid[-1]))
-    near = any(abs(math.log(scale / edge)) < AT_BOUND for edge in edges)
+    return _record(method, sign, tried, scale, bounds=(low, high), is_flat=False)
+
+
+def _record(
+    method: str,
+    sign: float,
+    tried: list[tuple[float, float]],
+    scale: float,
+    *,
+    bounds: tuple[float, float],
+    is_flat: bool,
+) -> Tuning:
+    near = any(abs(math.log(scale / edge)) < AT_BOUND for edge in bounds)
     scales, losses = zip(*tried, strict=True)
     return Tuning(
         method,
@@ -109,6 +133,7 @@ def minimize(
         sign * torch.tensor(losses, dtype=torch.float64),
         scale,
         near,
+        is_flat=is_flat,
     )
 
 

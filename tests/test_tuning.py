@@ -6,15 +6,22 @@ import math
 import re
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetMultivariateNormal, held_out
-from pyro_subnet.exceptions import DataError, OptionError, PrecisionError
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, held_out
+from pyro_subnet.exceptions import (
+    DataError,
+    NoOutputVarianceWarning,
+    OptionError,
+    PrecisionError,
+)
 from pyro_subnet.search import minimize
-from tests.cases import CASES, DOUBLE
+from tests.cases import CASES, DOUBLE, draw
 from tests.test_evidence import Linear
 
 EXACT = {"rtol": 1e-10, "atol": 1e-8}
@@ -170,6 +177,39 @@ def test_a_search_steps_around_what_does_not_exist() -> None:
         minimize(lambda s: math.nan, WIDE, "evidence")
 
 
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [(WIDE, 1.0), ((2.0, 8.0), 2.0), ((0.01, 0.5), 0.5)]
+)
+def test_where_nothing_moves_the_scale_stays(
+    bounds: tuple[float, float], expected: float
+) -> None:
+    """The minimum of round-off is no choice."""
+    found = minimize(lambda s: 0.5 + 1e-6 * math.sin(40 * s), bounds, "nll")
+    assert found.is_flat
+    assert abs(found.best - expected) < 1e-12
+    assert found.at_bound is (expected != 1.0)
+    assert not minimize(lambda s: 2e-3 * math.log(s), bounds, "nll").is_flat
+
+
+def test_data_that_the_subnet_does_not_move_keep_the_prior() -> None:
+    """Weights of an input that is always zero: held-out data say nothing."""
+    x, y = draw(1, 9, 2), draw(2, 9)
+    x[:, 1] = 0.0
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    guide = AutoSubnetLaplace(model, {"w": torch.tensor([1])})
+    with pytest.warns(NoOutputVarianceWarning, match="moves no output at any"):
+        posterior = guide.laplace_approximation(x, y)
+    tuned = posterior.tune_prior_precision("nll", val=(x, y))
+    assert tuned.tuning is not None
+    assert tuned.tuning.is_flat
+    assert tuned.prior_scale == 1.0
+
+
 def tensors(posterior: AutoSubnetMultivariateNormal) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in posterior.named_buffers()}
 
@@ -221,8 +261,7 @@ def test_held_out_data_choose_the_noise() -> None:
     tuned = posterior.tune_noise_scale("nll", val=val)
     assert tuned.prior_scale == 0.5
     grid = [
-        held_out_nll(posterior.with_noise_scale(float(r)), val)
-        for r in GRID[80:161:2]
+        held_out_nll(posterior.with_noise_scale(float(r)), val) for r in GRID[80:161:2]
     ]
     assert held_out_nll(tuned, val) <= min(grid) + 1e-9
 

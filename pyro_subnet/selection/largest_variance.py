@@ -55,7 +55,8 @@ class LargestVariance(Selector):
             the factors; ``"swag"``, the variances of SGD iterates that ``moments`` has
             collected, without a pass over the data and without ``explained_variance``,
             unless ``keep_dead=False``.
-        keep_dead: Whether weights without any curvature may be chosen.
+        keep_dead: Whether weights without any curvature may be chosen: less than the
+            largest times the dtype's eps.
         moments: Moments of the iterates, for ``"swag"`` alone.
 
     Raises:
@@ -123,7 +124,9 @@ class LargestVariance(Selector):
         curvature, variance = self._estimate(guide, data)
         scores = variance if collected is None else collected
         if not self.keep_dead:
-            alive = curvature.ggn > 0
+            # Up to round-off: what is left of zero differs from weight to weight.
+            smallest = torch.finfo(latents.loc.dtype).eps * curvature.ggn.max()
+            alive = curvature.ggn > smallest
             if int(alive.sum()) < size:
                 raise SelectionError(
                     f"`size` must be at most the number of weights that the training "
