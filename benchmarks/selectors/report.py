@@ -1,0 +1,177 @@
+"""Markdown tables: means, and standard errors over splits or seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from benchmarks.selectors.measure import FLAT, Row
+from benchmarks.selectors.methods import MAP, METHODS
+
+DEFAULT = "LargestVariance ggn"
+# Differences of NLL, in nats, that count as none when wins are counted.
+TIE = 0.01
+_ORDER = (MAP, *METHODS)
+
+
+def tables(rows: Sequence[Row], share: float) -> str:
+    """All tables that the rows give, of subnets of one share and what has no size."""
+    chosen = [
+        row for row in rows if row["share"] in (None, share) and "failed" not in row
+    ]
+    digits = [row for row in chosen if row["data"] == "digits"]
+    parts = []
+    for noise in ("fitted", "held-out"):
+        own = [row for row in chosen if row["noise"] == noise]
+        if own:
+            parts.append(_summary(f"UCI, noise {noise}", own))
+            for kind in ("standard", "gap"):
+                parts.append(_by_set(f"NLL, noise {noise}, {kind} splits", own, kind))
+    if digits:
+        parts.append(_digits(digits))
+    failed = [row for row in rows if "failed" in row]
+    parts += [
+        f"Failed: {row['data']} {row['method']}: {row['failed']}" for row in failed
+    ]
+    return "\n\n".join(parts)
+
+
+def mean_and_error(values: Iterable[float]) -> str:
+    """Mean, and its standard error where there are two or more."""
+    found = list(values)
+    if not found:
+        return "-"
+    mean = statistics.fmean(found)
+    if len(found) < 2:
+        return f"{mean:.3g}"
+    error = statistics.stdev(found) / len(found) ** 0.5
+    digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 3
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def ranks(nll: dict[str, float]) -> dict[str, float]:
+    """Rank of each method, 1 the best; those within ``TIE`` of each other share."""
+    return {
+        name: 1
+        + sum(other < value - TIE for other in nll.values())
+        + 0.5 * (sum(abs(other - value) <= TIE for other in nll.values()) - 1)
+        for name, value in nll.items()
+    }
+
+
+def paired(rows: Sequence[Row], method: str, inputs: str) -> list[float]:
+    """NLL less that of the default, on each split that has both."""
+    own, base = (
+        {_split(row): row["nll"][inputs] for row in rows if row["method"] == name}
+        for name in (method, DEFAULT)
+    )
+    return [own[at] - base[at] for at in own if at in base]
+
+
+def _split(row: Row) -> tuple[Any, ...]:
+    return row["data"], row["kind"], row["split"]
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    there = {row["method"] for row in rows}
+    return [name for name in _ORDER if name in there]
+
+
+def _table(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join([f"**{title}**", "", *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def _wins(differences: Sequence[float]) -> str:
+    better = sum(value < -TIE for value in differences)
+    worse = sum(value > TIE for value in differences)
+    return f"{better} / {len(differences) - better - worse} / {worse}"
+
+
+def _scales(rows: Sequence[Row]) -> list[str]:
+    """Median scale; how often it is at a bound; and how often no scale mattered."""
+    tuned = [row for row in rows if "scale" in row]
+    if not tuned:
+        return ["-", "-", "-"]
+    return [
+        f"{statistics.median(row['scale'] for row in tuned):.2g}",
+        f"{sum(row['at_bound'] for row in tuned)} of {len(tuned)}",
+        f"{sum(row['spread'] < FLAT for row in tuned)} of {len(tuned)}",
+    ]
+
+
+def _seconds(rows: Sequence[Row], part: str) -> str:
+    found = [row["seconds"][part] for row in rows if part in row["seconds"]]
+    return f"{statistics.median(found):.2f}" if found else "-"
+
+
+def _kept(rows: Sequence[Row], inputs: str) -> str:
+    return mean_and_error(row["kept"][inputs] for row in rows if "kept" in row)
+
+
+def _summary(title: str, rows: Sequence[Row]) -> str:
+    lines = []
+    found: dict[str, list[dict[str, float]]] = {}
+    for split in sorted({_split(row) for row in rows}):
+        nll = {
+            row["method"]: row["nll"]["test"] for row in rows if _split(row) == split
+        }
+        found.setdefault(split[1], []).append(ranks(nll))
+    for name in _methods(rows):
+        own = [row for row in rows if row["method"] == name]
+        line = [name]
+        for kind in ("standard", "gap"):
+            part = [row for row in rows if row["kind"] == kind]
+            line += [
+                mean_and_error(
+                    rank[name] for rank in found.get(kind, []) if name in rank
+                ),
+                _wins(paired(part, name, "test")),
+                _kept([row for row in own if row["kind"] == kind], "test"),
+            ]
+        lines.append(
+            [*line, *_scales(own), _seconds(own, "fit"), _seconds(own, "tune")]
+        )
+    heads = ["method"]
+    for kind in ("standard", "gap"):
+        heads += [f"{kind}: rank", "better / same / worse than default", "kept"]
+    heads += ["scale", "at bound", "no matter", "fit, s", "tune, s"]
+    return _table(title, heads, lines)
+
+
+def _by_set(title: str, rows: Sequence[Row], kind: str) -> str:
+    part = sorted(
+        (row for row in rows if row["kind"] == kind), key=lambda row: row["data"]
+    )
+    sets = [name for name, _ in groupby(part, key=lambda row: row["data"])]
+
+    def cells(name: str, read: Callable[[Row], float]) -> Iterable[str]:
+        for data in sets:
+            own = [r for r in part if r["method"] == name and r["data"] == data]
+            yield mean_and_error(read(row) for row in own)
+
+    lines = [
+        [name, *cells(name, lambda row: row["nll"]["test"])] for name in _methods(part)
+    ]
+    lines.append(["RMSE, every row", *cells(MAP, lambda row: row["error"]["test"])])
+    return _table(title, ["method", *sets], lines)
+
+
+def _digits(rows: Sequence[Row]) -> str:
+    angles = list(rows[0]["nll"])
+    lines = []
+    for name in _methods(rows):
+        own = [row for row in rows if row["method"] == name]
+        line = [name, f"{own[0].get('S', '-')}"]
+        line += [mean_and_error(row["nll"][angle] for row in own) for angle in angles]
+        line += [mean_and_error(1 - row["error"][angles[0]] for row in own)]
+        line += [_kept(own, angle) for angle in (angles[0], angles[-1])]
+        lines.append(
+            [*line, *_scales(own), _seconds(own, "fit"), _seconds(own, "tune")]
+        )
+    heads = ["method", "S", *(f"NLL {angle}°" for angle in angles)]
+    heads += [f"accuracy {angles[0]}°", f"kept {angles[0]}°", f"kept {angles[-1]}°"]
+    heads += ["scale", "at bound", "no matter", "fit, s", "tune, s"]
+    return _table("Rotated digits", heads, lines)
