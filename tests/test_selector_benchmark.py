@@ -76,6 +76,15 @@ def test_digits_are_turned_by_quarter_turns_exactly() -> None:
     torch.testing.assert_close(turned, upright.rot90(1, (1, 2)))
 
 
+def test_tilted_digits_are_held_out_at_each_tilt() -> None:
+    upright, tilted = (digits_split(0, (0,), tilted=flag) for flag in (False, True))
+    count = len(upright.held_out[1])
+    x, y = (part.unflatten(0, (5, count)) for part in tilted.held_out)
+    torch.testing.assert_close(x[2], upright.held_out[0])
+    torch.testing.assert_close(y, upright.held_out[1].expand(5, -1))
+    torch.testing.assert_close(tilted.train[0], upright.train[0])
+
+
 def test_both_experiments_run_and_resume(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +105,7 @@ def test_both_experiments_run_and_resume(
     command.main(["report", str(out)])
     printed = capsys.readouterr().out
     assert "| LargestVariance ggn |" in printed
-    assert "**Rotated digits**" in printed
+    assert "**Rotated digits, prior tuned on upright ones**" in printed
 
 
 def test_every_method_runs(folder: Path) -> None:

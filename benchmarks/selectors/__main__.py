@@ -36,7 +36,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--num-hidden", type=int, default=50)
         command.add_argument("--num-steps", type=int, default=1000)
         command.add_argument("--most", type=int, default=None, help="data of a part")
-        if name == "uci":
+        if name == "digits":
+            command.add_argument(
+                "--tilted", action="store_true", help="tune on tilted digits"
+            )
+        else:
             command.add_argument(
                 "--data-dir",
                 type=Path,
@@ -60,7 +64,7 @@ def splits(options: argparse.Namespace) -> Iterator[Split]:
     """What is to be run."""
     if options.command == "digits":
         for seed in range(options.seeds):
-            yield digits_split(seed, most=options.most)
+            yield digits_split(seed, tilted=options.tilted, most=options.most)
         return
     folder, most = options.data_dir, options.most or 600
     for index in range(options.seeds):

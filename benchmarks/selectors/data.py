@@ -18,6 +18,7 @@ Kind = Literal["standard", "gap"]
 Pairs = tuple[Tensor, Tensor]
 
 ROTATIONS = (0, 30, 60, 90)  # degrees
+TILTS = (-30, -15, 0, 15, 30)
 UCI_SETS = (
     "bostonHousing",
     "concrete",
@@ -133,9 +134,21 @@ def _scale(values: np.ndarray) -> np.ndarray:
 
 
 def digits_split(
-    seed: int, rotations: Sequence[int] = ROTATIONS, *, most: int | None = None
+    seed: int,
+    rotations: Sequence[int] = ROTATIONS,
+    *,
+    tilted: bool = False,
+    most: int | None = None,
 ) -> Split:
-    """scikit-learn's digits, 8 x 8 pixels in [0, 1], the test images turned as well."""
+    """scikit-learn's digits, 8 x 8 pixels in [0, 1], the test images turned as well.
+
+    Args:
+        seed: Of the split.
+        rotations: Of the test images.
+        tilted: Whether the held-out digits are shown at five tilts, as in the tutorial,
+            so that the prior is tuned with some shift in view, or upright alone.
+        most: Data of each part.
+    """
     bunch = load_digits()
     images, labels = (bunch.images / 16).astype(np.float32), bunch.target
 
@@ -159,4 +172,7 @@ def digits_split(
     train, held_out = parts(rest, _HELD_OUT)
     train, held_out, test = train[:most], held_out[:most], test[:most]
     tests = {f"{degrees}": pairs(test, degrees) for degrees in rotations}
-    return Split("digits", "rotated", seed, pairs(train), pairs(held_out), tests)
+    seen = [pairs(held_out, degrees) for degrees in (TILTS if tilted else (0,))]
+    x, y = (torch.cat(part) for part in zip(*seen, strict=True))
+    kind = "tilted" if tilted else "rotated"
+    return Split("digits", kind, seed, pairs(train), (x, y), tests)

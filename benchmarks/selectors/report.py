@@ -14,6 +14,7 @@ DEFAULT = "LargestVariance ggn"
 # Differences of NLL, in nats, that count as none when wins are counted.
 TIE = 0.01
 _ORDER = (MAP, *METHODS)
+_TUNING = ("scale (range)", "at bound", "no matter", "fit, s", "tune, s")
 
 
 def tables(rows: Sequence[Row], share: float) -> str:
@@ -21,7 +22,6 @@ def tables(rows: Sequence[Row], share: float) -> str:
     chosen = [
         row for row in rows if row["share"] in (None, share) and "failed" not in row
     ]
-    digits = [row for row in chosen if row["data"] == "digits"]
     parts = []
     for noise in ("fitted", "held-out"):
         own = [row for row in chosen if row["noise"] == noise]
@@ -29,8 +29,10 @@ def tables(rows: Sequence[Row], share: float) -> str:
             parts.append(_summary(f"UCI, noise {noise}", own))
             for kind in ("standard", "gap"):
                 parts.append(_by_set(f"NLL, noise {noise}, {kind} splits", own, kind))
-    if digits:
-        parts.append(_digits(digits))
+    for kind, seen in (("rotated", "upright"), ("tilted", "tilted")):
+        own = [row for row in chosen if row["kind"] == kind]
+        if own:
+            parts.append(_digits(f"Rotated digits, prior tuned on {seen} ones", own))
     failed = [row for row in rows if "failed" in row]
     parts += [
         f"Failed: {row['data']} {row['method']}: {row['failed']}" for row in failed
@@ -91,12 +93,13 @@ def _wins(differences: Sequence[float]) -> str:
 
 
 def _scales(rows: Sequence[Row]) -> list[str]:
-    """Median scale; how often it is at a bound; and how often no scale mattered."""
+    """Median and range; how often at a bound; how often no scale mattered."""
     tuned = [row for row in rows if "scale" in row]
     if not tuned:
         return ["-", "-", "-"]
+    scales = [row["scale"] for row in tuned]
     return [
-        f"{statistics.median(row['scale'] for row in tuned):.2g}",
+        f"{statistics.median(scales):.1g} ({min(scales):.1g}, {max(scales):.1g})",
         f"{sum(row['at_bound'] for row in tuned)} of {len(tuned)}",
         f"{sum(row['spread'] < FLAT for row in tuned)} of {len(tuned)}",
     ]
@@ -137,8 +140,7 @@ def _summary(title: str, rows: Sequence[Row]) -> str:
     heads = ["method"]
     for kind in ("standard", "gap"):
         heads += [f"{kind}: rank", "better / same / worse than default", "kept"]
-    heads += ["scale", "at bound", "no matter", "fit, s", "tune, s"]
-    return _table(title, heads, lines)
+    return _table(title, [*heads, *_TUNING], lines)
 
 
 def _by_set(title: str, rows: Sequence[Row], kind: str) -> str:
@@ -159,19 +161,40 @@ def _by_set(title: str, rows: Sequence[Row], kind: str) -> str:
     return _table(title, ["method", *sets], lines)
 
 
-def _digits(rows: Sequence[Row]) -> str:
+def _digits(title: str, rows: Sequence[Row]) -> str:
     angles = list(rows[0]["nll"])
-    lines = []
+    ends = (angles[0], angles[-1])
+    scores, details = [], []
     for name in _methods(rows):
         own = [row for row in rows if row["method"] == name]
-        line = [name, f"{own[0].get('S', '-')}"]
-        line += [mean_and_error(row["nll"][angle] for row in own) for angle in angles]
-        line += [mean_and_error(1 - row["error"][angles[0]] for row in own)]
-        line += [_kept(own, angle) for angle in (angles[0], angles[-1])]
-        lines.append(
-            [*line, *_scales(own), _seconds(own, "fit"), _seconds(own, "tune")]
+        tuned = [row for row in own if "untuned" in row]
+        size = f"{own[0].get('S', '-')}"
+        scores.append(
+            [
+                name,
+                size,
+                *(mean_and_error(row["nll"][angle] for row in own) for angle in angles),
+                _wins(paired(rows, name, ends[0])),
+                _wins(paired(rows, name, ends[1])),
+                mean_and_error(1 - row["error"][angles[0]] for row in own),
+            ]
+        )
+        details.append(
+            [
+                name,
+                *(_kept(own, angle) for angle in ends),
+                *(
+                    mean_and_error(r["untuned"]["nll"][angle] for r in tuned)
+                    for angle in ends
+                ),
+                _seconds(own, "fit"),
+                _seconds(own, "tune"),
+            ]
         )
     heads = ["method", "S", *(f"NLL {angle}°" for angle in angles)]
-    heads += [f"accuracy {angles[0]}°", f"kept {angles[0]}°", f"kept {angles[-1]}°"]
-    heads += ["scale", "at bound", "no matter", "fit, s", "tune, s"]
-    return _table("Rotated digits", heads, lines)
+    heads += [f"{angle}°: better / same / worse than default" for angle in ends]
+    first = _table(title, [*heads, f"accuracy {angles[0]}°"], scores)
+    heads = ["method", *(f"kept {angle}°" for angle in ends)]
+    heads += [f"NLL {angle}° at scale 1" for angle in ends]
+    second = _table(f"{title}: the fits", [*heads, *_TUNING], details)
+    return f"{first}\n\n{second}"
