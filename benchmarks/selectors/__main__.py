@@ -66,7 +66,7 @@ def splits(options: argparse.Namespace) -> Iterator[Split]:
         for seed in range(options.seeds):
             yield digits_split(seed, tilted=options.tilted, most=options.most)
         return
-    folder, most = options.data_dir, options.most or 600
+    folder, most = options.data_dir, options.most or 500
     for index in range(options.seeds):
         for name in options.sets:
             yield uci_split(folder, name, "standard", index, most=most)

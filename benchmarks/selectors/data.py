@@ -22,7 +22,6 @@ TILTS = (-30, -15, 0, 15, 30)
 UCI_SETS = (
     "bostonHousing",
     "concrete",
-    "energy",
     "power-plant",
     "protein-tertiary-structure",
     "wine-quality-red",
@@ -60,7 +59,7 @@ class Split:
 
 
 def uci_split(
-    folder: Path, name: str, kind: Kind, index: int, *, most: int = 2000
+    folder: Path, name: str, kind: Kind, index: int, *, most: int = 500
 ) -> Split:
     """A split of a UCI set, standardized with the mean and scale of its training part.
 

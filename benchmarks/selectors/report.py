@@ -14,6 +14,7 @@ DEFAULT = "LargestVariance ggn"
 # Differences of NLL, in nats, that count as none when wins are counted.
 TIE = 0.01
 _ORDER = (MAP, *METHODS)
+_COUNTS = "better / same / worse, median"
 _TUNING = ("scale (range)", "at bound", "no matter", "fit, s", "tune, s")
 
 
@@ -26,9 +27,11 @@ def tables(rows: Sequence[Row], share: float) -> str:
     for noise in ("fitted", "held-out"):
         own = [row for row in chosen if row["noise"] == noise]
         if own:
-            parts.append(_summary(f"UCI, noise {noise}", own))
             for kind in ("standard", "gap"):
-                parts.append(_by_set(f"NLL, noise {noise}, {kind} splits", own, kind))
+                part = [row for row in own if row["kind"] == kind]
+                title = f"UCI, noise {noise}, {kind} splits"
+                parts.append(_summary(f"{title}: all sets", part))
+                parts.append(_by_set(f"{title}: NLL by set", part))
     for kind, seen in (("rotated", "upright"), ("tilted", "tilted")):
         own = [row for row in chosen if row["kind"] == kind]
         if own:
@@ -63,13 +66,15 @@ def ranks(nll: dict[str, float]) -> dict[str, float]:
     }
 
 
-def paired(rows: Sequence[Row], method: str, inputs: str) -> list[float]:
-    """NLL less that of the default, on each split that has both."""
-    own, base = (
+def paired(
+    rows: Sequence[Row], method: str, inputs: str, base: str = DEFAULT
+) -> list[float]:
+    """NLL less that of another method, on each split that has both."""
+    own, other = (
         {_split(row): row["nll"][inputs] for row in rows if row["method"] == name}
-        for name in (method, DEFAULT)
+        for name in (method, base)
     )
-    return [own[at] - base[at] for at in own if at in base]
+    return [own[at] - other[at] for at in own if at in other]
 
 
 def _split(row: Row) -> tuple[Any, ...]:
@@ -87,9 +92,13 @@ def _table(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> 
 
 
 def _wins(differences: Sequence[float]) -> str:
+    """How often better, the same, worse; and the median difference, in nats."""
     better = sum(value < -TIE for value in differences)
     worse = sum(value > TIE for value in differences)
-    return f"{better} / {len(differences) - better - worse} / {worse}"
+    if not differences:
+        return "-"
+    counts = f"{better} / {len(differences) - better - worse} / {worse}"
+    return f"{counts}, {statistics.median(differences):+.3f}"
 
 
 def _scales(rows: Sequence[Row]) -> list[str]:
@@ -115,38 +124,33 @@ def _kept(rows: Sequence[Row], inputs: str) -> str:
 
 
 def _summary(title: str, rows: Sequence[Row]) -> str:
-    lines = []
-    found: dict[str, list[dict[str, float]]] = {}
+    """All sets of one kind of split together."""
+    placed = []
     for split in sorted({_split(row) for row in rows}):
-        nll = {
-            row["method"]: row["nll"]["test"] for row in rows if _split(row) == split
-        }
-        found.setdefault(split[1], []).append(ranks(nll))
+        own = [row for row in rows if _split(row) == split]
+        placed.append(ranks({row["method"]: row["nll"]["test"] for row in own}))
+    lines = []
     for name in _methods(rows):
         own = [row for row in rows if row["method"] == name]
-        line = [name]
-        for kind in ("standard", "gap"):
-            part = [row for row in rows if row["kind"] == kind]
-            line += [
-                mean_and_error(
-                    rank[name] for rank in found.get(kind, []) if name in rank
-                ),
-                _wins(paired(part, name, "test")),
-                _kept([row for row in own if row["kind"] == kind], "test"),
-            ]
         lines.append(
-            [*line, *_scales(own), _seconds(own, "fit"), _seconds(own, "tune")]
+            [
+                name,
+                mean_and_error(place[name] for place in placed if name in place),
+                *(_wins(paired(rows, name, "test", base)) for base in (MAP, DEFAULT)),
+                mean_and_error(paired(rows, name, "test", MAP)),
+                _kept(own, "test"),
+                *_scales(own),
+                _seconds(own, "fit"),
+                _seconds(own, "tune"),
+            ]
         )
-    heads = ["method"]
-    for kind in ("standard", "gap"):
-        heads += [f"{kind}: rank", "better / same / worse than default", "kept"]
-    return _table(title, [*heads, *_TUNING], lines)
+    heads = ["method", "rank", f"to MAP: {_COUNTS}", f"to default: {_COUNTS}"]
+    heads += ["to MAP: mean", "kept", *_TUNING]
+    return _table(title, heads, lines)
 
 
-def _by_set(title: str, rows: Sequence[Row], kind: str) -> str:
-    part = sorted(
-        (row for row in rows if row["kind"] == kind), key=lambda row: row["data"]
-    )
+def _by_set(title: str, rows: Sequence[Row]) -> str:
+    part = sorted(rows, key=lambda row: row["data"])
     sets = [name for name, _ in groupby(part, key=lambda row: row["data"])]
 
     def cells(name: str, read: Callable[[Row], float]) -> Iterable[str]:
@@ -187,12 +191,13 @@ def _digits(title: str, rows: Sequence[Row]) -> str:
                     mean_and_error(r["untuned"]["nll"][angle] for r in tuned)
                     for angle in ends
                 ),
+                *_scales(own),
                 _seconds(own, "fit"),
                 _seconds(own, "tune"),
             ]
         )
     heads = ["method", "S", *(f"NLL {angle}°" for angle in angles)]
-    heads += [f"{angle}°: better / same / worse than default" for angle in ends]
+    heads += [f"{angle}°, to default: {_COUNTS}" for angle in ends]
     first = _table(title, [*heads, f"accuracy {angles[0]}°"], scores)
     heads = ["method", *(f"kept {angle}°" for angle in ends)]
     heads += [f"NLL {angle}° at scale 1" for angle in ends]
