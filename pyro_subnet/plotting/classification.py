@@ -17,7 +17,7 @@ from pyro_subnet.plotting.style import (
 )
 
 # Area of the point of a bin that holds all data, in points squared.
-_LARGEST, _SMALLEST = 300.0, 12.0
+_LARGEST, _SMALLEST = 300.0, 20.0
 
 
 def plot_reliability(
@@ -47,7 +47,7 @@ def plot_reliability(
     ax.annotate(
         "calibrated",
         (0.03, 0.03),
-        xytext=(4, -1),
+        xytext=(0, 4),
         textcoords="offset points",
         color=REFERENCE,
         rotation=45,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from pyro_subnet.exceptions import OptionError
@@ -12,6 +13,7 @@ from pyro_subnet.subnet_comparison import SubnetComparison
 _BOUND = "Subspace"
 # Sizes further apart than this are drawn on a logarithmic axis.
 _RATIO = 10
+_MAX_TICKS = 8
 
 
 def plot_variance_kept(
@@ -52,6 +54,12 @@ def plot_variance_kept(
     sizes = [row.size for row in comparison.rows if row.inputs == inputs]
     if max(sizes) > _RATIO * min(sizes):
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:,g}")
+    # A tick at each size that several share, if they are few enough to be read.
+    shared = sorted(size for size, count in Counter(sizes).items() if count > 1)
+    if 1 < len(shared) <= _MAX_TICKS:
+        ax.set_xticks(shared)
+        ax.set_xticks([], minor=True)
     frame(ax, f"S, weights in the subnet (of {comparison.num_params:,})", "")
     ax.set(ylabel="share of predictive variance kept", title=f"inputs: {inputs}")
     ax.set(ylim=(0, 1.03))

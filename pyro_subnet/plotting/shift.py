@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from pyro_subnet.plotting.style import (
     new_row,
     strokes,
 )
+
+_MAX_TICKS = 7
 
 
 def plot_shift_curves(
@@ -72,7 +75,14 @@ def plot_shift_curves(
                     at, mean - error, mean + error, color=look.color, alpha=0.2, lw=0
                 )
         frame(ax, xlabel, score)
-    panels[0].legend(frameon=False)
+        ax.set_xticks(at[:: math.ceil(len(at) / _MAX_TICKS)])
+    # One legend, of what any panel shows.
+    entries = {
+        label: handle
+        for ax in panels
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    panels[0].legend(entries.values(), entries.keys(), frameon=False)
     return np.array(panels, dtype=object)
 
 

@@ -158,7 +158,9 @@ def array(values: Tensor | Sequence[float] | np.ndarray) -> np.ndarray:
     Returns:
         Float64.
     """
-    return torch.as_tensor(values).detach().cpu().to(torch.float64).numpy()
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().to(torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)
 
 
 def named(curves: Any, kind: type) -> dict[str, Any]:

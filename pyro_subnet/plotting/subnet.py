@@ -77,6 +77,7 @@ def plot_subnet_counts(subnet: Subnet, *, ax: Axes | None = None) -> Axes:
     frame(ax, "chosen weights (% of the site)", "", grid=False)
     # Room for the labels.
     ax.set(xlim=(0, 1.45 * max(shares)), title=_title(subnet))
+    ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 100])  # noqa: PLR2004
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     return ax
@@ -153,7 +154,7 @@ def _draw_map(subnet: Subnet, site: str, ax: Axes) -> None:
         interpolation="nearest",
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )
-    note = f"\ndarkest block {darkest:.1%}" if in_blocks else ""
+    note = f"\ndarkest block {100 * darkest:.3g}% chosen" if in_blocks else ""
     ax.set_title(f"{site}{note}", fontsize="medium")
     ax.set(xlabel=f"column (of {width:,})")
     ax.locator_params(nbins=4, integer=True)
