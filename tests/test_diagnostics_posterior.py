@@ -111,19 +111,29 @@ def test_effective_dimension_under_a_prior_that_couples() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "primal"}, {"form": "dual"}, {"covariance": "diag"}]
+    "options",
+    [
+        {"form": "primal"},
+        {"form": "dual"},
+        {"covariance": "diag"},
+        {"covariance": "kron"},
+    ],
 )
-def test_condition_number_and_forms(options: dict[str, Any]) -> None:
+def test_every_form(options: dict[str, Any]) -> None:
     case = regression_mlp(DOUBLE)
-    everything = list(range(case.num_params))
-    posterior = fitted(case, everything, **options)
+    guide = case.guide(None, **options)
+    posterior = guide.laplace_approximation(*case.args)
     p = case.ggn() + case.prior()
-    if "covariance" in options:
+    if options.get("covariance") == "diag":
         p = p.diagonal().diag()
+    elif "covariance" in options:
+        p = posterior.gaussian.precision_matrix()
     expected = torch.linalg.cond(p)
     assert condition_number(posterior) == pytest.approx(float(expected), rel=1e-8)
     shares = torch.linalg.solve(p, p - case.prior()).diagonal()
     assert effective_dimension(posterior) == pytest.approx(float(shares.sum()))
+    gradient = autograd_gradient(case)
+    check(stationarity(posterior, *case.args), gradient, p, posterior.subnet.names)
 
 
 def test_condition_number_of_one_weight() -> None:
@@ -147,6 +157,12 @@ def log_joint(case: Case, packed: Tensor) -> Tensor:
     return trace.log_prob_sum()
 
 
+def autograd_gradient(case: Case) -> Tensor:
+    packed = case.packed.requires_grad_()
+    (gradient,) = torch.autograd.grad(log_joint(case, packed), packed)
+    return gradient
+
+
 def check(found: Stationarity, gradient: Tensor, p: Tensor, names: list[str]) -> None:
     assert_close(found.gradient, gradient, **AUTOGRAD)
     decrement = float(gradient @ torch.linalg.solve(p, gradient)) ** 0.5
@@ -165,8 +181,7 @@ def test_the_gradient_that_is_left(case_of: Any, which: int) -> None:
     case = case_of(DOUBLE)
     chosen = subnets(case)[which]
     posterior = fitted(case, chosen)
-    packed = case.packed.requires_grad_()
-    (gradient,) = torch.autograd.grad(log_joint(case, packed), packed)
+    gradient = autograd_gradient(case)
     p = part(case.ggn() + case.prior(), chosen)
     found = stationarity(posterior, *case.args, **case.kwargs)
     check(found, gradient[torch.tensor(sorted(chosen))], p, posterior.subnet.names)

@@ -116,7 +116,7 @@ def classwise_calibration_error(
         DataError: As for :func:`reliability`.
         OptionError: As there.
 
-    Source: Kull et al. (2019), eq. 3, arXiv 1910.12656; Nixon et al. (2019), arXiv
+    Source: Kull et al. (2019), arXiv 1910.12656; Nixon et al. (2019), arXiv
     1904.01685, as "static calibration error".
     """
     check_labels(probs, labels)

@@ -24,7 +24,7 @@ def effective_dimension(posterior: CurvatureGuide) -> float:
     Returns:
         From 0 (the prior alone speaks) to S, for curvatures that are not negative.
 
-    Source: MacKay (1992), "Bayesian interpolation", eq. 4.9, doi
+    Source: MacKay (1992), "Bayesian interpolation", section 4, doi
     10.1162/neco.1992.4.3.415; Maddox, Benton and Wilson (2020), arXiv 2003.02139, for
     networks.
     """

@@ -59,13 +59,13 @@ def decompose_entropy(
             ``posterior.sample_functions(K, x).softmax(-1)``.
 
     Returns:
-        The parts. Of few draws the epistemic one is too small, by about
-        :math:`(C - 1) / 2 K` nats where draws differ as much as they can.
+        The parts. Of few draws the epistemic one is too small on average, by about
+        :math:`(C - 1) / 2 K` nats where each draw is sure of a class, else by less.
 
     Raises:
         DataError: If they are no probabilities.
 
-    Source: Depeweg et al. (2018), section 3, arXiv 1710.07283; Houlsby et al. (2011),
+    Source: Depeweg et al. (2018), arXiv 1710.07283; Houlsby et al. (2011),
     eq. 2, arXiv 1112.5745.
     """
     each = predictive_entropy(draws).mean(0)

@@ -37,7 +37,8 @@ def kept_variance(
         {\sum_x \operatorname{tr} J P^{-1} J^\top}
 
     with P the GGN's precision over all D weights, at the posterior's noise scale, and
-    its prior scale for every weight (of scales by site: theirs, and 1 for others). For
+    its prior scale for every weight (of scales by site: theirs, and 1 for others). It
+    is the subnet's, in whatever curvature and form the posterior itself is held. For
     networks whose whole posterior fits: five D x D matrices in float64 and about D^3
     operations. Beside other subnets: ``compare_subnets``.
 

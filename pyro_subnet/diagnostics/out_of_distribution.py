@@ -60,7 +60,7 @@ def out_of_distribution_auroc(
         DataError: If they are no probabilities.
 
     Source: Hendrycks and Gimpel (2017), arXiv 1610.02136, for the task, with the
-    largest probability for a score; Lakshminarayanan et al. (2017), section 3.5, arXiv
+    largest probability for a score; Lakshminarayanan et al. (2017), arXiv
     1612.01474, for entropy.
     """
     return auroc(predictive_entropy(inside), predictive_entropy(outside))

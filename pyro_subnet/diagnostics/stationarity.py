@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pyro_subnet.curvature_guide import CurvatureGuide
 from pyro_subnet.data import Data
+from pyro_subnet.diagnostics.conditioning import precision_diagonal
 from pyro_subnet.evidence import site_scales
 from pyro_subnet.exceptions import NonFiniteError
 from pyro_subnet.fit_summary import prior_gradient
 from pyro_subnet.full_precision import full_precision
-from pyro_subnet.gaussian import Gaussian, PrecisionGaussian
 from pyro_subnet.grad_mode import differentiable
 from pyro_subnet.laplace import Tally
 from pyro_subnet.log_likelihood import log_likelihood_map
@@ -36,8 +36,9 @@ class Stationarity:
         gradient: :math:`g = \nabla_S \log p(D, \hat\theta)`, at the posterior's prior
             and noise scales, unconstrained, shape (S,), float64.
         newton_decrement: :math:`\lambda = \sqrt{g^\top P^{-1} g}`: length of the Newton
-            step :math:`P^{-1} g` in posterior standard deviations. That step would move
-            no linearized output by more than λ of its own standard deviations.
+            step :math:`P^{-1} g` in posterior standard deviations, where a draw lies
+            about :math:`\sqrt S` away. That step would move no linearized output by
+            more than λ of its own standard deviations.
         largest_step: Largest :math:`|g_i| / \sqrt{P_{ii}}`: the step of one weight
             alone, in its standard deviations given all others; at most λ.
         worst: Name of that weight.
@@ -156,7 +157,7 @@ def _stationarity(posterior: CurvatureGuide, data: Data) -> Stationarity:
             "model's densities at the MAP."
         )
     whitened = gaussian.whiten(gradient.to(gaussian.loc)).double()
-    steps = gradient.abs() / _precision_diagonal(gaussian).double().sqrt()
+    steps = gradient.abs() / precision_diagonal(gaussian).double().sqrt()
     return Stationarity(
         gradient,
         math.sqrt(float(whitened.square().sum())),
@@ -176,12 +177,6 @@ def _gradient(of_sites: Any, base: Any, subnet: Subnet) -> Tensor:
     parts = dict(zip(leaves, found, strict=True))
     chosen = subnet.indices.items()
     return torch.cat([parts[site].flatten()[at] for site, at in chosen]).double()
-
-
-def _precision_diagonal(gaussian: Gaussian) -> Tensor:
-    if isinstance(gaussian, PrecisionGaussian):
-        return gaussian.precision_tril.tril().square().sum(1)
-    return gaussian.precision_matrix().diagonal()
 
 
 def _name(subnet: Subnet, position: int) -> str:
