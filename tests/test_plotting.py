@@ -327,7 +327,7 @@ def test_variance_kept() -> None:
     same(line(ax, "last layer").get_xydata(), [[4, 0.4]])
     same(line(ax, "best subspace").get_xydata(), [[1, 0.8], [20, 1.0]])
     assert ax.get_xscale() == "log"
-    same(ax.get_xticks(), [1, 20])  # the sizes that several share
+    same(ax.get_xticks(), [1, 20])  # not that of the last layer
     assert ax.get_xlabel() == "S, weights in the subnet (of 37)"
     assert ax.get_title() == "inputs: far"
     alone = SubnetComparison(COMPARED.rows[2:3], 37)

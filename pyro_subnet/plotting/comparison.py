@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from pyro_subnet.exceptions import OptionError
@@ -55,10 +54,11 @@ def plot_variance_kept(
     if max(sizes) > _RATIO * min(sizes):
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:,g}")
-    # A tick at each size that several share, if they are few enough to be read.
-    shared = sorted(size for size, count in Counter(sizes).items() if count > 1)
-    if 1 < len(shared) <= _MAX_TICKS:
-        ax.set_xticks(shared)
+    # A tick at each size that was asked for, if they are few enough to be read.
+    several = [points for points in curves.values() if len(points) > 1]
+    asked = sorted({size for points in several for size, _ in points})
+    if 1 < len(asked) <= _MAX_TICKS:
+        ax.set_xticks(asked)
         ax.set_xticks([], minor=True)
     frame(ax, f"S, weights in the subnet (of {comparison.num_params:,})", "")
     ax.set(ylabel="share of predictive variance kept", title=f"inputs: {inputs}")
