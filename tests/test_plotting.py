@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -31,6 +32,7 @@ from tests.cases import DOUBLE, classification_mlp, double, draw, regression_mlp
 from tests.tolerances import tolerance
 
 CLOSED = tolerance(torch.float64, "closed_form")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -410,5 +412,5 @@ def test_the_package_alone_does_without_matplotlib() -> None:
     code = (
         "import sys; import pyro_subnet.plotting; sys.exit('matplotlib' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False)
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT)
     assert done.returncode == 0
