@@ -5,7 +5,7 @@ covariance, and predict with the network linearized there (Daxberger et al., 202
 arXiv 2010.14689).
 """
 
-from pyro_subnet import diagnostics, exceptions, nn, selection
+from pyro_subnet import diagnostics, exceptions, nn, plotting, selection
 from pyro_subnet._version import __version__
 from pyro_subnet.curvature.jacobian.route import compare_routes
 from pyro_subnet.guide import AutoSubnetLaplace
@@ -23,5 +23,6 @@ __all__ = [
     "diagnostics",
     "exceptions",
     "nn",
+    "plotting",
     "selection",
 ]

@@ -83,7 +83,7 @@ LAYERS = {
 # Modules below this layer are functions of tensors: they never import Pyro.
 LOWEST_LAYER_WITH_PYRO = LAYERS["trace"]
 # Libraries that one module alone may import.
-CONFINED_TO = {"arviz": "inference_data", "matplotlib": "plotting"}
+CONFINED_TO = {"arviz": "inference_data", "matplotlib": "plotting.style"}
 # Libraries that may be imported inside a function, so that the rest does without them.
 LAZILY_IMPORTED = {"matplotlib"}
 MAX_LINES = 400

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -46,3 +48,23 @@ def test_the_posteriors_toolkit(capsys: pytest.CaptureFixture[str]) -> None:
 
 def nll(posterior: Any, x: Any, y: Any) -> float:
     return -float(posterior.predictive_distribution(x).log_prob(y).mean())
+
+
+def test_diagnostics() -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        exec(compile(program("diagnostics.md"), "diagnostics.md", "exec"), names)
+        assert len(plt.get_fignums()) == 6
+        plt.close("all")
+    assert 0 < names["determined"] < names["posterior"].subnet.size
+    assert sum(names["by_site"].values()) == pytest.approx(names["determined"])
+    assert 0 < names["kept"] < 1
+    # Inputs of no class stand out, by the epistemic part above all.
+    assert 0.7 < names["by_entropy"] < names["by_information"]
+    entropies = names["entropies"]
+    assert float(entropies[-1]) > 2 * float(entropies[0])
+    assert float(names["curve"].risk[-1]) == pytest.approx(float(names["wrong"].mean()))
+    # What the page says of calibrated predictions: five standard errors of 1,000 data.
+    for level, share in zip((0.5, 0.9), names["coverage"], strict=True):
+        assert abs(float(share) - level) < 5 * (level * (1 - level) / 1000) ** 0.5

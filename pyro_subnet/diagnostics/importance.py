@@ -1,4 +1,4 @@
-"""How far a posterior can be trusted, in numbers."""
+"""Importance sampling: whether weighted draws reach the exact posterior."""
 
 from __future__ import annotations
 

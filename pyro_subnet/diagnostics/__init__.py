@@ -1,0 +1,82 @@
+"""How far predictions and a posterior can be trusted, in numbers.
+
+Of predictions: functions of tensors and distributions, whatever model they come from.
+Each is a few lines of torch with its source, rather than a dependency on torchmetrics
+or scikit-learn, whose numbers the tests hold them to. Of a posterior: functions of the
+posterior and, where they pass over it, the training data.
+"""
+
+from pyro_subnet.diagnostics.calibration import (
+    Reliability,
+    classwise_calibration_error,
+    expected_calibration_error,
+    reliability,
+)
+from pyro_subnet.diagnostics.conditioning import condition_number
+from pyro_subnet.diagnostics.crps import crps_from_draws, crps_normal
+from pyro_subnet.diagnostics.effective_dimension import (
+    effective_dimension,
+    effective_dimension_by_site,
+)
+from pyro_subnet.diagnostics.entropy import (
+    EntropyDecomposition,
+    decompose_entropy,
+    predictive_entropy,
+)
+from pyro_subnet.diagnostics.importance import (
+    ImportanceCheck,
+    importance_check,
+    pareto_smoothed,
+)
+from pyro_subnet.diagnostics.intervals import (
+    interval_coverage,
+    mean_interval_width,
+    pit_from_draws,
+    pit_values,
+    quantile,
+)
+from pyro_subnet.diagnostics.kept_variance import kept_variance
+from pyro_subnet.diagnostics.out_of_distribution import (
+    auroc,
+    out_of_distribution_auroc,
+)
+from pyro_subnet.diagnostics.risk_coverage import RiskCoverage, risk_coverage
+from pyro_subnet.diagnostics.scores import brier_score, negative_log_likelihood
+from pyro_subnet.diagnostics.stationarity import (
+    Stationarity,
+    stationarity,
+    stationarity_from,
+)
+
+__all__ = [
+    "EntropyDecomposition",
+    "ImportanceCheck",
+    "Reliability",
+    "RiskCoverage",
+    "Stationarity",
+    "auroc",
+    "brier_score",
+    "classwise_calibration_error",
+    "condition_number",
+    "crps_from_draws",
+    "crps_normal",
+    "decompose_entropy",
+    "effective_dimension",
+    "effective_dimension_by_site",
+    "expected_calibration_error",
+    "importance_check",
+    "interval_coverage",
+    "kept_variance",
+    "mean_interval_width",
+    "negative_log_likelihood",
+    "out_of_distribution_auroc",
+    "pareto_smoothed",
+    "pit_from_draws",
+    "pit_values",
+    "predictive_entropy",
+    "quantile",
+    "reliability",
+    "risk_coverage",
+    "stationarity",
+    "stationarity_from",
+]

@@ -1,0 +1,77 @@
+r"""The continuous ranked probability score: a proper score in the unit of y.
+
+.. math:: \operatorname{CRPS}(F, y) = \int (F(z) - 1[y \le z])^2\, dz
+    = E|Y - y| - \tfrac12 E|Y - Y'|
+
+It forgives outliers that the log density does not, and of a point it is the absolute
+error.
+
+Source: Gneiting and Raftery (2007), section 4.2, doi 10.1198/016214506000001437.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.diagnostics.probabilities import check_same_shape
+
+
+def crps_normal(
+    loc: Float[Tensor, "*data"],
+    scale: Float[Tensor, "*data"],
+    y: Float[Tensor, "*data"],
+) -> Float[Tensor, "*data"]:
+    r"""Of normal predictions, in closed form.
+
+    .. math:: \sigma \big( z (2 \Phi(z) - 1) + 2 \varphi(z) - \pi^{-1/2} \big),
+        \qquad z = (y - \mu) / \sigma
+
+    Args:
+        loc: Mean of y, shape (N, ...).
+        scale: Its standard deviation, noise included.
+        y: Observations.
+
+    Returns:
+        Shape (N, ...), in the unit of y.
+
+    Raises:
+        DataError: If shapes differ.
+
+    Source: Gneiting and Raftery (2007), section 4.2.
+    """
+    check_same_shape("loc", loc.shape, "y", y.shape)
+    check_same_shape("scale", scale.shape, "y", y.shape)
+    z = (y - loc) / scale
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    # 2 Φ(z) - 1
+    centred = torch.erf(z / math.sqrt(2))
+    return scale * (z * centred + 2 * density - 1 / math.sqrt(math.pi))
+
+
+def crps_from_draws(
+    draws: Float[Tensor, " draws *data"], y: Float[Tensor, "*data"]
+) -> Float[Tensor, "*data"]:
+    r"""Of the draws' own distribution, each of weight 1 / K.
+
+    Args:
+        draws: Of the predictive distribution, noise included, shape (K, N, ...).
+        y: Observations, shape (N, ...).
+
+    Returns:
+        Shape (N, ...), in the unit of y. Above the score of the distribution that they
+        are drawn from by :math:`\tfrac1{2K} E|Y - Y'|` on average. Costs a sort.
+
+    Raises:
+        DataError: If the draws are of other data.
+    """
+    check_same_shape("draws", draws.shape[1:], "y", y.shape)
+    count = len(draws)
+    ordered = draws.sort(0).values
+    # Σ_ij |y_i - y_j| / 2 = Σ_i (2 i - K - 1) y_(i), for ranks i from 1 on.
+    ranks = 2 * torch.arange(1, count + 1).to(draws) - count - 1
+    spread = torch.tensordot(ranks, ordered, dims=1) / count**2
+    return (draws - y).abs().mean(0) - spread

@@ -1,0 +1,206 @@
+r"""Calibration and sharpness of predictions of a number.
+
+"Sharpness subject to calibration": intervals must hold what they promise, and then the
+narrower the better. A :math:`1 - \alpha` central interval holds y exactly if its PIT
+value u has :math:`|2u - 1| \le 1 - \alpha`, so that coverage needs no quantile.
+
+Source: Gneiting, Balabdaoui and Raftery (2007), doi 10.1111/j.1467-9868.2007.00587.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributions as td
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.diagnostics.probabilities import check_same_shape
+from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError
+
+_WIDEN, _HALVE = 60, 200  # steps that no interval of finite ends takes
+
+
+def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*data"]:
+    r"""Probability integral transform, :math:`u_n = F_n(y_n)`.
+
+    Uniform on [0, 1] if the predictions are calibrated: heaped in the middle where they
+    are too wide, at the ends where they are too narrow. Of several outputs each alone.
+
+    Args:
+        predictive: Continuous distribution of y at each input, batch shape (N,).
+        y: Observations, shape (N, ...).
+
+    Returns:
+        Shape of y, in [0, 1].
+
+    Raises:
+        DataError: If the distribution has no distribution function, or y another shape.
+
+    Source: Dawid (1984), doi 10.2307/2981683.
+    """
+    marginal = _marginal(predictive)
+    shape = tuple(marginal.batch_shape)
+    if shape != tuple(y.shape) or not y.numel():
+        raise DataError(
+            f"`y` must have the shape of the predictions, {shape}, and hold a datum; "
+            f"got {tuple(y.shape)}. Pass both for the same data."
+        )
+    found: Tensor = marginal.cdf(y)
+    # Mixtures sum weights, which may pass one by round-off.
+    return found.clamp(0.0, 1.0)
+
+
+def pit_from_draws(
+    draws: Float[Tensor, " draws *data"], y: Float[Tensor, "*data"]
+) -> Float[Tensor, "*data"]:
+    """The same from draws of y: the share of them below the observation.
+
+    Args:
+        draws: Of the predictive distribution, noise included, shape (K, N, ...).
+        y: Observations, shape (N, ...).
+
+    Returns:
+        Shape of y; draws equal to y count half.
+
+    Raises:
+        DataError: If the draws are of other data.
+    """
+    check_same_shape("draws", draws.shape[1:], "y", y.shape)
+    return ((draws < y).to(y) + 0.5 * (draws == y).to(y)).mean(0)
+
+
+def interval_coverage(
+    pit: Float[Tensor, "*shape"], levels: Sequence[float]
+) -> Float[Tensor, " levels"]:
+    """Share of observations inside the central interval of each level.
+
+    Args:
+        pit: PIT values, any shape.
+        levels: Probabilities that the intervals promise, in [0, 1].
+
+    Returns:
+        One share for each level: calibrated predictions have the levels themselves,
+        with a standard error of ``(level * (1 - level) / N) ** 0.5``.
+
+    Raises:
+        OptionError: If a level is outside [0, 1].
+        DataError: If a PIT value is.
+    """
+    _check_levels(levels)
+    if not pit.numel() or not bool(((pit >= 0) & (pit <= 1)).all()):
+        raise DataError(
+            "`pit` must hold values in [0, 1], one at least; got "
+            f"{pit.numel()} values, of which {int((~((pit >= 0) & (pit <= 1))).sum())} "
+            "are outside. Pass what `pit_values` gives."
+        )
+    centred = (2 * pit.flatten() - 1).abs()
+    wanted = torch.tensor(levels, dtype=pit.dtype, device=pit.device)
+    return (centred <= wanted.unsqueeze(-1)).to(pit).mean(-1)
+
+
+def mean_interval_width(predictive: Any, levels: Sequence[float]) -> Tensor:
+    """Sharpness: mean width of the central interval of each level.
+
+    Args:
+        predictive: Continuous distribution of y at each input.
+        levels: Probabilities that the intervals promise, in [0, 1).
+
+    Returns:
+        One width for each level, in units of y; the mean over inputs and outputs. By
+        bisection where the distribution has no quantile function.
+
+    Raises:
+        OptionError: If a level is outside [0, 1).
+        DataError: If the distribution has no distribution function.
+        NonFiniteError: If no finite interval holds a level.
+    """
+    _check_levels(levels, below_one=True)
+    marginal = _marginal(predictive)
+    widths = [
+        quantile(marginal, 0.5 + level / 2) - quantile(marginal, 0.5 - level / 2)
+        for level in levels
+    ]
+    return torch.stack([width.mean() for width in widths])
+
+
+def quantile(predictive: Any, level: float) -> Tensor:
+    """Quantile of each prediction.
+
+    Args:
+        predictive: Continuous distribution of y at each input.
+        level: In (0, 1).
+
+    Returns:
+        Shape (N, ...).
+
+    Raises:
+        DataError: If the distribution has no distribution function.
+        NonFiniteError: If the quantile is not finite.
+    """
+    marginal = _marginal(predictive)
+    wanted = torch.full_like(marginal.mean, level)
+    try:
+        found: Tensor = marginal.icdf(wanted)
+    except NotImplementedError:
+        found = _bisected(marginal, wanted)
+    return found
+
+
+def _bisected(marginal: Any, wanted: Tensor) -> Tensor:
+    centre, width = marginal.mean, marginal.stddev
+    low, high = centre - width, centre + width
+    unbounded = ~(low.isfinite() & high.isfinite())
+    for _ in range(_WIDEN):
+        if bool(unbounded.any()):
+            break
+        too_high, too_low = marginal.cdf(low) > wanted, marginal.cdf(high) < wanted
+        if not bool((too_high | too_low).any()):
+            break
+        width = 2 * width
+        low = torch.where(too_high, centre - width, low)
+        high = torch.where(too_low, centre + width, high)
+    else:
+        unbounded = too_high | too_low
+    if bool(unbounded.any()):
+        raise NonFiniteError(
+            f"A quantile must be finite; got none for {int(unbounded.sum())} of "
+            f"{unbounded.numel()} predictions. Check that their mean and scale are "
+            "finite."
+        )
+    for _ in range(_HALVE):
+        middle = 0.5 * (low + high)
+        if bool(((middle == low) | (middle == high)).all()):
+            break
+        below = marginal.cdf(middle) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return 0.5 * (low + high)
+
+
+def _marginal(predictive: Any) -> Any:
+    """Each output's own distribution, event dimensions among the batch's."""
+    while isinstance(predictive, td.Independent):
+        predictive = predictive.base_dist
+    if isinstance(predictive, td.MultivariateNormal):
+        return td.Normal(predictive.mean, predictive.stddev)
+    has_cdf = type(predictive).cdf is not td.Distribution.cdf
+    if not has_cdf or tuple(predictive.event_shape):
+        raise DataError(
+            "`predictive` must be a continuous distribution of a number with a "
+            f"distribution function; got {type(predictive).__name__} of event shape "
+            f"{tuple(predictive.event_shape)}. Draw from it and use `pit_from_draws`."
+        )
+    return predictive
+
+
+def _check_levels(levels: Sequence[float], *, below_one: bool = False) -> None:
+    top = "1)" if below_one else "1]"
+    if not levels or any(
+        not 0 <= level <= 1 or (below_one and level == 1) for level in levels
+    ):
+        raise OptionError(
+            f"`levels` must be probabilities in [0, {top}, one at least; got "
+            f"{list(levels)}. Pass, for example, [0.5, 0.9]."
+        )

@@ -1,0 +1,66 @@
+"""Whether inputs of another kind can be told by the uncertainty at them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.diagnostics.entropy import predictive_entropy
+from pyro_subnet.exceptions import DataError
+
+
+def auroc(
+    negatives: Float[Tensor, " data"], positives: Float[Tensor, " others"]
+) -> float:
+    r"""Area under the receiver operating characteristic.
+
+    The probability that a positive scores higher than a negative, ties counting half.
+
+    Args:
+        negatives: Scores of the inputs that should score low, such as those in
+            distribution, shape (N,).
+        positives: Scores of those that should score high, shape (M,).
+
+    Returns:
+        From 0 to 1; 0.5 tells nothing. Costs a sort.
+
+    Raises:
+        DataError: If there are none of a kind, or a score is NaN.
+
+    Source: Hanley and McNeil (1982), doi 10.1148/radiology.143.1.7063747.
+    """
+    for name, scores in (("negatives", negatives), ("positives", positives)):
+        if not scores.numel() or bool(scores.isnan().any()):
+            raise DataError(
+                f"`{name}` must be numbers, one at least; got {scores.numel()}, of "
+                f"which {int(scores.isnan().sum())} NaN. Check the predictions."
+            )
+    dtype = torch.promote_types(negatives.dtype, positives.dtype)
+    ordered = negatives.to(dtype).sort().values
+    above = positives.to(dtype).contiguous()
+    below = torch.searchsorted(ordered, above)
+    not_above = torch.searchsorted(ordered, above, right=True)
+    return float((below + not_above).double().mean()) / (2 * len(ordered))
+
+
+def out_of_distribution_auroc(
+    inside: Float[Tensor, "data classes"], outside: Float[Tensor, "others classes"]
+) -> float:
+    """AUROC of predictive entropy, with outside inputs as the positives.
+
+    Args:
+        inside: Class probabilities at inputs in distribution, shape (N, C).
+        outside: The same at inputs out of it, shape (M, C).
+
+    Returns:
+        From 0 to 1. For another score, such as mutual information, use :func:`auroc`.
+
+    Raises:
+        DataError: If they are no probabilities.
+
+    Source: Hendrycks and Gimpel (2017), arXiv 1610.02136, for the task, with the
+    largest probability for a score; Lakshminarayanan et al. (2017), arXiv
+    1612.01474, for entropy.
+    """
+    return auroc(predictive_entropy(inside), predictive_entropy(outside))

@@ -1,0 +1,79 @@
+"""What class probabilities and labels must be."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pyro_subnet.exceptions import DataError
+
+
+def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
+    """Refuses what is no distribution over classes, logits above all.
+
+    Args:
+        probs: Shape (..., C).
+
+    Raises:
+        DataError: If there is no datum, or an entry is negative or NaN, or a row does
+            not sum to one.
+    """
+    if not probs.numel():
+        raise DataError(
+            "`probs` must hold at least one datum and one class; got shape "
+            f"{tuple(probs.shape)}. Pass the probabilities of some data."
+        )
+    tolerance = torch.finfo(probs.dtype).eps ** 0.5
+    worst = float((probs.sum(-1) - 1).abs().max())
+    lowest = float(probs.min())
+    # Written so that NaN fails.
+    if not (lowest >= 0 and worst <= tolerance * probs.shape[-1]):
+        raise DataError(
+            "`probs` must be probabilities, not negative, and sum to 1 over the last "
+            f"axis; got a least entry of {lowest:.3g} and a sum that is off by "
+            f"{worst:.3g}. Pass `logits.softmax(-1)`."
+        )
+
+
+def check_labels(
+    probs: Float[Tensor, "data classes"], labels: Int[Tensor, " data"]
+) -> None:
+    """Refuses probabilities that are none, and labels of no class.
+
+    Args:
+        probs: Shape (N, C).
+        labels: Shape (N,).
+
+    Raises:
+        DataError: If the probabilities are none, or a label is outside [0, C).
+    """
+    check_probabilities(probs)
+    check_same_shape("labels", labels.shape, "probs", probs.shape[:-1])
+    count = probs.shape[-1]
+    if bool(((labels < 0) | (labels >= count)).any()):
+        raise DataError(
+            f"`labels` must be in [0, C={count}); got {int(labels.min())} to "
+            f"{int(labels.max())}. Number the classes from 0."
+        )
+
+
+def check_same_shape(
+    name: str, shape: torch.Size, other: str, expected: torch.Size
+) -> None:
+    """Refuses tensors of different data, which would broadcast.
+
+    Args:
+        name: The argument.
+        shape: Its shape.
+        other: The argument that it goes with.
+        expected: Shape of that.
+
+    Raises:
+        DataError: If the shapes differ, or there is no datum.
+    """
+    if shape != expected or not expected.numel():
+        raise DataError(
+            f"`{name}` must have a datum for each of `{other}`, and at least one; got "
+            f"shapes {tuple(shape)} and {tuple(expected)}. Pass both for the same data."
+        )

@@ -1,0 +1,70 @@
+"""Proper scores of predictions, datum by datum.
+
+Each gives shape (N,): its mean is the score of the data, and
+``score.std() / len(score) ** 0.5`` the standard error of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pyro_subnet.diagnostics.probabilities import check_labels
+from pyro_subnet.exceptions import DataError
+
+
+def negative_log_likelihood(predictive: Any, y: Tensor) -> Float[Tensor, " data"]:
+    r"""Negative log predictive density, :math:`-\log p(y_n \mid x_n)`.
+
+    Args:
+        predictive: The distribution of y at each input, batch shape (N,), as
+            ``posterior.predictive_distribution`` gives it.
+        y: Observations, shape (N, ...).
+
+    Returns:
+        Shape (N,), nats. Of continuous y it is of a density, so it depends on the unit
+        of y and may be negative.
+
+    Raises:
+        DataError: If the distribution and y do not fit, or there is no datum.
+
+    Source: Good (1952), "Rational decisions"; Gneiting and Raftery (2007), doi
+    10.1198/016214506000001437.
+    """
+    # A length of one broadcasts, but is one datum too few.
+    if not len(y) or tuple(predictive.batch_shape) != (len(y),):
+        raise DataError(
+            f"`predictive` must have batch shape ({len(y)},), one for each of `y`, and "
+            f"at least one; got {tuple(predictive.batch_shape)}. Pass both for the "
+            "same data, and not `joint=True`."
+        )
+    return -predictive.log_prob(y)
+
+
+def brier_score(
+    probs: Float[Tensor, "data classes"], labels: Int[Tensor, " data"]
+) -> Float[Tensor, " data"]:
+    r"""Squared distance from the label, :math:`\sum_c (p_{nc} - 1[y_n = c])^2`.
+
+    Brier's own, over all classes, from 0 to 2: of two classes it is twice the score
+    that looks at one of them.
+
+    Args:
+        probs: Shape (N, C).
+        labels: Shape (N,).
+
+    Returns:
+        Shape (N,).
+
+    Raises:
+        DataError: If the probabilities are none, or a label is outside [0, C).
+
+    Source: Brier (1950), "Verification of forecasts expressed in terms of
+    probability"; as printed, without the mean.
+    """
+    check_labels(probs, labels)
+    target = F.one_hot(labels.long(), probs.shape[-1]).to(probs)
+    return (probs - target).square().sum(-1)
