@@ -118,7 +118,7 @@ def test_more_data(name: str, covariance: str) -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["regression", "classification"])
-@pytest.mark.parametrize("structure", ["diag", "kron"])
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 def test_laplace_torch_agrees(structure: str, likelihood: str) -> None:
     """Variances of outputs and the evidence, at two prior precisions."""
     torch.manual_seed(2)
