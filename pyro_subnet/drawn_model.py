@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 import xarray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyro_subnet._version import __version__
@@ -206,7 +206,7 @@ def _elem_dims(subnet: Subnet) -> dict[str, Sequence[str]]:
     return {site: [f"{site}_elem"] for site in subnet.layout.names}
 
 
-def _array(value: Tensor) -> np.ndarray[Any, Any]:
+def _array(value: Tensor) -> NDArray[Any]:
     value = value.detach().cpu()
     if value.dtype == torch.bfloat16:  # numpy has none
         value = value.float()

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import xarray
+from numpy.typing import NDArray
 
 # What the first axes of a group's variables are, where they are draws.
 SAMPLE_DIMS = ("chain", "draw")
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def dataset(
