@@ -46,3 +46,13 @@ def test_the_posteriors_toolkit(capsys: pytest.CaptureFixture[str]) -> None:
 
 def nll(posterior: Any, x: Any, y: Any) -> float:
     return -float(posterior.predictive_distribution(x).log_prob(y).mean())
+
+
+def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(program("arviz.md"), "arviz.md", "exec"), names)
+    assert list(names["laplace"].posterior["v_elem"].values) == ["[0]", "[1]", "[2]"]
+    assert names["laplace"].predictions["y"].shape == (1, 1000, 5)
+    assert set(names["table"].index) == {"laplace", "nuts"}
+    assert "v[[2]]" in capsys.readouterr().out
