@@ -48,6 +48,9 @@ def nll(posterior: Any, x: Any, y: Any) -> float:
     return -float(posterior.predictive_distribution(x).log_prob(y).mean())
 
 
+# What ArviZ says of the page's 200 draws, and what pandas says of ArviZ 0.23.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
 def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
