@@ -5,6 +5,11 @@ covariance, and predict with the network linearized there (Daxberger et al., 202
 arXiv 2010.14689).
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyro_subnet import diagnostics, exceptions, nn, plotting, selection
 from pyro_subnet._version import __version__
 from pyro_subnet.curvature.jacobian.route import compare_routes
@@ -12,6 +17,10 @@ from pyro_subnet.guide import AutoSubnetLaplace
 from pyro_subnet.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.subnet_comparison import compare_subnets
+
+if TYPE_CHECKING:
+    from pyro_subnet.inference_data import from_hybrid_mcmc as from_hybrid_mcmc
+    from pyro_subnet.inference_data import to_inference_data as to_inference_data
 
 __all__ = [
     "AutoSubnetLaplace",
@@ -26,3 +35,26 @@ __all__ = [
     "plotting",
     "selection",
 ]
+
+# Names that need ArviZ. Not in `__all__`: a star import must do without it.
+_NEEDS_ARVIZ = ("from_hybrid_mcmc", "to_inference_data")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs ArviZ when it is first asked for."""
+    if name not in _NEEDS_ARVIZ:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module("pyro_subnet.inference_data")
+    except ModuleNotFoundError as error:
+        if error.name not in {"arviz", "xarray"}:
+            raise
+        raise ImportError(
+            f"`{name}` needs ArviZ, which is not installed. Run "
+            "`pip install pyro-subnet[arviz]`."
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NEEDS_ARVIZ])

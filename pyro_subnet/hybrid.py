@@ -12,6 +12,7 @@ the subnet alone::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,7 +29,7 @@ from pyro_subnet.gaussian import Gaussian
 from pyro_subnet.linearized import LinearizedModel
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.subnet_prior import GivenSites, SubnetPrior, SubnetSites
-from pyro_subnet.trace import Latents, Model
+from pyro_subnet.trace import Latents, Model, apart
 
 # The one latent site.
 SITE = "subnet"
@@ -66,6 +67,8 @@ class HybridModel:
         subnet: The chosen elements, with their names.
         linearized: Whether outputs are linear in the subnet.
         guide: Draws ``"subnet"`` from the Laplace posterior.
+        user_model: The user's model.
+        latents: Its latent sites at the MAP.
 
     Source: Daxberger et al. (2021), eq. 6, arXiv 2010.14689.
     """
@@ -82,8 +85,8 @@ class HybridModel:
         self.subnet = subnet
         self.linearized = linearized
         self.guide = HybridGuide(gaussian)
-        self._user_model = model
-        self._latents = latents
+        self.user_model = model
+        self.latents = latents
         self._program: Model = LinearizedModel(model, latents) if linearized else model
         self._prefix = _take_prefix(self)
 
@@ -97,8 +100,8 @@ class HybridModel:
         Returns:
             What the user's model returns.
         """
-        sites = SubnetSites(self._latents, self.subnet, self._point_estimates())
-        prior = SubnetPrior(self._user_model, sites, args, kwargs)
+        sites = SubnetSites(self.latents, self.subnet, self._point_estimates())
+        prior = SubnetPrior(self.user_model, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)
         with GivenSites(sites, theta) as given:
             returned = self._program(*args, **kwargs)
@@ -147,13 +150,31 @@ class HybridModel:
         kernel.mass_matrix_adapter = _LaplaceMassMatrix(covariance)
         return kernel
 
+    def present_latents(self) -> Latents:
+        """The latent sites at the parameters, which may have been trained.
+
+        Returns:
+            The sites at the MAP itself where no parameter has left it.
+        """
+        with apart():
+            estimates = self._point_estimates()
+        values = dict(self.latents.values)
+        for name, estimate in estimates.items():
+            u = self.latents.transforms[name].inv(estimate.detach())
+            tolerance = torch.finfo(u.dtype).eps ** 0.5
+            if not torch.allclose(u, values[name], tolerance, tolerance):
+                values[name] = u
+        return replace(
+            self.latents, loc=torch.cat([u.flatten() for u in values.values()])
+        )
+
     def _point_estimates(self) -> dict[str, Tensor]:
         """Constrained values of the sites that are not chosen whole."""
         counts, found = self.subnet.counts, {}
-        for name, u in self._latents.values.items():
+        for name, u in self.latents.values.items():
             if counts.get(name, 0) == u.numel():
                 continue
-            transform = self._latents.transforms[name]
+            transform = self.latents.transforms[name]
             found[name] = pyro.param(
                 f"{self._prefix}.{name}",
                 lambda transform=transform, u=u: transform(u).detach().clone(),

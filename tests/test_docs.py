@@ -68,3 +68,16 @@ def test_diagnostics() -> None:
     # What the page says of calibrated predictions: five standard errors of 1,000 data.
     for level, share in zip((0.5, 0.9), names["coverage"], strict=True):
         assert abs(float(share) - level) < 5 * (level * (1 - level) / 1000) ** 0.5
+
+
+# What ArviZ says of the page's 200 draws, and what pandas says of ArviZ 0.23.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
+def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(program("arviz.md"), "arviz.md", "exec"), names)
+    assert list(names["laplace"].posterior["v_elem"].values) == ["[0]", "[1]", "[2]"]
+    assert names["laplace"].predictions["y"].shape == (2, 500, 5)
+    assert set(names["table"].index) == {"laplace", "nuts"}
+    assert "v[[2]]" in capsys.readouterr().out
