@@ -162,7 +162,7 @@ class CurvatureGuide(SubnetGuide):
         checked = checked_scales(torch.tensor(float(scale), dtype=torch.float64))
         scaled_log_likelihood(self.summary, checked)
         new = sharing(self)
-        ratio = (self.noise_scale / float(scale)) ** 2
+        ratio = (self.noise_scale / float(scale)) ** self.options.noise_power
         new.noise_scale, new.tuning = float(scale), None
         new._hold(self.form.rescaled(self._scales(), ratio), self.summary)
         return new
@@ -207,7 +207,8 @@ class CurvatureGuide(SubnetGuide):
         noise = torch.as_tensor(noise, dtype=torch.float64)
         checked_scales(noise)
         scales = site_scales(prior, self.subnet)
-        return log_evidence(self.form, self.summary, scales, noise, self.noise_scale)
+        ratio = (self.noise_scale / noise) ** self.options.noise_power
+        return log_evidence(self.form, self.summary, scales, noise, ratio)
 
     @full_precision()
     def log_det_precision(self, prior_scales: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def log_evidence(
     summary: FitSummary,
     prior_scale: Float[Tensor, ""] | Float[Tensor, " subnet"],
     noise_scale: Float[Tensor, ""],
-    present_noise_scale: float,
+    likelihood_scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     r"""Laplace's approximation of the log marginal likelihood.
 
@@ -41,7 +41,8 @@ def log_evidence(
         summary: The log joint density at the MAP.
         prior_scale: s of each weight's prior, or of all: differentiable once.
         noise_scale: r, what the model's noise is multiplied by: differentiable once.
-        present_noise_scale: The r that the curvature of ``form`` is at.
+        likelihood_scale: What the curvature of ``form`` is to be multiplied by at that
+            r, differentiable once.
 
     Returns:
         Nats, float64.
@@ -56,7 +57,7 @@ def log_evidence(
     """
     size = len(summary.prior_gradient)
     prior_scale, noise_scale = prior_scale.double().cpu(), noise_scale.double().cpu()
-    likelihood_scale = (present_noise_scale / noise_scale).square()
+    likelihood_scale = likelihood_scale.double().cpu()
     log_det: Tensor = _LogDet.apply(prior_scale, likelihood_scale, form)
     return (
         scaled_log_likelihood(summary, noise_scale)

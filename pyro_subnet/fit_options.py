@@ -64,6 +64,15 @@ class FitOptions:
         return "ggn" if self.curvature == "hessian" else self.curvature
 
     @property
+    def noise_power(self) -> int:
+        """The power of a normal noise scale that the curvature falls with.
+
+        The empirical Fisher squares the data's own residuals over the variance, whose
+        expectation no longer cancels one of the two.
+        """
+        return 4 if self.curvature == "ef" else 2
+
+    @property
     def held_as(self) -> Form:
         """How the sum over the data is to be held."""
         return "diagonal" if self.covariance == "diag" else self.form

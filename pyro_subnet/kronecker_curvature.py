@@ -44,16 +44,15 @@ class KroneckerCurvature:
         """Whether the curvature of the likelihood is anywhere nonzero."""
         return bool((self.ggn_diagonal() != 0).any())
 
-    def noise_scaled(self, noise_scale: float) -> KroneckerCurvature:
-        """The curvature under normal noise of another scale.
+    def likelihood_scaled(self, factor: float) -> KroneckerCurvature:
+        """The curvature of a likelihood whose curvature is a multiple of this one's.
 
         Args:
-            noise_scale: What the model's noise is multiplied by.
+            factor: The multiple, positive.
 
         Returns:
             The curvature.
         """
-        factor = noise_scale**-2
         blocks = tuple(
             replace(block, output=block.output * factor) for block in self.blocks
         )

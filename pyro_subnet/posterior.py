@@ -158,8 +158,13 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             tuning = tune_by_nll(self, val, bounds, self.with_noise_scale)
         else:
             scales = site_scales(self.prior_scale, self.subnet)
+            power = self.options.noise_power
             tuning = tune_noise(
-                self.form, self.summary, scales, self.noise_scale, bounds
+                self.form,
+                self.summary,
+                scales,
+                lambda scale: (self.noise_scale / scale) ** power,
+                bounds,
             )
         new = self.with_noise_scale(tuning.best)
         new.tuning = tuning
@@ -237,7 +242,7 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             more,
             forgetting,
             self._scales(),
-            self.noise_scale,
+            self.noise_scale**-self.options.noise_power,
             may_change=self.options.form == "auto",
         )
         new._hold(form, self.summary.plus(more.summary, forgetting))

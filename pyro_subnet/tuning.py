@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def tune_noise(
     form: CurvatureForm,
     summary: FitSummary,
     prior_scale: Tensor,
-    present_noise_scale: float,
+    likelihood_scales: Callable[[float], float],
     bounds: tuple[float, float],
 ) -> Tuning:
     r"""The noise scale r of highest evidence, the prior precision held.
@@ -158,7 +159,7 @@ def tune_noise(
         form: Curvature of likelihood and prior.
         summary: The log joint density at the MAP.
         prior_scale: s, shape () or (S,).
-        present_noise_scale: The r that the curvature of ``form`` is at.
+        likelihood_scales: From r to what the curvature of ``form`` is multiplied by.
         bounds: Least and largest r, of the model's own noise scale.
 
     Returns:
@@ -176,7 +177,7 @@ def tune_noise(
     find = form.log_det_function(NUM_TRIED) if uniform else None
 
     def loss(scale: float) -> float:
-        likelihood_scale = (present_noise_scale / scale) ** 2
+        likelihood_scale = likelihood_scales(scale)
         if find is not None:
             # log det (c G + s P0) = S log c + log det (G + s/c P0)
             log_det = size * math.log(likelihood_scale)

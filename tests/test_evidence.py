@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pyro
@@ -246,6 +247,30 @@ def log_joint(case: Case) -> Tensor:
     for latent in case.latents:
         total = total + reference.log_volume(latent.to_support, latent.unconstrained)
     return total
+
+
+@pytest.mark.parametrize(
+    ("curvature", "covariance"),
+    [("hessian", "full"), *product(["ggn", "ef"], ["full", "diag", "kron"])],
+)
+def test_another_noise_is_that_of_a_model_written_with_it(
+    curvature: str, covariance: str
+) -> None:
+    """Precision and evidence; each curvature falls with its own power of the noise."""
+    case, ratio = replace(Linear.of(), scale=torch.full((4,), 0.7).double()), 1.7
+    at = draw(8, 4)
+    options = {"curvature": curvature, "covariance": covariance}
+    written = replace(case, noise=ratio * case.noise).fitted(at, **options)
+    found = case.fitted(at, **options).with_noise_scale(ratio)
+    ours, theirs = found.get_posterior(), written.get_posterior()
+    assert_close(ours.precision_matrix, theirs.precision_matrix, **AUTOGRAD)
+    expected = written.log_marginal_likelihood()
+    assert_close(found.log_marginal_likelihood(), expected, **EXACT)
+    own = case.fitted(at, **options)
+    assert_close(own.log_marginal_likelihood(None, ratio), expected, **EXACT)
+    parts = case.x[:3], case.y[:3]
+    more = found.update(*parts).get_posterior().precision_matrix
+    assert_close(more, written.update(*parts).get_posterior().precision_matrix, **EXACT)
 
 
 def dense_evidence(case: Case, positions: list[int], scale: float) -> Tensor:

@@ -121,7 +121,7 @@ def updated_form(
     more: FitCurvature,
     forgetting: float,
     prior_scale: PriorScale,
-    noise_scale: float,
+    likelihood_scale: float,
     *,
     may_change: bool,
 ) -> CurvatureForm:
@@ -132,7 +132,7 @@ def updated_form(
         more: The new data's curvature, at the model's own noise; written over.
         forgetting: What the old data's curvature is multiplied by.
         prior_scale: Of the precision.
-        noise_scale: What the model's noise is multiplied by in ``form``.
+        likelihood_scale: What that is multiplied by first, for the noise of ``form``.
         may_change: Whether a dual form becomes primal once that costs less.
 
     Returns:
@@ -142,9 +142,9 @@ def updated_form(
         PrecisionError: If the precision is not positive definite.
     """
     if isinstance(more, KroneckerCurvature):
-        scaled = more.noise_scaled(noise_scale)
+        scaled = more.likelihood_scaled(likelihood_scale)
         return form.updated(scaled, forgetting, prior_scale)
-    scale = noise_scale**-1 if more.held == "rows" else noise_scale**-2
+    scale = likelihood_scale**0.5 if more.held == "rows" else likelihood_scale
     new = more.ggn if scale == 1.0 else more.ggn.mul_(scale)
     updated = form.updated(new, forgetting, prior_scale)
     if may_change and isinstance(updated, DualForm):
