@@ -37,22 +37,34 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-maximum_signature_line_length = 80
+maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as a list, like arguments
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = f"pyro_subnet {release}"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
+html_css_files = ["site.css"]
 # Equations are drawn by one file of the site's own, so that it needs no network. The
-# package with the file is no importable one: its name has hyphens.
+# package with the file cannot be imported: its name has hyphens.
 mathjax_path = "tex-svg.js"
-html_static_path = [
-    str(path.locate())
+(mathjax,) = [
+    path.locate()
     for path in files("sphinx-mathjax-offline") or ()
     if path.name == mathjax_path
 ]
+html_static_path = ["site.css", str(mathjax)]
+
+
+def callables_as_written(
+    app: Sphinx, what: str, name: str, obj: object, options: object, *given: str | None
+) -> tuple[str | None, ...]:
+    """Undoes Sphinx's brackets around the dots of ``Callable[..., Any]``."""
+    return tuple(text and text.replace("[[...], ", "[..., ") for text in given)
 
 
 def redirect_to_the_first_page(app: Sphinx, error: Exception | None) -> None:
@@ -65,4 +77,5 @@ def redirect_to_the_first_page(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", callables_as_written)
     app.connect("build-finished", redirect_to_the_first_page)
