@@ -221,7 +221,7 @@ class PredictiveGuide(CurvatureGuide):
             \qquad \theta_k \sim N(\hat\theta, P^{-1})
 
         Args:
-            num_samples: K.
+            num_samples: K, how many draws.
             args: Positional arguments of the model.
             generator: Source of the random numbers; torch's own by default.
             kwargs: Keyword arguments of the model.
