@@ -16,8 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS = ROOT / "pyro_subnet", ROOT / "docs"
-# Modules of the package's `__all__` that hold functions and classes.
-NAMESPACES = ("diagnostics", "exceptions", "nn", "selection")
 GUIDES = {
     "AutoSubnetLaplace": "guide",
     "AutoSubnetMultivariateNormal": "posterior",
@@ -65,11 +63,17 @@ def methods(module: str, name: str) -> Iterator[str]:
                 yield from methods(str(node.module).partition(".")[2], imported)
 
 
+def is_module(name: str) -> bool:
+    path = PACKAGE / name
+    return name.islower() and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
 def public_names() -> set[str]:
     package = names_of("")
     # Names that are imported when asked for stand in no `__all__`.
     names = {*package, *(strings("", "_NEEDS_ARVIZ") or ())}
-    names |= {f"{space}.{name}" for space in NAMESPACES for name in names_of(space)}
+    for space in filter(is_module, package):
+        names |= {f"{space}.{name}" for name in names_of(space)}
     for guide, module in GUIDES.items():
         names |= {f"{guide}.{method}" for method in methods(module, guide)}
     return names - NOT_SHOWN
@@ -131,8 +135,9 @@ def test_a_name_that_is_missing_from_the_pages_is_found() -> None:
     text = pages("reference/*.rst")
     line = ".. automethod:: pyro_subnet.AutoSubnetMultivariateNormal.update\n"
     assert line in text
-    missing = public_names() - documented(text.replace(line, ""))
-    assert missing == {"AutoSubnetMultivariateNormal.update"}
+    lost = documented(text) - documented(text.replace(line, ""))
+    assert lost == {"AutoSubnetMultivariateNormal.update"}
+    assert lost <= public_names()
 
 
 @pytest.mark.parametrize(
