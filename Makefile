@@ -7,10 +7,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 # A stamp is the time of the last installation; a changed input makes it stale.
 TUTORIALS = $(VENV)/.stamp-tutorials
 DEV = $(VENV)/.stamp-dev
+DOCS = $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup test slow-test benchmark lint format clean
+.PHONY: help quickstart setup test slow-test benchmark docs lint format clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +33,12 @@ slow-test: $(DEV)  ## Run the tests that take minutes
 benchmark: $(DEV)  ## Measure the curvature engine beside laplace-torch (an hour or two)
 	$(BIN)/python -m benchmarks.engine
 
+# From an empty folder, so that no page of an older build stands in for one that is gone.
+docs: $(DOCS)  ## Write the documentation site to build/docs; a warning is an error
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "open build/docs/index.html"
+
 lint: $(DEV)  ## Check style, formatting, types and the conventions of the code
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -51,6 +58,11 @@ $(BIN)/python:
 
 $(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[tutorials]"
+	@touch $@
+
+# The reference imports every module, so what they import is needed, too.
+$(DOCS): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[docs,arviz,tutorials]"
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/python

@@ -135,7 +135,7 @@ class PredictiveGuide(CurvatureGuide):
             link: How outputs become y; by default the family's best.
             joint: One distribution over all inputs: for exact Gaussian noise a
                 multivariate normal over N * E elements, datum by datum, else events of
-                shape (N, *datum).
+                shape ``(N, *datum)``.
             site: The observed site; needed where there are several.
             num_samples: Draws of the outputs for ``"mc"``.
             generator: Source of the random numbers; torch's own by default.
@@ -221,7 +221,7 @@ class PredictiveGuide(CurvatureGuide):
             \qquad \theta_k \sim N(\hat\theta, P^{-1})
 
         Args:
-            num_samples: K.
+            num_samples: K, how many draws.
             args: Positional arguments of the model.
             generator: Source of the random numbers; torch's own by default.
             kwargs: Keyword arguments of the model.

@@ -71,7 +71,7 @@ class Layout:
             packed: Shape (..., D), unconstrained.
 
         Returns:
-            ``{site: value}`` with shapes (..., *site shape); views where possible.
+            ``{site: value}`` with shapes ``(..., *site_shape)``; views where possible.
         """
         pieces = packed.split(self.sizes, dim=-1)
         return {

@@ -44,7 +44,7 @@ class SubnetComparisonRow:
 
     Attributes:
         selector: Name of the selector.
-        size: S.
+        size: S, how many weights it has.
         inputs: Name of the inputs.
         kept_variance: Share of the full posterior's linearized predictive variance.
         wasserstein: 2-Wasserstein distance to the full posterior over all weights,
@@ -63,11 +63,11 @@ class SubnetComparisonRow:
 
 @dataclass(frozen=True)
 class SubnetComparison:
-    """What :func:`compare_subnets` finds; ``print`` shows the table.
+    """What :func:`~pyro_subnet.compare_subnets` finds; ``print`` shows the table.
 
     Attributes:
         rows: By selector, size and inputs, in the order given.
-        num_params: D.
+        num_params: D, how many there are in all.
     """
 
     rows: tuple[SubnetComparisonRow, ...]

@@ -127,7 +127,7 @@ def importance_check(
     Args:
         posterior: The posterior.
         args: The training data, as the model takes them.
-        num_samples: K.
+        num_samples: K, how many draws.
         linearized: Whether to hold it against the linearized model, which it is made
             for, rather than the network.
         progress: Whether to show a progress bar.

@@ -101,7 +101,7 @@ class CurvatureForm(ABC):
         """Everything that the form holds, for buffers and files.
 
         Returns:
-            ``{name: tensor}``; :attr:`MAKERS` undoes it.
+            ``{name: tensor}``; a maker of ``forms.registry`` undoes it.
         """
 
 

@@ -50,11 +50,11 @@ class LargestVariance(Selector):
         estimator: How the variances are estimated: ``"ggn"``, the exact diagonal of
             the generalized Gauss-Newton matrix; ``"ef"``, that of the empirical Fisher,
             one backward pass in place of one a class; ``"kfac"``, those of a
-            Kronecker-factored posterior (:mod:`~pyro_subnet.curvature.kronecker`),
-            which counts correlations within a layer and takes eigendecompositions of
-            the factors; ``"swag"``, the variances of SGD iterates that ``moments`` has
-            collected, without a pass over the data and without ``explained_variance``,
-            unless ``keep_dead=False``.
+            Kronecker-factored posterior (``covariance="kron"``), which counts
+            correlations within a layer and takes eigendecompositions of the factors;
+            ``"swag"``, the variances of SGD iterates that ``moments`` has collected,
+            without a pass over the data and without ``explained_variance``, unless
+            ``keep_dead=False``.
         keep_dead: Whether weights without any curvature may be chosen: less than the
             largest times the dtype's eps.
         moments: Moments of the iterates, for ``"swag"`` alone.
