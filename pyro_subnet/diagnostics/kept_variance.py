@@ -11,11 +11,11 @@ from pyro_subnet.curvature_guide import CurvatureGuide
 from pyro_subnet.data import Data
 from pyro_subnet.evidence import site_scales
 from pyro_subnet.full_precision import full_precision
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
+from pyro_subnet.gaussian import PrecisionGaussian
 from pyro_subnet.laplace import subnet_curvature, whole_subnet
 from pyro_subnet.memory import check_factor_fits
 from pyro_subnet.output_variance import Weighting, check_weighting, reference_data
-from pyro_subnet.selection.subspace import WhitenedGradients
+from pyro_subnet.selection.subspace import WhitenedGradients, gaussian_of_
 from pyro_subnet.triangular import mirror_
 
 # Factor, its copy for a message of error, Gram matrix, its whitened form, a basis.
@@ -91,12 +91,4 @@ def _full_gaussian(posterior: CurvatureGuide, data: Data) -> PrecisionGaussian:
     prior = curvature.prior.to(torch.float64).scaled(scale)
     prior.add_to_lower_(precision, 1.0)
     mirror_(precision)
-    diagonal = precision.diagonal().clone()
-
-    def restore() -> None:
-        mirror_(precision.mT)
-        precision.diagonal().copy_(diagonal)
-
-    remedy = "Train closer to the MAP, or run the model in float64."
-    factor_precision_(precision, remedy, restore)
-    return PrecisionGaussian(latents.loc.to(torch.float64), precision.tril_())
+    return gaussian_of_(precision, latents.loc)

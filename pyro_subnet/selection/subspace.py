@@ -188,6 +188,24 @@ def full_gaussian(model: Model, latents: Latents, data: Data) -> PrecisionGaussi
         PrecisionError: If the precision is not positive definite.
     """
     precision = dense_precision(model, latents, whole_subnet(latents), data)
+    return gaussian_of_(precision, latents.loc)
+
+
+def gaussian_of_(
+    precision: Float[Tensor, "params params"], loc: Float[Tensor, " params"]
+) -> PrecisionGaussian:
+    """The Gaussian of a dense precision, factored in place.
+
+    Args:
+        precision: P, symmetric, shape (D, D), float64; overwritten.
+        loc: Mean, shape (D,).
+
+    Returns:
+        The Gaussian; the strict upper triangle of its factor is zero.
+
+    Raises:
+        PrecisionError: If the precision is not positive definite.
+    """
     diagonal = precision.diagonal().clone()
 
     def restore() -> None:
@@ -196,7 +214,7 @@ def full_gaussian(model: Model, latents: Latents, data: Data) -> PrecisionGaussi
 
     remedy = "Train closer to the MAP, or run the model in float64."
     factor_precision_(precision, remedy, restore)
-    return PrecisionGaussian(latents.loc.to(torch.float64), precision.tril_())
+    return PrecisionGaussian(loc.to(torch.float64), precision.tril_())
 
 
 @dataclass(frozen=True, eq=False)
