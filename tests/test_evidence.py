@@ -160,7 +160,7 @@ def test_of_a_subset_it_is_the_density_given_the_other_weights(kept: list[int]) 
         )
     subnet = {
         "w": torch.tensor([i for i in kept if i < 3], dtype=torch.long),
-        "b": torch.tensor([True if 3 in kept else False]).squeeze(),
+        "b": torch.tensor(3 in kept),
     }
     found = case.fitted(at, subnet).log_marginal_likelihood()
     assert_close(found, expected, **EXACT)

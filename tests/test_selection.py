@@ -37,6 +37,7 @@ from pyro_subnet.selection import (
     Selector,
     Sites,
 )
+from tests.cases import draw
 from tests.tolerances import tolerance
 
 Model = Callable[..., Any]
@@ -683,3 +684,20 @@ def test_a_prior_without_curvature_is_found_out() -> None:
     )
     with pytest.raises(PrecisionError, match=message):
         guide.laplace_approximation(x, y[:, 0])
+
+
+def test_curvature_that_is_round_off_counts_as_none() -> None:
+    """An input of size 1e-12 beside others of size 1: 1e-24 of their curvature."""
+    x, y = draw(1, 9, 3), draw(2, 9)
+    x[:, 1] *= 1e-12
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    guide = AutoSubnetLaplace(model, LargestVariance(2, keep_dead=False))
+    assert guide.laplace_approximation(x, y).subnet.flat.tolist() == [0, 2]
+    guide = AutoSubnetLaplace(model, LargestVariance(3, keep_dead=False))
+    with pytest.raises(SelectionError, match=r"that the training data move, 2, with"):
+        guide.laplace_approximation(x, y)
