@@ -11,7 +11,8 @@ DOCS = $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup test slow-test benchmark docs lint format clean
+.PHONY: help quickstart setup test slow-test tutorials benchmark docs lint format \
+	clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,6 +30,9 @@ test: $(DEV)  ## Run the tests, the docstrings' examples among them
 
 slow-test: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+tutorials: $(DEV)  ## Run the notebooks with fewer steps and draws, their claims checked
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --smoke --workers $(WORKERS)
 
 benchmark: $(DEV)  ## Measure the curvature engine beside laplace-torch (an hour or two)
 	$(BIN)/python -m benchmarks.engine
@@ -66,6 +70,6 @@ $(DOCS): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e ".[dev,tutorials]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,notebooks,tutorials]"
 	$(PIP) install -q --no-deps -r tests/requirements-peers.txt
 	@touch $(TUTORIALS) $@
