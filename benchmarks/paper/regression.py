@@ -86,7 +86,7 @@ class Plan:
 
     schedule: Schedule
     num_members: int = 5
-    rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    rates: tuple[float, ...] = (0.01, 0.05, 0.2)
     swag_steps: int = 300
     num_draws: int = 30
     share: float = 0.05
@@ -219,9 +219,8 @@ class Network:
         }
         return table[name](size)
 
-    def ensemble_of_subnets(self, name: str) -> Fitted:
+    def ensemble_of_subnets(self, name: str, size: int) -> Fitted:
         """The members' subnets, each tuned by itself, mixed."""
-        size = self.size_of(self.plan.share)
         each = [
             self.subnet(self.selector(name, size), member)
             for member in range(self.plan.num_members)
@@ -239,6 +238,7 @@ class Network:
         return Fitted(predict, spread, {"S": float(size)})
 
     def size_of(self, share: float) -> int:
+        """S of a share."""
         return max(1, round(share * self.num_params))
 
 

@@ -70,7 +70,7 @@ def swag(
         gradients = torch.autograd.grad(loss, members.parameters)
         with torch.no_grad():
             for part, gradient in zip(members.parameters, gradients, strict=True):
-                part -= rates.view(-1, 1, 1) * gradient
+                part.sub_(rates.view(-1, 1, 1) * gradient)
             vectors = members.packed()
         for each, moment, vector in zip(at, moments, vectors, strict=True):
             if vector.isfinite().all():
