@@ -18,7 +18,7 @@ from pyro_subnet.selection import SwagMoments
 # Step sizes in units of the inverse of the loss's largest curvature, and what the
 # covariance is multiplied by: held-out data choose among all pairs.
 STEPS = (0.05, 0.2, 0.8)
-SCALES = tuple(10 ** (power / 2) for power in range(-4, 7))
+SCALES = tuple(10 ** (power / 2) for power in range(-4, 9))
 RANK = 20
 _BATCH, _FOR_CURVATURE = 32, 1000
 

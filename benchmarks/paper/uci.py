@@ -28,8 +28,8 @@ SETS = (
     "yacht",
 )
 NETWORKS = ("1x50", "1x100", "2x50", "2x100")
-# The smallest and the largest carry what costs most: gap splits, and what is trained
-# by itself.
+# The smallest and the largest have gap splits too; the largest alone has the methods
+# that take most training.
 ENDS = ("1x50", "2x100")
 SELECTORS = (
     "LargestVariance",
@@ -47,7 +47,7 @@ EQUAL = ("LargestVariance", "PredictiveVariance")
 # Held-out data beyond these train, too: more say little new about one number.
 _HELD_OUT = 500
 # A full posterior is fitted up to this D, or from as few data in its dual form: each of
-# the 45 scales that are tried takes matrices of that side.
+# the scales that are tried takes matrices of that side.
 _MOST_PARAMS, _MOST_DATA = 1600, 400
 
 
@@ -60,7 +60,7 @@ def methods_of(variant: str, kind: Kind) -> tuple[str, ...]:
     )
     always = ("MAP", *SUBNETS, *sized, "diagonal Laplace", "full Laplace")
     own = ("ensemble of subnets", SWAG_SUBNET, "SWAG", "MC dropout")
-    return (*always, "deep ensemble", *(own if variant in ENDS else ()))
+    return (*always, "deep ensemble", *(own if variant == ENDS[1] else ()))
 
 
 def plan_of(settings: Settings) -> Plan:
