@@ -48,7 +48,7 @@ EQUAL = ("LargestVariance", "PredictiveVariance")
 _HELD_OUT = 500
 # A full posterior is fitted up to this D, or from as few data in its dual form: each of
 # the scales that are tried takes matrices of that side.
-_MOST_PARAMS, _MOST_DATA = 1600, 400
+_MOST_PARAMS, _MOST_DATA = 1900, 400
 
 
 def methods_of(variant: str, kind: Kind) -> tuple[str, ...]:
