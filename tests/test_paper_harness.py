@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import runner
+from benchmarks.paper import digest, runner
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.journal import VERSIONS, Journal, key, read
 from benchmarks.paper.reporting import (
@@ -86,7 +86,7 @@ def uci_folder(folder: Path, num_data: int = 60) -> Path:
 def test_lines_say_all_that_tells_them_apart(tmp_path: Path) -> None:
     path = tmp_path / "new" / "dummy.jsonl"
     Journal(path, "small").write(task(), "a", SCORES, 1.23456)
-    first, second, third = (json.loads(line) for line in path.open())
+    first, second, third = map(json.loads, path.read_text().splitlines())
     assert first == {
         "experiment": "dummy",
         "dataset": "set",
@@ -195,6 +195,25 @@ def test_tasks_have_names_of_their_own(tmp_path: Path) -> None:
         assert len({each.name for each in tasks}) == len(tasks)
         for each in tasks:
             assert len(set(each.methods)) == len(each.methods)
+
+
+def test_a_digest_holds_the_rows_to_six_digits(tmp_path: Path) -> None:
+    path = tmp_path / "dummy.jsonl"
+    for scale in ("smoke", "small"):
+        journal = Journal(path, scale)
+        for seed in range(2):
+            journal.write(task(seed=seed), "a", [Score("", "nll", 1 / 3)], 0.0)
+    journal.write(task(), "b", SCORES, 0.0)
+    rows = read(path)
+    digest.write(rows, tmp_path, "dummy")
+    parts = ("dataset", "variant", "method", "shift", "metric", "seed", "scale")
+    want = {tuple(each[part] for part in parts): each["value"] for each in rows}
+    again = digest.read(tmp_path, "dummy")
+    assert len(again) == len(rows)
+    for each in again:
+        value = want[tuple(each[part] for part in parts)]
+        assert each["value"] == pytest.approx(value, rel=1e-5)
+    assert digest.read(tmp_path, "another") == []
 
 
 def row(seed: int, method: str, value: float) -> Row:

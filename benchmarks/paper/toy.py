@@ -44,6 +44,19 @@ _LEFT_OUT = {
     for name in ("LargestVariance, alive", "PredictiveVariance, greedy")
     for share in ("50.0%", "100.0%")
 }
+FULL = "full Laplace"
+# Whose functions a picture shows.
+DRAWN = (
+    "MAP",
+    FULL,
+    "subnet LargestVariance 5.0%",
+    "subnet LargestVariance (SWAG) 5.0%",
+    "subnet PredictiveVariance 5.0%",
+    "subnet RandomSubnet 5.0%",
+    "diagonal Laplace",
+    "subnet LastLayer",
+    "deep ensemble",
+)
 CLUSTERS = ((-1.0, -0.7), (0.5, 1.0))
 GAP = (-0.55, 0.35)
 NOISE = 0.1
@@ -118,7 +131,7 @@ def _run(
 ) -> Iterator[tuple[str, list[Score]]]:
     network = Network(toy_split(seed), shape, plan)
     for method in methods:
-        yield method, judge(network.split, fit(network, method))
+        yield method, judge(network.split, fit(network, method), method in DRAWN)
 
 
 def fit(network: Network, method: str) -> Fitted:
@@ -153,8 +166,8 @@ def fit(network: Network, method: str) -> Fitted:
     return of_posterior(posterior, {"S": float(posterior.subnet.size)})
 
 
-def judge(split: Split, fitted: Fitted) -> list[Score]:
-    """NLL and standard deviation of the function, by where; and along a grid."""
+def judge(split: Split, fitted: Fitted, along: bool) -> list[Score]:
+    """NLL and standard deviation of the function, by where, and along a grid."""
     found = [Score("", metric, value) for metric, value in fitted.notes.items()]
     for shift, (x, y) in split.tests.items():
         found += [
@@ -162,6 +175,8 @@ def judge(split: Split, fitted: Fitted) -> list[Score]:
             Score(shift, "rmse", fitted.predict(x).rmse(y)),
             Score(shift, "function_std", float(fitted.spread(x).mean())),
         ]
+    if not along:
+        return found
     inputs = GRID.unsqueeze(-1)
     means, stds = fitted.predict(inputs).loc.mean(0), fitted.spread(inputs)
     for at, mean, std in zip(GRID.tolist(), means.tolist(), stds.tolist(), strict=True):

@@ -60,7 +60,8 @@ _METRIC = "log_likelihood"
 def report(rows: Sequence[Row], folder: Path) -> str:
     """All tables, and a picture of each kind of split."""
     found = collected(rows)
-    parts = [_splits(found), _question(found), _claims(found)]
+    parts = [_splits(found), _question(found), _question_by_set(found)]
+    parts.append(_claims(found))
     for kind in KINDS:
         title = f"{ENDS[1]}, {kind} splits"
         parts += [
@@ -145,6 +146,22 @@ def _question(found: Found) -> str:
     heads = ["splits", "a share", "less all of", "sets", "log likelihood"]
     heads += ["median set", "splits better / same / worse", "of the MAPs alone"]
     return table("The paper's question: equal posterior size", heads, lines)
+
+
+def _question_by_set(found: Found) -> str:
+    """The same of the largest and the smallest network, each set by itself."""
+    names, lines = sets_of(found, "standard"), []
+    for kind in KINDS:
+        here = sets_of(found, kind)
+        for method in (*CHALLENGERS, "MAP"):
+            base = (ENDS[0], "MAP" if method == "MAP" else "full Laplace")
+            by_set = to_base(found, kind, (ENDS[1], method), base)
+            own = dict(zip(here, map(estimate, by_set), strict=True))
+            cells = [shown(own.get(name), sign=True) for name in names]
+            lines.append([kind, method, base[1], *cells])
+    heads = ["splits", ENDS[1], f"less {ENDS[0]}"]
+    heads += [SHORT.get(name, name) for name in names]
+    return table("The paper's question by set: log likelihood", heads, lines)
 
 
 def middle(by_set: Sequence[Sequence[float]]) -> Estimate | None:
