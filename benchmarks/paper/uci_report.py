@@ -20,7 +20,7 @@ from benchmarks.paper.reporting import (
     table,
 )
 from benchmarks.paper.task import Row
-from benchmarks.paper.uci import ENDS, NETWORKS, SETS, SMALL, methods_of
+from benchmarks.paper.uci import ENDS, ENSEMBLE, NETWORKS, SETS, SMALL, methods_of
 from pyro_subnet.plotting.style import INK, frame, new_row, strokes
 
 KINDS = {"standard": "", "gap": "gap"}
@@ -53,6 +53,7 @@ CHALLENGERS = (
     "subnet LargestVariance",
     "subnet LargestVariance (SWAG)",
     "subnet PredictiveVariance",
+    f"{ENSEMBLE} (PredictiveVariance)",
 )
 _METRIC = "log_likelihood"
 
@@ -153,7 +154,7 @@ def _question_by_set(found: Found) -> str:
     names, lines = sets_of(found, "standard"), []
     for kind in KINDS:
         here = sets_of(found, kind)
-        for method in (*CHALLENGERS, "MAP"):
+        for method in (*CHALLENGERS[:-1], "MAP"):
             base = (ENDS[0], "MAP" if method == "MAP" else "full Laplace")
             by_set = to_base(found, kind, (ENDS[1], method), base)
             own = dict(zip(here, map(estimate, by_set), strict=True))
