@@ -25,6 +25,8 @@ SELECTORS = (
     "RandomSubnet",
     "LargestMagnitude",
 )
+# Two estimates of one thing: how many weights each shares with PredictiveVariance.
+COMPARED = ("LargestVariance", "LargestVariance (SWAG)")
 # The paper's scaling: the prior precision times S / D.
 SCALED = ("LargestVariance", "RandomSubnet", "PredictiveVariance")
 SCALED_PRIOR = ", S/D prior"
@@ -163,7 +165,12 @@ def fit(network: Network, method: str) -> Fitted:
     posterior = network.posterior(chosen)
     if scaled:
         posterior = posterior.with_prior_precision("fraction")
-    return of_posterior(posterior, {"S": float(posterior.subnet.size)})
+    notes = {"S": float(posterior.subnet.size)}
+    if name in COMPARED:
+        other = network.posterior(network.selector("PredictiveVariance", size)).subnet
+        both = torch.isin(posterior.subnet.flat, other.flat)
+        notes["shared"] = float(both.double().mean())
+    return of_posterior(posterior, notes)
 
 
 def judge(split: Split, fitted: Fitted, along: bool) -> list[Score]:

@@ -18,6 +18,7 @@ from benchmarks.paper.reporting import (
 )
 from benchmarks.paper.task import Row
 from benchmarks.paper.toy import (
+    COMPARED,
     DRAWN,
     FULL,
     GRID,
@@ -43,6 +44,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     parts = []
     for variant in NETWORKS:
         parts += [_kept_table(found, variant), _scores(found, variant)]
+    parts.append(_shared_table(found))
     parts.append(_kept_picture(found, folder / "toy-gap.png"))
     for variant in NETWORKS:
         name = f"toy-{variant.split()[-1]}.png"
@@ -92,6 +94,29 @@ def _kept_table(found: Found, variant: str) -> str:
     ]
     title = f"{variant}: standard deviation in the gap, as a share of full Laplace's"
     return table(title, ["subnet", *(f"{share:.1%}" for share in _TABLE_SHARES)], lines)
+
+
+def _shared_table(found: Found) -> str:
+    lines = [
+        [
+            variant,
+            name,
+            *(
+                shown(
+                    estimate(list(found.get(cell, {}).values())),
+                    2,
+                )
+                for cell in (
+                    at(variant, Sized(name).method(share), "", "shared")
+                    for share in _TABLE_SHARES
+                )
+            ),
+        ]
+        for variant in NETWORKS
+        for name in COMPARED
+    ]
+    heads = ["network", "subnet", *(f"{share:.1%}" for share in _TABLE_SHARES)]
+    return table("Share of the weights that PredictiveVariance takes too", heads, lines)
 
 
 def _scores(found: Found, variant: str) -> str:
