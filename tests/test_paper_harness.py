@@ -29,6 +29,7 @@ from benchmarks.paper.reporting import (
     estimate,
     pooled,
     shown,
+    without_largest,
 )
 from benchmarks.paper.task import Experiment, Row, Score, Settings, Task
 
@@ -238,6 +239,8 @@ def test_pooled_sets_weigh_alike() -> None:
     assert found is not None
     assert found.mean == pytest.approx((2 + 6) / 2)
     assert found.error == pytest.approx((1.0**2 + 1.0**2) ** 0.5 / 2)
+    assert without_largest(groups) == estimate([1.0, 3.0])
+    assert without_largest([[-9.0], *groups]) == pooled(groups)
 
 
 def test_differences_are_of_seeds_that_both_have() -> None:

@@ -71,6 +71,12 @@ def pooled(groups: Iterable[Sequence[float]]) -> Estimate | None:
     return Estimate(statistics.fmean(each.mean for each in found), error)
 
 
+def without_largest(groups: Iterable[Sequence[float]]) -> Estimate | None:
+    """The same without the set whose mean is furthest from zero."""
+    there = [group for group in groups if group]
+    return pooled(sorted(there, key=lambda group: abs(statistics.fmean(group)))[:-1])
+
+
 def counts(values: Sequence[float]) -> str:
     """How many gain, are the same to 0.01, lose."""
     more = sum(value > TIE for value in values)

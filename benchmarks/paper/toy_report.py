@@ -128,10 +128,11 @@ def _scores(found: Found, variant: str) -> str:
             for shift in ("", "gap")
             for metric in ("nll", "function_std")
         ]
-        lines.append(
-            [method, *(shown(estimate(list(cell.values())), 3) for cell in cells)]
-        )
+        scores = [shown(estimate(list(cell.values()))) for cell in cells]
+        share = shown(estimate(kept(found, variant, method)), 2)
+        lines.append([method, *scores, share])
     heads = ["method", "NLL like training", "std there", "NLL in the gap", "std there"]
+    heads.append("std, of full Laplace's")
     return table(f"{variant}: scores", heads, lines)
 
 

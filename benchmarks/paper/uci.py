@@ -42,7 +42,7 @@ SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
 ENSEMBLE = "ensemble of subnets"
 SWAG_SUBNET = "subnet LargestVariance (SWAG)"
 # Whose D is the size of further subnets. In the largest network every subnet has the
-# size of the smallest: 4% to 8% of its weights, in place of 5%.
+# size of the smallest: 3% to 8% of its weights, in place of 5%.
 SMALL = {"2x100": "1x100", "2x50": "1x50", "1x100": "1x50"}
 EQUAL = ("LargestVariance", "PredictiveVariance")
 # Held-out data beyond these train, too: more say little new about one number.
