@@ -161,7 +161,7 @@ def sgd_moments(trained: Trained, split: Split, num_steps: int) -> SwagMoments:
     everything = torch.arange(len(split.train[0]))
     parameters = list(net.parameters())
     loss = log_joint_loss(net, split, log_scale, everything)
-    step = _SWAG_STEP / _largest_curvature(loss, parameters, split.index)
+    step = _SWAG_STEP / largest_curvature(loss, parameters, split.index)
     optimizer = torch.optim.SGD(parameters, lr=step)
     # Sites are packed in the order of the parameters.
     iterate = SimpleNamespace(loc=parameters_to_vector(parameters))
@@ -175,7 +175,7 @@ def sgd_moments(trained: Trained, split: Split, num_steps: int) -> SwagMoments:
     return moments
 
 
-def _largest_curvature(loss: Tensor, parameters: list[Tensor], seed: int) -> float:
+def largest_curvature(loss: Tensor, parameters: list[Tensor], seed: int) -> float:
     """Largest eigenvalue, by magnitude, of a loss's Hessian, by the power method."""
     gradient = parameters_to_vector(
         torch.autograd.grad(loss, parameters, create_graph=True)
