@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.paper import uci
+from benchmarks.paper.images import cifar10, corrupted, fashion, rotated
 from benchmarks.paper.task import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     "uci": Experiment(uci.tasks, lambda rows, out: ""),
+    "rotated": Experiment(rotated.tasks, rotated.report),
+    "corrupted": Experiment(corrupted.tasks, corrupted.report),
+    "fashion": Experiment(fashion.tasks, fashion.report),
+    "cifar10": Experiment(cifar10.tasks, cifar10.report),
 }

@@ -1,0 +1,41 @@
+"""FashionMNIST in distribution, with the best network that trains on a CPU in minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.paper.images.evaluation import Tests, image_task, in_distribution
+from benchmarks.paper.images.readers import ImageSet
+from benchmarks.paper.images.reporting import Table, tables
+from benchmarks.paper.images.setups import Setup
+from benchmarks.paper.task import Row, Settings, Task
+
+NAME = "fashion"
+METHODS = (
+    "MAP",
+    "MAP with temperature",
+    "subnet LargestVariance",
+    "subnet RandomSubnet",
+    "subnet LastLayer",
+    "SWAG",
+)
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """One network a seed."""
+    return [
+        image_task(NAME, settings, "fashion best", seed, METHODS, make_tests)
+        for seed in range(settings.seeds)
+    ]
+
+
+def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
+    """The test part alone."""
+    return Tests(iter([in_distribution(data, setup)]), {})
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """One table."""
+    columns = [("", name) for name in ("nll", "error", "ece", "brier", "scale", "S")]
+    return tables(Table("FashionMNIST in distribution", columns), rows)
