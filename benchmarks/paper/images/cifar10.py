@@ -24,7 +24,14 @@ def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
     methods = (*METHODS, *on_shift(METHODS))
     return [
-        image_task(NAME, settings, "cifar10", seed, methods, named_tests)
+        image_task(
+            NAME,
+            settings,
+            setup="cifar10",
+            seed=seed,
+            methods=methods,
+            make_tests=named_tests,
+        )
         for seed in range(settings.seeds)
     ]
 

@@ -28,7 +28,14 @@ def tasks(settings: Settings) -> list[Task]:
     """MNIST at every seed."""
     methods = (*PLAIN, *on_shift(PLAIN))
     return [
-        image_task(NAME, settings, "mnist", seed, methods, all_tests)
+        image_task(
+            NAME,
+            settings,
+            setup="mnist",
+            seed=seed,
+            methods=methods,
+            make_tests=all_tests,
+        )
         for seed in range(settings.seeds)
     ]
 

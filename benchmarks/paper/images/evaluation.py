@@ -55,6 +55,7 @@ MakeTests = Callable[[ImageSet, Setup, Path], Tests]
 def image_task(
     experiment: str,
     settings: Settings,
+    *,
     setup: str,
     seed: int,
     methods: Sequence[str],

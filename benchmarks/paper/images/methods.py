@@ -35,7 +35,7 @@ from pyro_subnet.selection import (
 Predict = Callable[[Tensor], Tensor]
 
 # What the baselines choose from on the images that priors are tuned on.
-DROPOUT_RATES = (0.1, 0.25, 0.5)
+DROPOUT_RATES = (0.05, 0.1, 0.25, 0.5)
 SWAG_SCALES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 TEMPERATURES = tuple(2 ** (step / 4) for step in range(-6, 17))
 # Tuned on images that show some of the shift, in place of images like those trained on.
@@ -139,7 +139,9 @@ def _temperature(case: Case, shown: str) -> Fitted:
     net = case.net()
     x, y = case.tune[shown]
     found = logits(net, x)
-    best = min(TEMPERATURES, key=lambda t: nll(lambda _: (found / t).log_softmax(1), (x, y)))
+    best = min(
+        TEMPERATURES, key=lambda t: nll(lambda _: (found / t).log_softmax(1), (x, y))
+    )
     return Fitted(
         lambda x: (logits(net, x) / best).log_softmax(1), [Score("", "scale", best)]
     )
@@ -204,9 +206,9 @@ def _gaussian_of_iterates(case: Case) -> Any:
         case.net(),
         recipe.training_part(case.data),
         recipe,
-        case.setup.swag_epochs,
-        case.file("swag", "swag"),
-        case.seed,
+        epochs=case.setup.swag_epochs,
+        seed=case.seed,
+        path=case.file("swag", "swag"),
     )
 
 
@@ -352,9 +354,6 @@ class _Batches:
         for at in range(0, len(self.part), self.size):
             batch = self.part[at : at + self.size]
             yield to_unit(batch.images).to(self.device), batch.labels.to(self.device)
-
-    def __len__(self) -> int:
-        return -(-len(self.part) // self.size)
 
 
 def classifier(net: nn.Module, prior_precision: float) -> Callable[..., Any]:

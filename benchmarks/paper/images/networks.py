@@ -58,9 +58,10 @@ def make_network(
 
     Args:
         architecture: ``"cnn"``: two convolutions of 5 x 5 at a stride of 2 and two
-            linear layers, without norms, D = 29,994 for 28 x 28 pixels. ``"conv-bn"``, ``"conv-bn-5"``: three
-            or five convolutions of 3 x 3 with batch norm. ``"resnet18"``: with a first
-            convolution of 3 x 3, as is usual for small images.
+            linear layers, without norms, D = 29,994 for 28 x 28 pixels.
+            ``"conv-bn"``, ``"conv-bn-5"``: three or five convolutions of 3 x 3 with
+            batch norm. ``"resnet18"``: with a first convolution of 3 x 3, as is usual
+            for small images.
         seed: Of the weights.
         channels: 1, or 3 which are normalized.
         dropout: Rate, after each pooling or stage, and before the last layer; of

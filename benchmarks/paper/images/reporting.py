@@ -82,7 +82,9 @@ def lines(
         for position, shift in positions:
             values = by_seed(rows, method, shift, metric)
             if values:
-                error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0
+                error = (
+                    statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0
+                )
                 point = (position, statistics.fmean(values), error)
                 found.setdefault(method, []).append(point)
     return found

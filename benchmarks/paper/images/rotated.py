@@ -27,7 +27,14 @@ def tasks(settings: Settings) -> list[Task]:
     """Both sets at every seed."""
     methods = (*PLAIN, *on_shift(PLAIN))
     return [
-        image_task(NAME, settings, name, seed, methods, make_tests)
+        image_task(
+            NAME,
+            settings,
+            setup=name,
+            seed=seed,
+            methods=methods,
+            make_tests=make_tests,
+        )
         for seed in range(settings.seeds)
         for name in _OTHER
     ]
@@ -51,7 +58,7 @@ def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
 def report(rows: Sequence[Row], folder: Path) -> str:
     """Tables by set, and NLL by angle as pictures."""
     parts = []
-    for name in _OTHER:
+    for name, other in _OTHER.items():
         own = [row for row in rows if row["dataset"] == name]
         if not own:
             continue
@@ -60,12 +67,14 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             ("", "error"),
             ("", "ece"),
             ("", "brier"),
-            (f"ood={_OTHER[name]}", "auroc"),
+            (f"ood={other}", "auroc"),
             *((f"rotation={degrees}", "nll") for degrees in (30, 60, 90, 180)),
             ("rotation=90", "ece"),
         ]
         parts.append(tables(Table(f"Rotated {name}", columns), own))
         at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
         found = lines(own, at, "nll")
-        parts.append(picture(found, folder / f"rotated-{name}.png", "rotation, degrees"))
+        parts.append(
+            picture(found, folder / f"rotated-{name}.png", "rotation, degrees")
+        )
     return "\n\n".join(parts)

@@ -29,11 +29,11 @@ class Setup:
 
     dataset: str
     recipe: Recipe
-    num_subnet: int = 1000
+    num_subnet: int = 600
     fitted: int | None = 10_000
     tuned: int = 1000
     test: int | None = None
-    shifted: int = 1000
+    shifted: int = 500
     members: int = 5
     passes: int = 30
     swag_epochs: int = 1
@@ -45,10 +45,15 @@ _SMALL = {
     "mnist": Setup("mnist", Recipe("cnn", 3, 0.1)),
     "fashion": Setup("fashion", Recipe("cnn", 4, 0.1)),
     "fashion best": Setup(
-        "fashion", Recipe("conv-bn", 10, 0.1, augment="flip", bfloat16=True)
+        "fashion",
+        Recipe("conv-bn-5", 8, 0.1, augment="mirror", bfloat16=True),
+        fitted=2000,
     ),
     "cifar10": Setup(
-        "cifar10", Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True)
+        "cifar10",
+        Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True),
+        fitted=5000,
+        test=5000,
     ),
 }
 

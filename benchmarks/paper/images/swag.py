@@ -60,7 +60,7 @@ class Swag:
 
 
 def swag(
-    net: nn.Module, part: Part, recipe: Recipe, epochs: int, path: Path, seed: int
+    net: nn.Module, part: Part, recipe: Recipe, *, epochs: int, seed: int, path: Path
 ) -> Swag:
     """The Gaussian, from a file if it was made before."""
     if not path.exists():

@@ -32,7 +32,7 @@ class Recipe:
         weight_decay: Prior precision over the number of training data, so that what is
             reached is the MAP under N(0, 1 / (weight_decay N)).
         batch_size: Images a step.
-        augment: ``"none"``, ``"shift"``, or ``"flip"``: shift and mirror.
+        augment: ``"none"``, ``"shift"``, ``"mirror"``, or ``"flip"``: both.
         bfloat16: Whether forward and backward passes are in mixed precision.
         most: Training images at most; None for all.
     """
@@ -42,7 +42,7 @@ class Recipe:
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
     batch_size: int = 128
-    augment: Literal["none", "shift", "flip"] = "none"
+    augment: Literal["none", "shift", "mirror", "flip"] = "none"
     bfloat16: bool = False
     most: int | None = None
 
@@ -159,9 +159,9 @@ def batches(
         rows, order = order[:size], order[size:]
         batch = part[rows]
         x = to_unit(batch.images)
-        if recipe.augment != "none":
+        if recipe.augment in ("shift", "flip"):
             x = _shifted(x, generator)
-        if recipe.augment == "flip":
+        if recipe.augment in ("mirror", "flip"):
             mirrored = torch.rand(len(x), generator=generator) < 0.5
             x[mirrored] = x[mirrored].flip(-1)
         yield x, batch.labels
