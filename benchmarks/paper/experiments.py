@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.paper import uci
+from benchmarks.paper import toy, uci
 from benchmarks.paper.images import cifar10, corrupted, fashion, rotated
 from benchmarks.paper.task import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "toy": Experiment(toy.tasks, lambda rows, out: ""),
     "uci": Experiment(uci.tasks, lambda rows, out: ""),
     "rotated": Experiment(rotated.tasks, rotated.report),
     "corrupted": Experiment(corrupted.tasks, corrupted.report),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ class Shape:
     def widths(self, num_inputs: int) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer."""
         sides = (num_inputs, *self.hidden, 1)
-        return list(zip(sides, sides[1:], strict=False))
+        return list(pairwise(sides))
 
     def num_params(self, num_inputs: int) -> int:
         """D: weights and biases."""

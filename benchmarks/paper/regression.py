@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.paper.members import Members, Schedule, Shape, train
 from benchmarks.paper.swag import Swag, swag
 from benchmarks.selectors.data import Split
+from benchmarks.selectors.measure import FLAT
 from benchmarks.selectors.network import pyro_model
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.nn import init_to_module
@@ -27,6 +28,8 @@ from pyro_subnet.selection import (
 )
 
 Selector = Callable[[int], Any]  # of a size
+# What prior precisions are multiplied by: as many as SWAG has scales of its covariance.
+SCALES = tuple(10.0**power for power in range(-6, 7))
 _CHUNK = 4096  # inputs that draws of a network see at once
 
 
@@ -86,7 +89,7 @@ class Plan:
 
     schedule: Schedule
     num_members: int = 5
-    rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    rates: tuple[float, ...] = (0.01, 0.05, 0.2)
     swag_steps: int = 300
     num_draws: int = 30
     share: float = 0.05
@@ -196,14 +199,24 @@ class Network:
             return guide.laplace_approximation(*self.split.train)
 
     def subnet(self, subnet: Any, member: int = 0, **options: Any) -> Fitted:
-        """A Laplace posterior, its prior precision tuned on held-out data."""
+        """A Laplace posterior, its prior precision chosen on held-out data."""
         posterior = self.posterior(subnet, member, **options)
-        notes = {"S": float(posterior.subnet.size)}
-        if self.plan.tuned:
-            posterior = posterior.tune_prior_precision("nll", val=self.split.held_out)
-            tuning = posterior.tuning
-            notes |= {"scale": tuning.best, "flat": float(tuning.is_flat)}
-        return of_posterior(posterior, notes)
+        size = {"S": float(posterior.subnet.size)}
+        own = of_posterior(posterior, size)
+        if not self.plan.tuned:
+            return own
+        scaled = [
+            of_posterior(posterior.with_prior_precision(scale), size | {"scale": scale})
+            for scale in SCALES
+        ]
+        x, y = self.split.held_out
+        losses = [fitted.predict(x).nll(y) for fitted in scaled]
+        # Where held-out data do not choose, nor does the noise in them.
+        flat = max(losses) - min(losses) < FLAT
+        best = scaled[losses.index(min(losses))]
+        if flat:
+            best = replace(own, notes=size | {"scale": 1.0})
+        return replace(best, notes=best.notes | {"flat": float(flat)})
 
     def selector(self, name: str, size: int) -> Any:
         """A selector by its name in the tables."""
@@ -219,9 +232,8 @@ class Network:
         }
         return table[name](size)
 
-    def ensemble_of_subnets(self, name: str) -> Fitted:
+    def ensemble_of_subnets(self, name: str, size: int) -> Fitted:
         """The members' subnets, each tuned by itself, mixed."""
-        size = self.size_of(self.plan.share)
         each = [
             self.subnet(self.selector(name, size), member)
             for member in range(self.plan.num_members)
@@ -239,6 +251,7 @@ class Network:
         return Fitted(predict, spread, {"S": float(size)})
 
     def size_of(self, share: float) -> int:
+        """S of a share."""
         return max(1, round(share * self.num_params))
 
 

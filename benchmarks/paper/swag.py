@@ -18,7 +18,7 @@ from pyro_subnet.selection import SwagMoments
 # Step sizes in units of the inverse of the loss's largest curvature, and what the
 # covariance is multiplied by: held-out data choose among all pairs.
 STEPS = (0.05, 0.2, 0.8)
-SCALES = tuple(10 ** (power / 2) for power in range(-4, 7))
+SCALES = tuple(10 ** (power / 2) for power in range(-4, 9))
 RANK = 20
 _BATCH, _FOR_CURVATURE = 32, 1000
 
@@ -70,7 +70,7 @@ def swag(
         gradients = torch.autograd.grad(loss, members.parameters)
         with torch.no_grad():
             for part, gradient in zip(members.parameters, gradients, strict=True):
-                part -= rates.view(-1, 1, 1) * gradient
+                part.sub_(rates.view(-1, 1, 1) * gradient)
             vectors = members.packed()
         for each, moment, vector in zip(at, moments, vectors, strict=True):
             if vector.isfinite().all():

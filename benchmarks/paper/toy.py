@@ -1,0 +1,167 @@
+"""One-dimensional regression with a gap: how much variance a subnet keeps in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.members import Schedule, Shape
+from benchmarks.paper.regression import Fitted, Network, Plan, of_posterior
+from benchmarks.paper.task import Score, Settings, Task
+from benchmarks.selectors.data import Split
+from pyro_subnet.selection import LargestVariance, PredictiveVariance
+
+NETWORKS = {"2x50 relu": Shape((50, 50)), "2x50 tanh": Shape((50, 50), "tanh")}
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SELECTORS = (
+    "LargestVariance",
+    "LargestVariance (SWAG)",
+    "LargestVariance, alive",
+    "PredictiveVariance",
+    "PredictiveVariance, gap",
+    "RandomSubnet",
+    "LargestMagnitude",
+)
+# The paper's scaling: the prior precision times S / D.
+SCALED = ("LargestVariance", "RandomSubnet", "PredictiveVariance")
+SCALED_PRIOR = ", S/D prior"
+OTHERS = (
+    "MAP",
+    "full Laplace",
+    "diagonal Laplace",
+    "Kronecker Laplace",
+    "subnet LastLayer",
+    "MC dropout",
+    "SWAG",
+    "deep ensemble",
+)
+CLUSTERS = ((-1.0, -0.7), (0.5, 1.0))
+GAP = (-0.55, 0.35)
+NOISE = 0.1
+_COUNT, _HELD_OUT, _TEST = 100, 40, 200
+# Inputs of the picture.
+GRID = torch.linspace(-1.6, 1.6, 65, dtype=torch.float64)
+
+
+def function(x: Tensor) -> Tensor:
+    """The mean of y at x, after Foong et al. (2019), arXiv 1906.11537."""
+    return torch.cos(4 * x + 0.8)
+
+
+def toy_split(seed: int) -> Split:
+    """Two clusters; of tests, one is like them, and one lies in the gap."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(count: int) -> Tensor:
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def labelled(x: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(len(x), generator=generator, dtype=torch.float64)
+        return x.unsqueeze(-1), function(x) + NOISE * noise
+
+    def clusters(count: int) -> tuple[Tensor, Tensor]:
+        left, right = ((low, high - low) for low, high in CLUSTERS)
+        first = left[0] + left[1] * unit(count // 2)
+        last = right[0] + right[1] * unit(count - count // 2)
+        return labelled(torch.cat([first, last]))
+
+    train, held_out, test = (clusters(count) for count in (_COUNT, _HELD_OUT, _TEST))
+    gap = labelled(GAP[0] + (GAP[1] - GAP[0]) * unit(_TEST))
+    tests = {"": test, "gap": gap}
+    return Split("toy", "clusters", seed, train, held_out, tests, 1.0)
+
+
+def names() -> tuple[str, ...]:
+    """Methods: those without a size, then each selector at each share."""
+    sized = [f"subnet {name} {share:.1%}" for name in SELECTORS for share in SHARES]
+    scaled = [
+        f"subnet {name} {share:.1%}{SCALED_PRIOR}"
+        for name in SCALED
+        for share in SHARES
+    ]
+    # What moves a training datum is less than everything.
+    left_out = (
+        "subnet LargestVariance, alive 100.0%",
+        "subnet LargestVariance, alive 50.0%",
+    )
+    return (*OTHERS, *(name for name in sized if name not in left_out), *scaled)
+
+
+def tasks(settings: Settings) -> list[Task]:
+    smoke = settings.scale == "smoke"
+    schedule = Schedule(
+        50 if smoke else 2000,
+        batch=_COUNT,
+        every=None,
+        noise_scale=NOISE,
+    )
+    plan = Plan(schedule, swag_steps=40 if smoke else 500, tuned=False)
+    methods = names()
+    if smoke:
+        methods = tuple(name for name in methods if "%" not in name or " 5.0%" in name)
+    return [
+        Task(
+            "toy", "clusters", seed, variant, methods, partial(_run, seed, shape, plan)
+        )
+        for seed in range(settings.seeds)
+        for variant, shape in NETWORKS.items()
+    ]
+
+
+def _run(
+    seed: int, shape: Shape, plan: Plan, methods: Sequence[str]
+) -> Iterator[tuple[str, list[Score]]]:
+    network = Network(toy_split(seed), shape, plan)
+    for method in methods:
+        yield method, judge(network.split, fit(network, method))
+
+
+def fit(network: Network, method: str) -> Fitted:
+    """Every posterior under the model's own N(0, 1) priors: subnets alone differ."""
+    simple: dict[str, Callable[[], Fitted]] = {
+        "MAP": network.at_map,
+        "deep ensemble": network.ensemble,
+        "MC dropout": network.mc_dropout,
+        "SWAG": network.swag_draws,
+        "full Laplace": partial(network.subnet, None),
+        "diagonal Laplace": partial(network.subnet, None, covariance="diag"),
+        "Kronecker Laplace": partial(network.subnet, None, covariance="kron"),
+        "subnet LastLayer": lambda: network.subnet(network.selector("LastLayer", 1)),
+    }
+    if method in simple:
+        return simple[method]()
+    scaled = method.endswith(SCALED_PRIOR)
+    name, share = (
+        method.removesuffix(SCALED_PRIOR).removeprefix("subnet ").rsplit(" ", 1)
+    )
+    size = network.size_of(float(share.rstrip("%")) / 100)
+    own = {
+        "LargestVariance, alive": lambda: LargestVariance(size, keep_dead=False),
+        "PredictiveVariance, gap": lambda: PredictiveVariance(
+            size, GRID.unsqueeze(-1), method="diagonal"
+        ),
+    }
+    chosen = own[name]() if name in own else network.selector(name, size)
+    posterior = network.posterior(chosen)
+    if scaled:
+        posterior = posterior.with_prior_precision("fraction")
+    return of_posterior(posterior, {"S": float(posterior.subnet.size)})
+
+
+def judge(split: Split, fitted: Fitted) -> list[Score]:
+    """NLL and standard deviation of the function, by where; and along a grid."""
+    found = [Score("", metric, value) for metric, value in fitted.notes.items()]
+    for shift, (x, y) in split.tests.items():
+        found += [
+            Score(shift, "nll", fitted.predict(x).nll(y)),
+            Score(shift, "rmse", fitted.predict(x).rmse(y)),
+            Score(shift, "function_std", float(fitted.spread(x).mean())),
+        ]
+    inputs = GRID.unsqueeze(-1)
+    means, stds = fitted.predict(inputs).loc.mean(0), fitted.spread(inputs)
+    for at, mean, std in zip(GRID.tolist(), means.tolist(), stds.tolist(), strict=True):
+        found += [Score(f"x={at:.2f}", "mean", mean), Score(f"x={at:.2f}", "std", std)]
+    return found
