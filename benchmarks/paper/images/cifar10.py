@@ -14,9 +14,9 @@ METHODS = (
     "MAP",
     "MAP with temperature",
     "subnet LargestVariance",
+    "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet LastLayer",
-    "SWAG",
 )
 
 

@@ -248,6 +248,9 @@ _POSTERIORS: dict[str, Posterior] = {
             size, "swag", moments=_gaussian_of_iterates(case).moments()
         )
     ),
+    "subnet LargestVariance (alive)": _of_size(
+        lambda size, case: LargestVariance(size, keep_dead=False)
+    ),
     "subnet RandomSubnet": _of_size(lambda size, case: RandomSubnet(size, case.seed)),
     "subnet LargestMagnitude": _of_size(lambda size, case: LargestMagnitude(size)),
     "subnet LastLayer": Posterior(lambda case, shown: LastLayer()),

@@ -53,7 +53,8 @@ _SMALL = {
         "cifar10",
         Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True),
         fitted=5000,
-        test=5000,
+        test=2500,
+        shifted=250,
     ),
 }
 
