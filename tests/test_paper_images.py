@@ -409,7 +409,7 @@ class TestExperiments:
         chosen = ("MAP", "subnet LargestVariance", "MC dropout")
         for module in (rotated, fashion, cifar10):
             assert run([module.NAME], settings, chosen) == []
-        for module, title in ((rotated, "Rotated mnist"), (cifar10, "CIFAR-10")):
+        for module, title in ((rotated, "mnist, rotated"), (cifar10, "CIFAR-10")):
             rows = read(settings.out / f"{module.NAME}.jsonl")
             text = module.report(rows, settings.out)
             assert title in text
@@ -428,7 +428,12 @@ class TestExperiments:
             for seed in range(3)
             for s in (1, 3)
         ]
-        assert reporting.by_seed(rows, "MAP", "x=*", "nll") == [2, 12, 22]
-        text = reporting.tables(reporting.Table("T", [("x=*", "nll")]), rows)
+        column = reporting.Column("x=*", "nll")
+        assert reporting.by_seed(rows, "MAP", column) == [2, 12, 22]
+        other = [row | {"method": "SWAG", "value": row["value"] - 1} for row in rows]
+        column = reporting.Column("x=*", "nll", to_map=True)
+        found = reporting.by_seed([*rows, *other[2:]], "SWAG", column)
+        assert found == [-1, -1]  # of the seeds that both have
+        text = reporting.table("T", [reporting.Column("x=*", "nll")], rows)
         # Standard deviation 10 over the root of 3.
         assert "| MAP | 12.00 ± 5.77 |" in text

@@ -14,7 +14,7 @@ from benchmarks.paper.images.evaluation import (
     on_shift,
 )
 from benchmarks.paper.images.readers import ImageSet, Part
-from benchmarks.paper.images.reporting import Table, lines, picture, tables
+from benchmarks.paper.images.reporting import Column, lines, picture, table
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.task import Row, Settings, Task
 
@@ -76,22 +76,19 @@ def corruption_report(
     shown = {row["shift"].partition("=")[0] for row in own}
     names = [name for name in CORRUPTIONS if name in shown]
     columns = [
-        ("", "nll"),
-        ("", "error"),
-        ("", "ece"),
-        *((f"{name}=*", "nll") for name in NAMED),
-        ("*=*", "nll"),
-        ("*=*", "error"),
-        ("*=*", "ece"),
+        *(Column("", metric) for metric in ("nll", "error", "ece")),
+        *(Column(f"{name}=*", "nll") for name in NAMED),
+        *(Column("*=*", metric) for metric in ("nll", "error", "ece")),
+        Column("*=*", "nll", to_map=True),
     ]
-    parts = [tables(Table(f"{title}, mean over severities", columns), own)]
-    columns = [(f"{name}=5", "nll") for name in NAMED]
-    parts.append(tables(Table(f"{title}, severity 5", columns), own))
+    parts = [table(f"{title}, mean over severities", columns, own)]
+    columns = [Column(f"{name}=5", "nll") for name in NAMED]
+    parts.append(table(f"{title}, severity 5", columns, own))
     if len(names) > len(NAMED):
-        columns = [(f"{name}=*", "nll") for name in names]
-        parts.append(tables(Table(f"{title}, each", columns), own))
+        columns = [Column(f"{name}=*", "nll") for name in names]
+        parts.append(table(f"{title}, each", columns, own))
     at = [(float(severity), f"*={severity}") for severity in SEVERITIES]
-    found = lines(own, [(0.0, ""), *at], "nll")
     path = folder / f"corrupted-{dataset}.png"
-    parts.append(picture(found, path, "severity; mean over corruptions"))
+    label = "severity; mean over corruptions"
+    parts.append(picture(lines(own, at), path, label))
     return "\n\n".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.paper.images.evaluation import Tests, image_task, in_distribution
 from benchmarks.paper.images.readers import ImageSet
-from benchmarks.paper.images.reporting import Table, tables
+from benchmarks.paper.images.reporting import Column, table
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.task import Row, Settings, Task
 
@@ -42,5 +42,6 @@ def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """One table."""
-    columns = [("", name) for name in ("nll", "error", "ece", "brier", "scale", "S")]
-    return tables(Table("FashionMNIST in distribution", columns), rows)
+    metrics = ("nll", "error", "ece", "brier", "scale", "S", "D")
+    columns = [Column("", metric) for metric in metrics]
+    return table("FashionMNIST in distribution", columns, rows)

@@ -8,50 +8,65 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from benchmarks.paper.images.methods import METHODS, ON_SHIFT
 from benchmarks.paper.task import Row
 from benchmarks.selectors.report import mean_and_error
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 # Mean and standard error of a method at each position.
 Lines = dict[str, list[tuple[float, float, float]]]
-# Methods of the pictures, which tell no more than these apart.
+_BASE = "MAP"
+# Methods that pictures tell apart; the other subnets lie among these.
 _DRAWN = (
     "MAP",
+    "MAP with temperature",
     "deep ensemble",
     "MC dropout",
     "SWAG",
     "subnet LargestVariance",
-    "subnet LargestVariance, tuned on shift",
-    "subnet LastLayer, tuned on shift",
-    "MAP with temperature, tuned on shift",
+    "subnet LargestVariance (alive)",
+    "subnet RandomSubnet",
+    "subnet LastLayer",
+    "subnet PredictiveVariance",
+    "diagonal Laplace",
 )
 
 
-class Table(NamedTuple):
-    """What a table shows.
+class Column(NamedTuple):
+    """A number of each method.
 
     Attributes:
-        title: Above it.
-        columns: Shift, in which ``*`` stands for any, and metric.
+        shift: Shifts to average over; ``*`` stands for anything.
+        metric: It.
+        to_map: Whether to show the difference from the MAP, seed by seed.
     """
 
-    title: str
-    columns: list[tuple[str, str]]
+    shift: str
+    metric: str
+    to_map: bool = False
+
+    @property
+    def head(self) -> str:
+        words = self.shift.replace("=*", "").replace("*", "all").replace("=", " ")
+        return f"{self.metric} {words}".strip() + (", to MAP" if self.to_map else "")
 
 
-def by_seed(rows: Sequence[Row], method: str, shift: str, metric: str) -> list[float]:
-    """A method's mean over the shifts that fit, of each seed."""
+def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
+    """A method's mean over the shifts, of each seed."""
     found: dict[int, list[float]] = {}
     for row in rows:
-        if (row["method"], row["metric"]) == (method, metric):
-            if fnmatchcase(row["shift"], shift):
+        if (row["method"], row["metric"]) == (method, column.metric):
+            if fnmatchcase(row["shift"], column.shift):
                 found.setdefault(row["seed"], []).append(row["value"])
-    return [statistics.fmean(found[seed]) for seed in sorted(found)]
+    means = {seed: statistics.fmean(found[seed]) for seed in sorted(found)}
+    if not column.to_map:
+        return list(means.values())
+    own = [row for row in rows if row["seed"] in means]
+    base = by_seed(own, _BASE, column._replace(to_map=False))
+    if len(base) != len(means):
+        return []
+    return [mean - other for mean, other in zip(means.values(), base, strict=True)]
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
@@ -61,50 +76,58 @@ def methods_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in order if name in there]
 
 
-def tables(table: Table, rows: Sequence[Row]) -> str:
-    """Mean and standard error over seeds, in Markdown."""
-    heads = [f"{metric} {_words(shift)}".strip() for shift, metric in table.columns]
-    found = [["method", *heads], ["---"] * (1 + len(heads))]
-    for method in methods_of(rows):
-        cells = [mean_and_error(by_seed(rows, method, *one)) for one in table.columns]
-        found.append([method, *cells])
+def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Mean and standard error over seeds, in Markdown; how many, where not all."""
     seeds = len({row["seed"] for row in rows})
-    title = f"**{table.title}** ({seeds} seed{'s' if seeds > 1 else ''})"
-    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in found)])
+    found = [["method", *(column.head for column in columns)]]
+    found.append(["---"] * len(found[0]))
+    for method in methods_of(rows):
+        own = len({row["seed"] for row in rows if row["method"] == method})
+        name = method if own == seeds else f"{method} ({own} of {seeds} seeds)"
+        cells = [mean_and_error(by_seed(rows, method, column)) for column in columns]
+        found.append([name, *cells])
+    heading = f"**{title}** ({seeds} seed{'s' if seeds > 1 else ''})"
+    return "\n".join([heading, "", *("| " + " | ".join(row) + " |" for row in found)])
 
 
 def lines(
-    rows: Sequence[Row], positions: Sequence[tuple[float, str]], metric: str
+    rows: Sequence[Row], positions: Sequence[tuple[float, str]], metric: str = "nll"
 ) -> Lines:
-    """What a picture draws."""
+    """What a picture draws: mean and error of each method at each position."""
     found: Lines = {}
     for method in methods_of(rows):
         for position, shift in positions:
-            values = by_seed(rows, method, shift, metric)
+            values = by_seed(rows, method, Column(shift, metric))
             if values:
-                error = (
-                    statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0
-                )
-                point = (position, statistics.fmean(values), error)
-                found.setdefault(method, []).append(point)
+                spread = statistics.stdev(values) if values[1:] else 0.0
+                point = statistics.fmean(values), spread / len(values) ** 0.5
+                found.setdefault(method, []).append((position, *point))
     return found
 
 
 def picture(found: Lines, path: Path, label: str) -> str:
-    """Draws NLL by position, and names the picture."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for method in (name for name in _DRAWN if name in found):
-        at, means, errors = zip(*found[method], strict=True)
-        style = "--" if method.endswith(ON_SHIFT) else "-"
-        axes.errorbar(at, means, errors, label=method, linestyle=style, capsize=2)
-    axes.set(xlabel=label, ylabel="NLL, nats")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
+    """Draws NLL by position, and names the picture.
+
+    On the left methods tuned on images like those trained on, on the right those tuned
+    on images that show some shift; what is not tuned is on both sides.
+    """
+    figure = Figure(figsize=(10, 4.5))
+    for axes, suffix, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("", ON_SHIFT),
+        ("tuned on images like those trained on", "tuned on images turned a little"),
+        strict=True,
+    ):
+        for color, base in enumerate(_DRAWN):
+            method = f"{base}{suffix}"
+            if method not in found and base in ("MAP", "deep ensemble"):
+                method = base
+            if method in found:
+                at, means, errors = zip(*found[method], strict=True)
+                axes.errorbar(at, means, errors, label=base, color=f"C{color % 10}")
+        axes.set(xlabel=label, ylabel="NLL, nats", title=title)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=80)
     return f"![NLL]({path.name})"
-
-
-def _words(shift: str) -> str:
-    return shift.replace("=*", "").replace("*", "all").replace("=", " ")

@@ -14,12 +14,13 @@ from benchmarks.paper.images.evaluation import (
     rotated,
 )
 from benchmarks.paper.images.readers import ImageSet, Part, read_images
-from benchmarks.paper.images.reporting import Table, lines, picture, tables
+from benchmarks.paper.images.reporting import Column, lines, picture, table
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "rotated"
 DEGREES = tuple(range(0, 181, 15))
+_SHOWN = (0, 15, 30, 60, 90, 180)
 _OTHER = {"mnist": "fashion", "fashion": "mnist"}
 
 
@@ -63,17 +64,17 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         if not own:
             continue
         columns = [
-            ("", "nll"),
-            ("", "error"),
-            ("", "ece"),
-            ("", "brier"),
-            (f"ood={other}", "auroc"),
-            *((f"rotation={degrees}", "nll") for degrees in (30, 60, 90, 180)),
-            ("rotation=90", "ece"),
+            *(Column("", metric) for metric in ("nll", "error", "ece", "brier")),
+            Column("", "nll", to_map=True),
+            Column(f"ood={other}", "auroc"),
         ]
-        parts.append(tables(Table(f"Rotated {name}", columns), own))
+        parts.append(table(f"{name}, in distribution", columns, own))
+        columns = [Column(f"rotation={degrees}", "nll") for degrees in _SHOWN]
+        columns += [Column("rotation=*", metric) for metric in ("nll", "ece", "brier")]
+        columns.append(Column("rotation=*", "nll", to_map=True))
+        parts.append(table(f"{name}, rotated", columns, own))
         at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
-        found = lines(own, at, "nll")
+        found = lines(own, at)
         parts.append(
             picture(found, folder / f"rotated-{name}.png", "rotation, degrees")
         )
