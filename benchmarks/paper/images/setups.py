@@ -52,9 +52,10 @@ _SMALL = {
     "cifar10": Setup(
         "cifar10",
         Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True),
-        fitted=5000,
-        test=2500,
-        shifted=250,
+        fitted=2000,
+        tuned=500,
+        test=2000,
+        shifted=100,
     ),
 }
 
