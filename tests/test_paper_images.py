@@ -208,7 +208,7 @@ class TestNetworks:
     def test_training_lowers_the_loss_and_is_kept(self, tmp_path):
         write_sets(tmp_path)
         data = read_images("mnist", tmp_path)
-        recipe = Recipe("cnn", 15, 0.05, batch_size=9)
+        recipe = Recipe("cnn", 8, 0.05, batch_size=9)
         networks = Networks(tmp_path / "networks")
         state = torch.get_rng_state()
         net = networks.get(data, recipe, 3)
@@ -409,6 +409,7 @@ class TestExperiments:
         chosen = ("MAP", "subnet LargestVariance", "MC dropout")
         for module in (rotated, fashion, cifar10):
             assert run([module.NAME], settings, chosen) == []
+        assert run([corrupted.NAME], settings, ("MAP",)) == []
         for module, title in ((rotated, "mnist, rotated"), (cifar10, "CIFAR-10")):
             rows = read(settings.out / f"{module.NAME}.jsonl")
             text = module.report(rows, settings.out)

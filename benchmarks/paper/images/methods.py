@@ -79,13 +79,16 @@ class Case:
         )
 
     def file(self, folder: str, name: str) -> Path:
-        """Of something fitted to this case."""
-        recipe = self.setup.recipe
+        """Of something fitted to this case, named by all that it depends on."""
+        setup, recipe = self.setup, self.setup.recipe
         parts = [self.data.name, recipe.architecture, f"seed{self.seed}", name]
+        parts += [f"epochs{recipe.epochs}", recipe.augment, f"size{setup.num_subnet}"]
+        parts += [f"fitted{setup.fitted}", f"tuned{setup.tuned}"]
+        parts += [f"most{recipe.most}"] if recipe.most else []
         place = self.networks.folder.parent / folder
         place.mkdir(parents=True, exist_ok=True)
         words = "-".join(parts).replace(",", "").replace(" ", "-")
-        return place / f"{words}-{recipe.epochs}-{self.setup.num_subnet}.safetensors"
+        return place / f"{words}.safetensors"
 
 
 def fit(name: str, case: Case) -> Fitted:
