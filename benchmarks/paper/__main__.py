@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.paper import digest
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.journal import read
 from benchmarks.paper.runner import run
@@ -62,11 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(folder: Path) -> str:
-    """Tables of every experiment that has results; pictures beside them."""
+    """Tables of every experiment that has results; pictures and digests beside them."""
     parts = []
     for name, experiment in EXPERIMENTS.items():
-        rows = read(folder / f"{name}.jsonl")
+        rows = read(folder / f"{name}.jsonl") or digest.read(folder, name)
         if rows:
+            digest.write(rows, folder, name)
             parts.append(experiment.report(rows, folder))
     return "\n\n".join(parts)
 

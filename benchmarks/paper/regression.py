@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from benchmarks.selectors.data import Split
 from benchmarks.selectors.measure import FLAT
 from benchmarks.selectors.network import pyro_model
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet.exceptions import PrecisionError
 from pyro_subnet.nn import init_to_module
 from pyro_subnet.selection import (
     LargestMagnitude,
@@ -205,10 +207,12 @@ class Network:
         own = of_posterior(posterior, size)
         if not self.plan.tuned:
             return own
-        scaled = [
-            of_posterior(posterior.with_prior_precision(scale), size | {"scale": scale})
-            for scale in SCALES
-        ]
+        scaled = []
+        for scale in SCALES:
+            # As the library's own tuning does, where so wide a prior has no posterior.
+            with suppress(PrecisionError):
+                at = posterior.with_prior_precision(scale)
+                scaled.append(of_posterior(at, size | {"scale": scale}))
         x, y = self.split.held_out
         losses = [fitted.predict(x).nll(y) for fitted in scaled]
         # Where held-out data do not choose, nor does the noise in them.

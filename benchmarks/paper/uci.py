@@ -39,6 +39,7 @@ SELECTORS = (
     "LastLayer",
 )
 SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
+ENSEMBLE = "ensemble of subnets"
 SWAG_SUBNET = "subnet LargestVariance (SWAG)"
 # Whose D is the size of further subnets. In the largest network every subnet has the
 # size of the smallest: 4% to 8% of its weights, in place of 5%.
@@ -48,7 +49,7 @@ EQUAL = ("LargestVariance", "PredictiveVariance")
 _HELD_OUT = 500
 # A full posterior is fitted up to this D, or from as few data in its dual form: each of
 # the scales that are tried takes matrices of that side.
-_MOST_PARAMS, _MOST_DATA = 1600, 400
+_MOST_PARAMS, _MOST_DATA = 1900, 400
 
 
 def methods_of(variant: str, kind: Kind) -> tuple[str, ...]:
@@ -59,7 +60,8 @@ def methods_of(variant: str, kind: Kind) -> tuple[str, ...]:
         if variant in SMALL and kind == "standard"
     )
     always = ("MAP", *SUBNETS, *sized, "diagonal Laplace", "full Laplace")
-    own = ("ensemble of subnets", SWAG_SUBNET, "SWAG", "MC dropout")
+    own = (ENSEMBLE, f"{ENSEMBLE} (PredictiveVariance)", SWAG_SUBNET)
+    own += ("SWAG", "MC dropout")
     return (*always, "deep ensemble", *(own if variant == ENDS[1] else ()))
 
 
@@ -153,13 +155,13 @@ def fit_of(network: Network, method: str) -> Callable[[], Fitted] | None:
         "deep ensemble": network.ensemble,
         "MC dropout": network.mc_dropout,
         "SWAG": network.swag_draws,
-        "ensemble of subnets": lambda: network.ensemble_of_subnets(
-            "LargestVariance", size_of(network)
-        ),
         "diagonal Laplace": partial(network.subnet, None, covariance="diag"),
     }
     if method in simple:
         return simple[method]
+    if method.startswith(ENSEMBLE):
+        members = "PredictiveVariance" if "(" in method else "LargestVariance"
+        return partial(network.ensemble_of_subnets, members, size_of(network))
     if method == "full Laplace":
         num_data = len(network.split.train[0])
         if network.num_params > _MOST_PARAMS and num_data > _MOST_DATA:

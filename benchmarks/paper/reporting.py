@@ -1,0 +1,100 @@
+"""What the tables of the regression experiments are made of."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+
+from benchmarks.paper.task import Row
+from benchmarks.selectors.report import TIE
+from pyro_subnet.plotting.style import Axes
+
+
+class Cell(NamedTuple):
+    """What a number is of."""
+
+    dataset: str
+    variant: str
+    method: str
+    shift: str
+    metric: str
+
+
+Found = dict[Cell, dict[int, float]]  # by seed
+
+
+def collected(rows: Iterable[Row]) -> Found:
+    """Values by seed of each cell."""
+    found: Found = {}
+    for row in rows:
+        cell = Cell(*(row[part] for part in Cell._fields))
+        found.setdefault(cell, {})[row["seed"]] = row["value"]
+    return found
+
+
+def differences(found: Found, cell: Cell, base: Cell) -> list[float]:
+    """One less the other, on each seed that has both."""
+    own, other = found.get(cell, {}), found.get(base, {})
+    return [own[seed] - other[seed] for seed in sorted(own) if seed in other]
+
+
+class Estimate(NamedTuple):
+    """A mean, and its standard error; 0 of one value."""
+
+    mean: float
+    error: float
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        number = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        return f"{number} ± {self.error:.{digits}f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Over seeds; None of no values."""
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Estimate(statistics.fmean(values), spread / len(values) ** 0.5)
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> Estimate | None:
+    """Mean over sets of their means, each set with its own error."""
+    found = [each for each in map(estimate, groups) if each is not None]
+    if not found:
+        return None
+    error = math.sqrt(sum(each.error**2 for each in found)) / len(found)
+    return Estimate(statistics.fmean(each.mean for each in found), error)
+
+
+def counts(values: Sequence[float]) -> str:
+    """How many gain, are the same to 0.01, lose."""
+    more = sum(value > TIE for value in values)
+    less = sum(value < -TIE for value in values)
+    return f"{more} / {len(values) - more - less} / {less}"
+
+
+def shown(value: Estimate | None, digits: int = 3, sign: bool = False) -> str:
+    return "-" if value is None else value.text(digits, sign)
+
+
+def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join([f"**{title}**", "", *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def saved(panels: Sequence[Axes], path: Path) -> str:
+    """Writes the figure of some axes, and shows it in Markdown."""
+    figure = panels[0].figure
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return f"![{path.stem}]({path.name})"
+
+
+def legend(ax: Axes, **options: object) -> None:
+    ax.legend(frameon=False, fontsize=7, **options)

@@ -1,0 +1,344 @@
+"""Tables and pictures of the UCI experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.paper.reporting import (
+    Cell,
+    Estimate,
+    Found,
+    collected,
+    counts,
+    differences,
+    estimate,
+    legend,
+    pooled,
+    saved,
+    shown,
+    table,
+)
+from benchmarks.paper.task import Row
+from benchmarks.paper.uci import ENDS, ENSEMBLE, NETWORKS, SETS, SMALL, methods_of
+from pyro_subnet.plotting.style import INK, frame, new_row, strokes
+
+KINDS = {"standard": "", "gap": "gap"}
+# Short heads for nine columns.
+SHORT = {
+    "bostonHousing": "boston",
+    "naval-propulsion-plant": "naval",
+    "power-plant": "power",
+    "protein-tertiary-structure": "protein",
+    "wine-quality-red": "wine",
+}
+DRAWN = (
+    "subnet LargestVariance",
+    "subnet PredictiveVariance",
+    "subnet RandomSubnet",
+    "diagonal Laplace",
+    "SWAG",
+    "deep ensemble",
+)
+RIVALS = (
+    "MAP",
+    "diagonal Laplace",
+    "subnet LastLayer",
+    "subnet RandomSubnet",
+    "MC dropout",
+    "SWAG",
+    "deep ensemble",
+)
+CHALLENGERS = (
+    "subnet LargestVariance",
+    "subnet LargestVariance (SWAG)",
+    "subnet PredictiveVariance",
+    f"{ENSEMBLE} (PredictiveVariance)",
+)
+_METRIC = "log_likelihood"
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """All tables, and a picture of each kind of split."""
+    found = collected(rows)
+    parts = [_splits(found), _question(found), _question_by_set(found)]
+    parts.append(_claims(found))
+    for kind in KINDS:
+        title = f"{ENDS[1]}, {kind} splits"
+        parts += [
+            _pooled(found, kind, title),
+            _by_set(found, kind, title),
+            _picture(found, kind, folder / f"uci-{kind}.png"),
+        ]
+    return "\n\n".join([*parts, _networks(found), _rmse(found)])
+
+
+def cell(
+    name: str, kind: str, variant: str, method: str, metric: str = _METRIC
+) -> Cell:
+    """Where a number of a set is."""
+    dataset = name if kind == "standard" else f"{name}/{kind}"
+    return Cell(dataset, variant, method, KINDS[kind], metric)
+
+
+def sets_of(found: Found, kind: str) -> list[str]:
+    return [name for name in SETS if cell(name, kind, ENDS[1], "MAP") in found]
+
+
+def to_base(
+    found: Found, kind: str, own: tuple[str, str], base: tuple[str, str]
+) -> list[list[float]]:
+    """Differences of log likelihood by set, of (network, method) and another."""
+    return [
+        differences(found, cell(name, kind, *own), cell(name, kind, *base))
+        for name in sets_of(found, kind)
+    ]
+
+
+def pairs(kind: str) -> list[tuple[str, str, str]]:
+    """Large network, subnet, and the small network with as many weights in all."""
+    largest, smallest = ENDS[1], ENDS[0]
+    found = [
+        (largest, f"subnet {name}", smallest)
+        for name in (
+            "LargestVariance",
+            "LargestVariance (SWAG)",
+            "PredictiveVariance",
+            "RandomSubnet",
+        )
+    ]
+    if kind == "standard":
+        found += [
+            (large, f"subnet {name}, S of {small}", small)
+            for large, small in SMALL.items()
+            for name in ("LargestVariance", "PredictiveVariance")
+        ]
+    return found
+
+
+def _question(found: Found) -> str:
+    """A small share of a large network less all of a small one."""
+    lines = []
+    for kind in KINDS:
+        for large, method, small in pairs(kind):
+            full = (small, "full Laplace")
+            by_set = to_base(found, kind, (large, method), full)
+            # Where the full posterior does not fit, its MAP does not count either.
+            maps = [
+                own if part else []
+                for own, part in zip(
+                    to_base(found, kind, (large, "MAP"), (small, "MAP")),
+                    by_set,
+                    strict=True,
+                )
+            ]
+            lines.append(
+                [
+                    kind,
+                    f"{method} in {large}",
+                    f"full Laplace of {small}",
+                    f"{sum(map(bool, by_set))}",
+                    shown(pooled(by_set), sign=True),
+                    shown(middle(by_set), sign=True),
+                    counts([value for part in by_set for value in part]),
+                    shown(pooled(maps), sign=True),
+                ]
+            )
+    heads = ["splits", "a share", "less all of", "sets", "log likelihood"]
+    heads += ["median set", "splits better / same / worse", "of the MAPs alone"]
+    return table("The paper's question: equal posterior size", heads, lines)
+
+
+def _question_by_set(found: Found) -> str:
+    """The same of the largest and the smallest network, each set by itself."""
+    names, lines = sets_of(found, "standard"), []
+    for kind in KINDS:
+        here = sets_of(found, kind)
+        for method in (*CHALLENGERS[:-1], "MAP"):
+            base = (ENDS[0], "MAP" if method == "MAP" else "full Laplace")
+            by_set = to_base(found, kind, (ENDS[1], method), base)
+            own = dict(zip(here, map(estimate, by_set), strict=True))
+            cells = [shown(own.get(name), sign=True) for name in names]
+            lines.append([kind, method, base[1], *cells])
+    heads = ["splits", ENDS[1], f"less {ENDS[0]}"]
+    heads += [SHORT.get(name, name) for name in names]
+    return table("The paper's question by set: log likelihood", heads, lines)
+
+
+def middle(by_set: Sequence[Sequence[float]]) -> Estimate | None:
+    """The set whose difference is the median."""
+    each = sorted(value for value in map(estimate, by_set) if value is not None)
+    return each[len(each) // 2] if each else None
+
+
+def _claims(found: Found) -> str:
+    """Subnets less what the paper says they beat, in the largest network."""
+    lines = []
+    for kind in KINDS:
+        for method in RIVALS:
+            line = [kind, method]
+            for subnet in CHALLENGERS:
+                by_set = to_base(found, kind, (ENDS[1], subnet), (ENDS[1], method))
+                every = [value for part in by_set for value in part]
+                line += [shown(pooled(by_set), sign=True), counts(every)]
+            lines.append(line)
+    heads = ["splits", "less"]
+    for subnet in CHALLENGERS:
+        heads += [subnet, "better / same / worse"]
+    return table(f"{ENDS[1]}: log likelihood of subnets less others'", heads, lines)
+
+
+def _pooled(found: Found, kind: str, title: str) -> str:
+    """Each method less the MAP, over all sets."""
+    lines = []
+    for method in methods_of(ENDS[1], "standard"):
+        by_set = to_base(found, kind, (ENDS[1], method), (ENDS[1], "MAP"))
+        every = [value for part in by_set for value in part]
+        if every:
+            sets = sum(bool(part) for part in by_set)
+            lines.append(
+                [
+                    method,
+                    f"{sets}",
+                    shown(pooled(by_set), sign=True),
+                    counts(every),
+                    _share(found, kind, method, "flat"),
+                    _range(found, kind, method),
+                ]
+            )
+    heads = ["method", "sets", "log likelihood, to MAP", "better / same / worse"]
+    heads += ["held-out data do not choose", "chosen: median (least, most)"]
+    return table(f"{title}: all sets", heads, lines)
+
+
+def _values(found: Found, kind: str, method: str, metric: str) -> list[float]:
+    return [
+        value
+        for name in sets_of(found, kind)
+        for value in found.get(cell(name, kind, ENDS[1], method, metric), {}).values()
+    ]
+
+
+def _share(found: Found, kind: str, method: str, metric: str) -> str:
+    values = _values(found, kind, method, metric)
+    return f"{sum(values):.0f} of {len(values)}" if values else "-"
+
+
+def _range(found: Found, kind: str, method: str) -> str:
+    for metric in ("rate", "scale"):
+        values = sorted(_values(found, kind, method, metric))
+        if values:
+            middle = values[len(values) // 2]
+            return f"{metric} {middle:.3g} ({values[0]:.3g}, {values[-1]:.3g})"
+    return "-"
+
+
+def _by_set(found: Found, kind: str, title: str) -> str:
+    """Log likelihood in the target's unit."""
+    names = sets_of(found, kind)
+
+    def line(method: str, read: Callable[[str], Estimate | None]) -> list[str]:
+        return [method, *(shown(read(name)) for name in names)]
+
+    lines = [
+        line(method, lambda name, method=method: mean_of(found, name, kind, method))
+        for method in methods_of(ENDS[1], "standard")
+    ]
+    lines = [each for each in lines if set(each[1:]) != {"-"}]
+    heads = ["method", *(SHORT.get(name, name) for name in names)]
+    return table(f"{title}: log likelihood by set", heads, lines)
+
+
+def mean_of(
+    found: Found,
+    name: str,
+    kind: str,
+    method: str,
+    *,
+    variant: str = ENDS[1],
+    metric: str = _METRIC,
+) -> Estimate | None:
+    values = found.get(cell(name, kind, variant, method, metric), {})
+    return estimate(list(values.values()))
+
+
+def _networks(found: Found) -> str:
+    """MAP, full Laplace and ensemble of each size of network."""
+    names = sets_of(found, "standard")
+    lines = [
+        [
+            variant,
+            method,
+            *(
+                shown(mean_of(found, name, "standard", method, variant=variant))
+                for name in names
+            ),
+        ]
+        for variant in NETWORKS
+        for method in ("MAP", "full Laplace", "deep ensemble")
+    ]
+    lines = [line for line in lines if set(line[2:]) != {"-"}]
+    heads = ["network", "method", *(SHORT.get(name, name) for name in names)]
+    return table("Networks, standard splits: log likelihood", heads, lines)
+
+
+def _rmse(found: Found) -> str:
+    """Of the methods whose mean is not the MAP's."""
+    lines = []
+    for kind in KINDS:
+        for method in ("MAP", "SWAG", "MC dropout", "deep ensemble"):
+            each = [
+                shown(mean_of(found, name, kind, method, metric="rmse"), 4)
+                if name in sets_of(found, kind)
+                else "-"
+                for name in sets_of(found, "standard")
+            ]
+            lines.append([kind, method, *each])
+    names = [SHORT.get(name, name) for name in sets_of(found, "standard")]
+    title = f"{ENDS[1]}: RMSE in the target's unit (of every Laplace row the MAP's)"
+    return table(title, ["splits", "method", *names], lines)
+
+
+def _splits(found: Found) -> str:
+    """How many of each set were run."""
+    lines = []
+    for kind in KINDS:
+        for variant in NETWORKS:
+            each = [
+                len(found.get(cell(name, kind, variant, "deep ensemble"), {}))
+                for name in SETS
+            ]
+            if any(each):
+                lines.append([kind, variant, *(f"{count or '-'}" for count in each)])
+    names = [SHORT.get(name, name) for name in SETS]
+    return table("Splits that were run", ["splits", "network", *names], lines)
+
+
+def _picture(found: Found, kind: str, path: Path) -> str:
+    """What methods gain on the MAP of the largest network, by set."""
+    names = sets_of(found, kind)
+    if not names:
+        return ""
+    (ax,) = new_row(None, 1, "kind", (8.5, 4.0))
+    base = (ENDS[1], "MAP")
+    for place, (method, look) in enumerate(zip(DRAWN, strokes(), strict=False)):
+        by_set = to_base(found, kind, (ENDS[1], method), base)
+        points = [
+            (at + 0.12 * (place - 2.5), each)
+            for at, each in enumerate(map(estimate, by_set))
+            if each is not None
+        ]
+        ax.errorbar(
+            [at for at, _ in points],
+            [each.mean for _, each in points],
+            [each.error for _, each in points],
+            color=look.color,
+            marker=look.marker,
+            linestyle="none",
+            label=method,
+        )
+    ax.axhline(0.0, color=INK, linewidth=0.8)
+    frame(ax, f"{kind} splits", "log likelihood less the MAP's, nats")
+    ax.set_xticks(range(len(names)), [SHORT.get(name, name) for name in names])
+    legend(ax, ncols=3)
+    return saved([ax], path)
