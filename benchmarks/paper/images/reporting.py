@@ -31,6 +31,7 @@ _DRAWN = (
     "subnet PredictiveVariance",
     "diagonal Laplace",
 )
+_COLORS = ("black", *(f"C{index}" for index in range(10)))
 
 
 class Column(NamedTuple):
@@ -118,13 +119,13 @@ def picture(found: Lines, path: Path, label: str) -> str:
         ("tuned on images like those trained on", "tuned on images turned a little"),
         strict=True,
     ):
-        for color, base in enumerate(_DRAWN):
+        for color, base in zip(_COLORS, _DRAWN, strict=True):
             method = f"{base}{suffix}"
             if method not in found and base in ("MAP", "deep ensemble"):
                 method = base
             if method in found:
                 at, means, errors = zip(*found[method], strict=True)
-                axes.errorbar(at, means, errors, label=base, color=f"C{color % 10}")
+                axes.errorbar(at, means, errors, label=base, color=color)
         axes.set(xlabel=label, ylabel="NLL, nats", title=title)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
