@@ -1,0 +1,41 @@
+"""CIFAR-10 under the four corruptions of the published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.paper.images.corrupted import corruption_report, named_tests
+from benchmarks.paper.images.evaluation import image_task, on_shift
+from benchmarks.paper.task import Row, Settings, Task
+
+NAME = "cifar10"
+METHODS = (
+    "MAP",
+    "MAP with temperature",
+    "subnet LargestVariance",
+    "subnet LargestVariance (alive)",
+    "subnet RandomSubnet",
+    "subnet LastLayer",
+)
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """One network a seed."""
+    methods = (*METHODS, *on_shift(METHODS))
+    return [
+        image_task(
+            NAME,
+            settings,
+            setup="cifar10",
+            seed=seed,
+            methods=methods,
+            make_tests=named_tests,
+        )
+        for seed in range(settings.seeds)
+    ]
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """Tables and a picture."""
+    return corruption_report(rows, folder, "cifar10", "CIFAR-10")

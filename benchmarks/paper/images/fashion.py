@@ -1,0 +1,47 @@
+"""FashionMNIST in distribution, with a larger network than the other experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.paper.images.evaluation import Tests, image_task, in_distribution
+from benchmarks.paper.images.readers import ImageSet
+from benchmarks.paper.images.reporting import Column, table
+from benchmarks.paper.images.setups import Setup
+from benchmarks.paper.task import Row, Settings, Task
+
+NAME = "fashion"
+METHODS = (
+    "MAP",
+    "MAP with temperature",
+    "subnet LargestVariance",
+    "subnet LastLayer",
+)
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """One network a seed."""
+    return [
+        image_task(
+            NAME,
+            settings,
+            setup="fashion best",
+            seed=seed,
+            methods=METHODS,
+            make_tests=make_tests,
+        )
+        for seed in range(settings.seeds)
+    ]
+
+
+def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
+    """The test part alone."""
+    return Tests(iter([in_distribution(data, setup)]), {})
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """One table."""
+    metrics = ("nll", "error", "ece", "brier", "scale", "S", "D")
+    columns = [Column("", metric) for metric in metrics]
+    return table("FashionMNIST in distribution", columns, rows)

@@ -1,0 +1,134 @@
+"""Tables and pictures of image experiments."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.paper.images.methods import METHODS, ON_SHIFT
+from benchmarks.paper.task import Row
+from benchmarks.selectors.report import mean_and_error
+
+# Mean and standard error of a method at each position.
+Lines = dict[str, list[tuple[float, float, float]]]
+_BASE = "MAP"
+# Methods that pictures tell apart; the other subnets lie among these.
+_DRAWN = (
+    "MAP",
+    "MAP with temperature",
+    "deep ensemble",
+    "MC dropout",
+    "SWAG",
+    "subnet LargestVariance",
+    "subnet LargestVariance (alive)",
+    "subnet RandomSubnet",
+    "subnet LastLayer",
+    "subnet PredictiveVariance",
+    "diagonal Laplace",
+)
+_COLORS = ("black", *(f"C{index}" for index in range(10)))
+
+
+class Column(NamedTuple):
+    """A number of each method.
+
+    Attributes:
+        shift: Shifts to average over; ``*`` stands for anything.
+        metric: It.
+        to_map: Whether to show the difference from the MAP, seed by seed.
+    """
+
+    shift: str
+    metric: str
+    to_map: bool = False
+
+    @property
+    def head(self) -> str:
+        words = self.shift.replace("=*", "").replace("*", "all").replace("=", " ")
+        return f"{self.metric} {words}".strip() + (", to MAP" if self.to_map else "")
+
+
+def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
+    """A method's mean over the shifts, of each seed."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (row["method"], row["metric"]) == (method, column.metric):
+            if fnmatchcase(row["shift"], column.shift):
+                found.setdefault(row["seed"], []).append(row["value"])
+    means = {seed: statistics.fmean(found[seed]) for seed in sorted(found)}
+    if not column.to_map:
+        return list(means.values())
+    own = [row for row in rows if row["seed"] in means]
+    base = by_seed(own, _BASE, column._replace(to_map=False))
+    if len(base) != len(means):
+        return []
+    return [mean - other for mean, other in zip(means.values(), base, strict=True)]
+
+
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    """In the order of the table of methods."""
+    there = {row["method"] for row in rows}
+    order = [*METHODS, *(f"{name}{ON_SHIFT}" for name in METHODS)]
+    return [name for name in order if name in there]
+
+
+def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Mean and standard error over seeds, in Markdown; how many, where not all."""
+    seeds = len({row["seed"] for row in rows})
+    found = [["method", *(column.head for column in columns)]]
+    found.append(["---"] * len(found[0]))
+    for method in methods_of(rows):
+        own = len({row["seed"] for row in rows if row["method"] == method})
+        name = method if own == seeds else f"{method} ({own} of {seeds} seeds)"
+        cells = [mean_and_error(by_seed(rows, method, column)) for column in columns]
+        found.append([name, *cells])
+    heading = f"**{title}** ({seeds} seed{'s' if seeds > 1 else ''})"
+    return "\n".join([heading, "", *("| " + " | ".join(row) + " |" for row in found)])
+
+
+def lines(
+    rows: Sequence[Row], positions: Sequence[tuple[float, str]], metric: str = "nll"
+) -> Lines:
+    """What a picture draws: mean and error of each method at each position."""
+    found: Lines = {}
+    for method in methods_of(rows):
+        for position, shift in positions:
+            values = by_seed(rows, method, Column(shift, metric))
+            if values:
+                spread = statistics.stdev(values) if values[1:] else 0.0
+                point = statistics.fmean(values), spread / len(values) ** 0.5
+                found.setdefault(method, []).append((position, *point))
+    return found
+
+
+def picture(found: Lines, path: Path, label: str) -> str:
+    """Draws NLL by position, and names the picture.
+
+    On the left methods tuned on images like those trained on, on the right those tuned
+    on images that show some shift; what is not tuned is on both sides.
+    """
+    figure = Figure(figsize=(10, 4.5))
+    for axes, suffix, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("", ON_SHIFT),
+        ("tuned on images like those trained on", "tuned on images turned a little"),
+        strict=True,
+    ):
+        for color, base in zip(_COLORS, _DRAWN, strict=True):
+            method = f"{base}{suffix}"
+            if method not in found and base in ("MAP", "deep ensemble"):
+                method = base
+            if method in found:
+                at, means, errors = zip(*found[method], strict=True)
+                axes.errorbar(at, means, errors, label=base, color=color)
+        axes.set(xlabel=label, ylabel="NLL, nats", title=title)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    return f"![NLL]({path.name})"

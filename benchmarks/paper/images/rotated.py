@@ -1,0 +1,81 @@
+"""Rotated MNIST and FashionMNIST, and each as the other's out-of-distribution data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.paper.images.evaluation import (
+    PLAIN,
+    Tests,
+    image_task,
+    in_distribution,
+    on_shift,
+    rotated,
+)
+from benchmarks.paper.images.readers import ImageSet, Part, read_images
+from benchmarks.paper.images.reporting import Column, lines, picture, table
+from benchmarks.paper.images.setups import Setup
+from benchmarks.paper.task import Row, Settings, Task
+
+NAME = "rotated"
+DEGREES = tuple(range(0, 181, 15))
+_SHOWN = (0, 15, 30, 60, 90, 180)
+_OTHER = {"mnist": "fashion", "fashion": "mnist"}
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """Both sets at every seed."""
+    methods = (*PLAIN, *on_shift(PLAIN))
+    return [
+        image_task(
+            NAME,
+            settings,
+            setup=name,
+            seed=seed,
+            methods=methods,
+            make_tests=make_tests,
+        )
+        for seed in range(settings.seeds)
+        for name in _OTHER
+    ]
+
+
+def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
+    """The first test images at every angle, and some of the other set."""
+    first = data.test[: setup.shifted]
+
+    def shifts() -> Iterator[tuple[str, Part]]:
+        yield in_distribution(data, setup)
+        for degrees in DEGREES:
+            images = rotated(first.images, degrees)
+            yield f"rotation={degrees}", Part(images, first.labels)
+
+    other = _OTHER[data.name]
+    outside = read_images(other, data_dir).test[: setup.shifted].images
+    return Tests(shifts(), {other: outside})
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """Tables by set, and NLL by angle as pictures."""
+    parts = []
+    for name, other in _OTHER.items():
+        own = [row for row in rows if row["dataset"] == name]
+        if not own:
+            continue
+        columns = [
+            *(Column("", metric) for metric in ("nll", "error", "ece", "brier")),
+            Column("", "nll", to_map=True),
+            Column(f"ood={other}", "auroc"),
+        ]
+        parts.append(table(f"{name}, in distribution", columns, own))
+        columns = [Column(f"rotation={degrees}", "nll") for degrees in _SHOWN]
+        columns += [Column("rotation=*", metric) for metric in ("nll", "ece", "brier")]
+        columns.append(Column("rotation=*", "nll", to_map=True))
+        parts.append(table(f"{name}, rotated", columns, own))
+        at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
+        found = lines(own, at)
+        parts.append(
+            picture(found, folder / f"rotated-{name}.png", "rotation, degrees")
+        )
+    return "\n\n".join(parts)

@@ -1,0 +1,92 @@
+"""How much is done at each scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from benchmarks.paper.images.training import Recipe
+from benchmarks.paper.task import Scale
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One network on one data set.
+
+    Attributes:
+        dataset: See :mod:`~benchmarks.paper.images.readers`.
+        recipe: How its networks are trained.
+        num_subnet: Weights of a subnet.
+        fitted: Training images that the curvature is summed over, a random choice; the
+            sum is scaled up to all. None for all.
+        tuned: Held-out images that scales and rates are chosen on.
+        test: Test images in distribution; None for all.
+        shifted: Test images of each shift, the first ones.
+        members: Networks of an ensemble.
+        passes: Networks drawn for MC dropout and SWAG.
+        swag_epochs: Passes over the training data from the MAP on.
+        batch_size: Images whose Jacobian is held at once.
+    """
+
+    dataset: str
+    recipe: Recipe
+    num_subnet: int = 600
+    fitted: int | None = 10_000
+    tuned: int = 1000
+    test: int | None = None
+    shifted: int = 500
+    members: int = 5
+    passes: int = 30
+    swag_epochs: int = 1
+    batch_size: int = 250
+
+
+_RESNET = Recipe("resnet18", 30, 0.1, augment="flip", bfloat16=True)
+_SMALL = {
+    "mnist": Setup("mnist", Recipe("cnn", 3, 0.1)),
+    "fashion": Setup("fashion", Recipe("cnn", 4, 0.1)),
+    "fashion best": Setup(
+        "fashion",
+        Recipe("conv-bn-5", 8, 0.1, augment="mirror", bfloat16=True),
+        fitted=2000,
+    ),
+    "cifar10": Setup(
+        "cifar10",
+        Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True),
+        fitted=2000,
+        tuned=500,
+        test=2000,
+        shifted=100,
+    ),
+}
+
+
+def setup_of(name: str, scale: Scale) -> Setup:
+    """What is run of one network at one scale.
+
+    At ``"paper"`` every network is a ResNet-18, and its subnet of the paper's size.
+    """
+    small = _SMALL[name]
+    if scale == "small":
+        return small
+    if scale == "smoke":
+        return replace(
+            small,
+            recipe=replace(small.recipe, epochs=1, most=256),
+            num_subnet=20,
+            fitted=64,
+            tuned=20,
+            test=50,
+            shifted=10,
+            members=2,
+            passes=2,
+            batch_size=25,
+        )
+    return Setup(
+        small.dataset,
+        replace(_RESNET, augment="shift" if small.dataset == "mnist" else "flip"),
+        num_subnet=42_438,
+        fitted=None,
+        tuned=2000,
+        shifted=10_000,
+        batch_size=50,
+    )

@@ -1,0 +1,192 @@
+"""Networks trained to the MAP, and kept in files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.paper.images.networks import Architecture, make_network
+from benchmarks.paper.images.readers import ImageSet, Part, to_unit
+
+_MOMENTUM = 0.9
+_MOST_SHIFT = 2  # pixels; 4 of a padded CIFAR image, as is usual
+_WARM_UP = 0.25  # share of the steps in which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        architecture: See :func:`~benchmarks.paper.images.networks.make_network`.
+        epochs: Passes over the training part.
+        learning_rate: The highest of one cycle.
+        weight_decay: Prior precision over the number of training data, so that what is
+            reached is the MAP under N(0, 1 / (weight_decay N)).
+        batch_size: Images a step.
+        augment: ``"none"``, ``"shift"``, ``"mirror"``, or ``"flip"``: both.
+        bfloat16: Whether forward and backward passes are in mixed precision.
+        most: Training images at most; None for all.
+    """
+
+    architecture: Architecture
+    epochs: int
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    augment: Literal["none", "shift", "mirror", "flip"] = "none"
+    bfloat16: bool = False
+    most: int | None = None
+
+    def training_part(self, data: ImageSet) -> Part:
+        return data.train[: self.most] if self.most else data.train
+
+    def prior_precision(self, data: ImageSet) -> float:
+        """Of each weight, at the MAP that the recipe trains to."""
+        return self.weight_decay * len(self.training_part(data))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Trained networks, in a folder: trained when they are first asked for.
+
+    Attributes:
+        folder: Where the files are.
+        device: What they are trained and used on.
+    """
+
+    folder: Path
+    device: str = "cpu"
+
+    def get(
+        self,
+        data: ImageSet,
+        recipe: Recipe,
+        seed: int,
+        *,
+        member: int = 0,
+        dropout: float = 0.0,
+    ) -> nn.Sequential:
+        """A network at its MAP, in eval mode.
+
+        Args:
+            data: What it is trained on.
+            recipe: How.
+            seed: Of the run.
+            member: Of the ensemble: 0 is the network that all methods but ensembles
+                start from.
+            dropout: Rate.
+
+        Returns:
+            The network.
+        """
+        net = make_network(
+            recipe.architecture,
+            1000 * seed + member,
+            channels=data.train.images.shape[1],
+            dropout=dropout,
+        ).to(self.device)
+        path = self.folder / f"{_name(data, recipe, seed, member, dropout)}.safetensors"
+        if not path.exists():
+            fit(net, recipe.training_part(data), recipe, 1000 * seed + member)
+            write_whole(net.state_dict(), path)
+        net.load_state_dict(load_file(path, device=self.device))
+        return net.eval()
+
+
+def write_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a file that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+def fit(net: nn.Module, part: Part, recipe: Recipe, seed: int) -> None:
+    """SGD with momentum and one cycle of the learning rate, on the log joint density.
+
+    Source: Smith and Topin (2017), arXiv 1708.07120, for the cycle.
+    """
+    device = next(net.parameters()).device
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        lr=recipe.learning_rate,
+        momentum=_MOMENTUM,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+    )
+    steps = recipe.epochs * max(1, len(part) // recipe.batch_size)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.learning_rate,
+        total_steps=steps + 1,
+        pct_start=_WARM_UP,
+        cycle_momentum=False,
+    )
+    # Convolutions are faster in this layout, most of all in bfloat16.
+    layout = torch.channels_last
+    net.train().to(memory_format=layout)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # dropout
+        for x, y in batches(part, recipe, seed, steps):
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                logits = net(x.to(device, memory_format=layout))
+            F.cross_entropy(logits.float(), y.to(device)).backward()
+            optimizer.step()
+            cycle.step()
+    net.eval()
+
+
+def batches(
+    part: Part, recipe: Recipe, seed: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled minibatches, augmented, in passes over the data."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    size = min(recipe.batch_size, len(part))
+    for _ in range(steps):
+        if len(order) < size:
+            order = torch.randperm(len(part), generator=generator)
+        rows, order = order[:size], order[size:]
+        batch = part[rows]
+        x = to_unit(batch.images)
+        if recipe.augment in ("shift", "flip"):
+            x = _shifted(x, generator)
+        if recipe.augment in ("mirror", "flip"):
+            mirrored = torch.rand(len(x), generator=generator) < 0.5
+            x[mirrored] = x[mirrored].flip(-1)
+        yield x, batch.labels
+
+
+def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by a few pixels either way, blank where nothing comes in."""
+    most = _MOST_SHIFT * (2 if x.shape[1] == 3 else 1)
+    height, width = x.shape[-2:]
+    down, right = torch.randint(0, 2 * most + 1, (2, len(x), 1), generator=generator)
+    padded = F.pad(x, (most, most, most, most))
+    rows = (torch.arange(height) + down)[:, None, :, None]
+    columns = (torch.arange(width) + right)[:, None, None, :]
+    at = torch.arange(len(x))[:, None, None, None]
+    channels = torch.arange(x.shape[1])[None, :, None, None]
+    return padded[at, channels, rows, columns]
+
+
+def _name(
+    data: ImageSet, recipe: Recipe, seed: int, member: int, dropout: float
+) -> str:
+    parts = [data.name, recipe.architecture, f"seed{seed}", f"member{member}"]
+    parts += [f"epochs{recipe.epochs}", f"augment-{recipe.augment}"]
+    if dropout:
+        parts.append(f"dropout{dropout:g}")
+    if recipe.most:
+        parts.append(f"most{recipe.most}")
+    return "-".join(parts)

@@ -1,0 +1,440 @@
+import gzip
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.paper.images import (
+    cifar10,
+    corrupted,
+    evaluation,
+    fashion,
+    methods,
+    reporting,
+    rotated,
+)
+from benchmarks.paper.images.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from benchmarks.paper.images.networks import make_network, num_params
+from benchmarks.paper.images.readers import (
+    Part,
+    read_cifar_batch,
+    read_idx,
+    read_images,
+    to_unit,
+)
+from benchmarks.paper.images.swag import Swag, with_weights
+from benchmarks.paper.images.training import Networks, Recipe, batches, fit
+from benchmarks.paper.journal import read
+from benchmarks.paper.runner import run
+from benchmarks.paper.task import Settings
+
+
+def write_idx(path, array):
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim)
+    header += struct.pack(f">{array.ndim}i", *array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def write_sets(folder, num_train=40, num_test=12):
+    """All three sets, of random pixels, in the published formats."""
+    rng = np.random.default_rng(0)
+    for name in ("mnist", "fashion-mnist"):
+        for part, count in (("train", num_train), ("t10k", num_test)):
+            pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+            labels = (np.arange(count) % 10).astype(np.uint8)
+            write_idx(folder / name / f"{part}-images-idx3-ubyte.gz", pixels)
+            write_idx(folder / name / f"{part}-labels-idx1-ubyte.gz", labels)
+    own = folder / "cifar-10-batches-bin"
+    own.mkdir()
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    for name in names:
+        rows = rng.integers(0, 256, (num_test, 1 + 3072), dtype=np.uint8)
+        rows[:, 0] = np.arange(num_test) % 10
+        (own / name).write_bytes(rows.tobytes())
+
+
+class TestReaders:
+    def test_idx_bytes_by_hand(self, tmp_path):
+        raw = bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 255])
+        (tmp_path / "x.gz").write_bytes(gzip.compress(raw))
+        assert read_idx(tmp_path / "x.gz").tolist() == [[1, 2, 3], [4, 5, 255]]
+
+    def test_idx_of_another_type_is_refused(self, tmp_path):
+        (tmp_path / "x.gz").write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
+        with pytest.raises(ValueError, match="must be an idx file of bytes"):
+            read_idx(tmp_path / "x.gz")
+
+    def test_cifar_bytes_by_hand(self, tmp_path):
+        red, green, blue = (bytes([value]) * 1024 for value in (10, 20, 30))
+        blue = blue[:-1] + b"\x1f"
+        (tmp_path / "b.bin").write_bytes(b"\x07" + red + green + blue)
+        images, labels = read_cifar_batch(tmp_path / "b.bin")
+        assert images.shape == (1, 3, 32, 32)
+        assert labels.tolist() == [7]
+        assert images[0, :, 0, 0].tolist() == [10, 20, 30]
+        assert images[0, :, 31, 31].tolist() == [10, 20, 31]
+
+    @pytest.mark.parametrize("name", ["mnist", "fashion", "cifar10"])
+    def test_a_tenth_is_held_out_and_nothing_is_lost(self, tmp_path, name):
+        write_sets(tmp_path)
+        data = read_images(name, tmp_path)
+        total = 60 if name == "cifar10" else 40
+        assert len(data.held_out) == total // 10
+        assert len(data.train) == total - total // 10
+        assert len(data.test) == 12
+        both = torch.cat([data.train.images, data.held_out.images]).flatten(1)
+        assert len(both.unique(dim=0)) == total
+        again = read_images(name, tmp_path)
+        torch.testing.assert_close(again.held_out.images, data.held_out.images)
+
+    def test_a_missing_folder_says_what_was_looked_for(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="mnist in one of mnist, MNIST/raw"):
+            read_images("mnist", tmp_path)
+
+
+def smooth_images(count, channels, size):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(count, channels, size, size, generator=generator)
+    return (nn.functional.avg_pool2d(noise, 5, 1, 2) * 255).to(torch.uint8)
+
+
+class TestCorruptions:
+    @pytest.mark.parametrize("name", CORRUPTIONS)
+    @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
+    def test_shapes_bytes_seeds_and_identity(self, name, channels, size):
+        images = smooth_images(3, channels, size)
+        before = images.clone()
+        for severity in (1, 5):
+            found = corrupt(images, name, severity, seed=1)
+            assert found.shape == images.shape
+            assert found.dtype == torch.uint8
+            assert not torch.equal(found, images)
+            torch.testing.assert_close(found, corrupt(images, name, severity, seed=1))
+        torch.testing.assert_close(corrupt(images, name, 0), images)
+        torch.testing.assert_close(images, before)
+
+    # Elastic severities and saturations are no ladder in the published constants.
+    @pytest.mark.parametrize("name", sorted({*CORRUPTIONS} - {"elastic", "saturate"}))
+    def test_severity_grows(self, name):
+        images = smooth_images(20, 3, 32)
+        moved = [
+            float((corrupt(images, name, severity).float() - images).square().mean())
+            for severity in SEVERITIES
+        ]
+        # Glass blur's constants are blurs and moves by turns.
+        if name == "glass blur":
+            assert moved[0] < moved[4]
+        else:
+            assert moved == sorted(moved)
+
+    def test_brightness_adds_to_the_value(self):
+        grey = torch.tensor([0, 100, 250], dtype=torch.uint8).view(1, 1, 1, 3)
+        found = corrupt(grey, "brightness", 5).flatten().tolist()
+        assert found == [127, 227, 255]
+        colour = torch.tensor([100, 50, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+        # The value goes from 100 to 176.5 of 255, hue and saturation stay.
+        found = corrupt(colour, "brightness", 5).flatten().tolist()
+        assert found == [176, 88, 0]
+
+    def test_saturate_on_colour(self):
+        colour = torch.tensor([200, 150, 100], dtype=torch.uint8).view(1, 3, 1, 1)
+        # Saturation 0.5 times 0.1: blue lies 5% below the value, green half as far.
+        assert corrupt(colour, "saturate", 2).flatten().tolist() == [200, 195, 190]
+
+    def test_contrast_by_hand(self):
+        image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+        found = corrupt(image, "contrast", 5).flatten().tolist()
+        assert found == [math.floor(255 * 0.475), math.floor(255 * 0.525)]
+
+    def test_impulse_noise_hits_its_share(self):
+        images = torch.full((50, 1, 28, 28), 100, dtype=torch.uint8)
+        found = corrupt(images, "impulse noise", 5)
+        n, share = found.numel(), 0.27
+        # 4.3 standard errors: a false-alarm rate of 2e-5.
+        error = 4.3 * (share * (1 - share) / n) ** 0.5
+        assert abs(float((found != 100).double().mean()) - share) < error
+        error = 4.3 * (share / 2 * (1 - share / 2) / n) ** 0.5
+        assert abs(float((found == 255).double().mean()) - share / 2) < error
+
+    def test_gaussian_noise_has_its_scale(self):
+        images = torch.full((50, 1, 28, 28), 128, dtype=torch.uint8)
+        found = corrupt(images, "gaussian noise", 2).double() / 255
+        n = found.numel()
+        # Of a standard deviation, 4.3 standard errors; no pixel is clipped.
+        assert abs(float(found.std()) - 0.12) < 4.3 * 0.12 / (2 * n) ** 0.5
+
+    def test_pixelate_makes_blocks(self):
+        image = smooth_images(1, 1, 28)
+        found = corrupt(image, "pixelate", 2)  # 14 x 14 blocks
+        blocks = found.reshape(14, 2, 14, 2)
+        torch.testing.assert_close(blocks, blocks[:, :1, :, :1].expand_as(blocks))
+        means = image.float().reshape(14, 2, 14, 2).mean((1, 3))
+        assert float((blocks[:, 0, :, 0] - means).abs().max()) <= 1
+
+    @pytest.mark.parametrize("name", ["gaussian blur", "motion blur", "defocus blur"])
+    def test_blurs_keep_a_flat_image(self, name):
+        flat = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
+        found = corrupt(flat, name, 5)
+        assert int((found.int() - 77).abs().max()) <= 1
+
+    def test_elastic_affine_part_keeps_a_plane(self):
+        # A ramp under an affine map is a ramp, where the border does not enter.
+        ramp = (torch.arange(32) * 4).to(torch.uint8).expand(1, 3, 32, 32).clone()
+        found = corrupt(ramp, "elastic", 1).double()[0, 0, 12:20, 12:20]
+        second = found.diff(n=2, dim=1)
+        assert float(second.abs().max()) <= 2  # each step is cut to a byte
+
+
+class TestNetworks:
+    @pytest.mark.parametrize(
+        ("architecture", "channels", "size", "expected"),
+        [
+            ("cnn", 1, 28, 29_994),
+            ("conv-bn", 1, 28, None),
+            ("conv-bn-5", 3, 32, None),
+            ("resnet18", 3, 32, 11_173_962),
+        ],
+    )
+    def test_outputs_and_sizes(self, architecture, channels, size, expected):
+        net = make_network(architecture, 0, channels=channels, dropout=0.2).eval()
+        assert net(torch.rand(2, channels, size, size)).shape == (2, 10)
+        if expected is not None:
+            assert num_params(net) == expected
+
+    def test_training_lowers_the_loss_and_is_kept(self, tmp_path):
+        write_sets(tmp_path)
+        data = read_images("mnist", tmp_path)
+        recipe = Recipe("cnn", 8, 0.05, batch_size=9)
+        networks = Networks(tmp_path / "networks")
+        state = torch.get_rng_state()
+        net = networks.get(data, recipe, 3)
+        torch.testing.assert_close(torch.get_rng_state(), state)
+        assert not net.training
+        x, y = to_unit(data.train.images), data.train.labels
+        loss = nn.functional.cross_entropy
+        with torch.no_grad():
+            before = loss(make_network("cnn", 3000)(x), y)
+            assert float(loss(net(x), y)) < float(before)
+        (path,) = (tmp_path / "networks").iterdir()
+        stamp = path.stat().st_mtime_ns
+        again = networks.get(data, recipe, 3)
+        assert path.stat().st_mtime_ns == stamp
+        torch.testing.assert_close(again(x), net(x))
+
+    def test_weight_decay_is_the_prior(self, tmp_path):
+        # At the optimum of SGD with weight decay, the log joint density is flat.
+        write_sets(tmp_path)
+        data = read_images("mnist", tmp_path)
+        recipe = Recipe("cnn", 1, 0.01, weight_decay=0.1, batch_size=36)
+        assert recipe.prior_precision(data) == pytest.approx(3.6)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        fit(net, data.train, Recipe("cnn", 500, 0.02, 0.1, 36), 0)
+        x, y = to_unit(data.train.images), data.train.labels
+        nn.functional.cross_entropy(net(x), y, reduction="sum").backward()
+        weight = net[1].weight.detach()
+        slope = net[1].weight.grad + recipe.prior_precision(data) * weight
+        assert float(slope.abs().max()) < 0.02
+
+    def test_batches_pass_over_all_data(self):
+        part = Part(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10))
+        recipe = Recipe("cnn", 1, batch_size=4)
+        seen = [y for _, y in batches(part, recipe, 0, 4)]
+        assert [len(y) for y in seen] == [4] * 4
+        assert len(torch.cat(seen[:2]).unique()) == 8
+
+    def test_shifts_move_whole_images(self):
+        image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+        image[0, 0, 4, 4] = 255
+        part = Part(image.repeat(64, 1, 1, 1), torch.zeros(64, dtype=torch.int64))
+        recipe = Recipe("cnn", 1, batch_size=64, augment="shift")
+        ((x, _),) = batches(part, recipe, 0, 1)
+        assert x.sum().item() == 64
+        rows = x.flatten(1).argmax(1)
+        assert set((rows // 9).tolist()) == {2, 3, 4, 5, 6}
+        assert set((rows % 9).tolist()) == {2, 3, 4, 5, 6}
+
+
+class TestSwag:
+    def test_draws_have_the_moments(self):
+        generator = torch.Generator().manual_seed(0)
+        deviations = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.5, 0.0]])
+        variance = torch.tensor([1.0, 4.0, 0.0])
+        found = Swag(torch.tensor([1.0, 2.0, 3.0]), variance, deviations)
+        n, scale = 20_000, 0.5
+        draws = torch.stack([found.draw(scale, generator) for _ in range(n)])
+        # Algorithm 1: half the diagonal and half the low-rank covariance.
+        wanted = 0.5 * (variance.diag() + deviations.T @ deviations / (2 - 1))
+        # 4.3 standard errors of the largest entry, 1.0 after scaling.
+        torch.testing.assert_close(
+            draws.T.cov(), scale**2 * wanted, rtol=0, atol=4.3 * (2 / n) ** 0.5
+        )
+        torch.testing.assert_close(found.draw(0.0, generator), found.mean)
+
+    def test_moments_as_a_selector_reads_them(self):
+        variance = torch.tensor([0.5, 2.0, 0.0])
+        found = Swag(torch.tensor([1.0, 2.0, 3.0]), variance, torch.zeros(2, 3))
+        moments = found.moments()
+        torch.testing.assert_close(moments.variance.float(), variance)
+        torch.testing.assert_close(moments.mean.float(), found.mean)
+
+    def test_norms_are_fitted_to_new_weights(self):
+        net = nn.Sequential(
+            nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2, affine=False)
+        ).eval()
+        images = smooth_images(8, 1, 4)
+        part = Part(images, torch.zeros(8, dtype=torch.int64))
+        before = net[1].running_mean.clone()
+        other = with_weights(net, torch.tensor([1.0, 3.0]), part)
+        mean = to_unit(images).mean()
+        torch.testing.assert_close(other[1].running_mean, torch.stack([mean, 3 * mean]))
+        torch.testing.assert_close(net[1].running_mean, before)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    write_sets(folder, num_train=60)
+    settings = Settings(folder, folder / "out", "smoke", 1)
+    setup = evaluation.setup_of("mnist", "smoke")
+    data = read_images("mnist", folder)
+    return evaluation.make_case(data, setup, settings, 0)
+
+
+class TestMethods:
+    def test_mixture_is_the_mean_of_probabilities(self):
+        logs = [torch.randn(4, 3, dtype=torch.float64).log_softmax(1) for _ in range(5)]
+        by_hand = sum(part.exp() for part in logs) / 5
+        torch.testing.assert_close(methods.mixture(logs).exp(), by_hand)
+
+    def test_ensemble_by_hand(self, case):
+        x = to_unit(case.data.test.images)
+        found = methods.fit("deep ensemble", case).predict(x)
+        with torch.no_grad():
+            each = [case.net(member)(x).double().softmax(1) for member in (0, 1)]
+        torch.testing.assert_close(found.exp(), (each[0] + each[1]) / 2)
+        alone = methods.fit("MAP", case).predict(x)
+        torch.testing.assert_close(alone.exp(), each[0])
+
+    def test_dropout_averages_masked_passes(self, case):
+        x = to_unit(case.data.test.images[:4])
+        found = methods.fit("MC dropout", case)
+        rate = next(each.value for each in found.scores if each.metric == "scale")
+        net = case.net(dropout=rate)
+        for module in net.modules():
+            if isinstance(module, nn.Dropout | nn.Dropout2d):
+                module.train()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(case.seed)
+            passes = [net(x).double().softmax(1) for _ in range(case.setup.passes)]
+        torch.testing.assert_close(found.predict(x).exp(), sum(passes) / len(passes))
+        torch.testing.assert_close(found.predict(x), found.predict(x))
+
+    def test_temperature_is_the_best_on_the_tuning_images(self, case):
+        x, y = case.tune[""]
+        found = methods.fit("MAP with temperature", case)
+        logits = methods.logits(case.net(), x)
+        losses = {
+            t: float(nn.functional.cross_entropy(logits / t, y))
+            for t in methods.TEMPERATURES
+        }
+        assert found.scores[0].value == min(losses, key=losses.__getitem__)
+
+    def test_a_posterior_is_fitted_once_and_predicts_as_the_library(self, case):
+        name = "subnet RandomSubnet"
+        x = to_unit(case.data.test.images)
+        found = methods.fit(name, case).predict(x)
+        files = {
+            path.name: path.stat().st_mtime_ns
+            for path in case.file("posteriors", "x").parent.iterdir()
+        }
+        again = methods.fit(name, case).predict(x)
+        torch.testing.assert_close(again, found)
+        assert files == {
+            path.name: path.stat().st_mtime_ns
+            for path in case.file("posteriors", "x").parent.iterdir()
+        }
+        assert found.exp().sum(1).sub(1).abs().max() < 1e-9
+
+    def test_scores_against_definitions(self, case):
+        torch.manual_seed(0)
+        images = smooth_images(6, 1, 28)
+        labels = torch.tensor([0, 1, 2, 3, 4, 5])
+        log_probs = torch.randn(6, 10, dtype=torch.float64).log_softmax(1)
+        table = torch.cat([log_probs, log_probs[:2]])
+        found = evaluation.score(
+            lambda x: table[: len(x)],
+            [("", Part(images, labels))],
+            {"other": images[:2]},
+        )
+        by_name = {(each.shift, each.metric): each.value for each in found}
+        picked = [float(log_probs[n, n]) for n in range(6)]
+        assert by_name["", "nll"] == pytest.approx(-sum(picked) / 6)
+        one_hot = torch.eye(10, dtype=torch.float64)[:6]
+        brier = float((log_probs.exp() - one_hot).square().sum(1).mean())
+        assert by_name["", "brier"] == pytest.approx(brier)
+        wrong = sum(int(log_probs[n].argmax()) != n for n in range(6)) / 6
+        assert by_name["", "error"] == pytest.approx(wrong)
+        entropy = -(log_probs.exp() * log_probs).sum(1)
+        pairs = [
+            (float(b > a) + 0.5 * float(b == a)) for a in entropy for b in entropy[:2]
+        ]
+        assert by_name["ood=other", "auroc"] == pytest.approx(sum(pairs) / 12)
+
+
+class TestExperiments:
+    def test_rotation_by_a_quarter_turn(self):
+        images = smooth_images(2, 1, 28)
+        found = evaluation.rotated(images, 90)
+        assert int((found.int() - images.rot90(1, (2, 3)).int()).abs().max()) <= 1
+
+    def test_tasks_are_unique_and_cost_nothing(self, tmp_path):
+        settings = Settings(None, tmp_path, "small", 3)
+        made = [
+            task
+            for module in (rotated, corrupted, fashion, cifar10)
+            for task in module.tasks(settings)
+        ]
+        assert len({task.name for task in made}) == len(made) == 15
+        assert not list(tmp_path.iterdir())
+        for task in made:
+            assert len(set(task.methods)) == len(task.methods)
+
+    def test_a_run_and_its_report(self, tmp_path):
+        write_sets(tmp_path, num_train=60)
+        settings = Settings(tmp_path, tmp_path / "out", "smoke", 1)
+        chosen = ("MAP", "subnet LargestVariance", "MC dropout")
+        for module in (rotated, fashion, cifar10):
+            assert run([module.NAME], settings, chosen) == []
+        assert run([corrupted.NAME], settings, ("MAP",)) == []
+        for module, title in ((rotated, "mnist, rotated"), (cifar10, "CIFAR-10")):
+            rows = read(settings.out / f"{module.NAME}.jsonl")
+            text = module.report(rows, settings.out)
+            assert title in text
+            assert "| subnet LargestVariance |" in text
+        assert (settings.out / "rotated-mnist.png").stat().st_size > 1000
+
+    def test_means_and_errors_over_seeds(self):
+        rows = [
+            {
+                "method": "MAP",
+                "metric": "nll",
+                "shift": f"x={s}",
+                "seed": seed,
+                "value": 10.0 * seed + s,
+            }
+            for seed in range(3)
+            for s in (1, 3)
+        ]
+        column = reporting.Column("x=*", "nll")
+        assert reporting.by_seed(rows, "MAP", column) == [2, 12, 22]
+        other = [row | {"method": "SWAG", "value": row["value"] - 1} for row in rows]
+        column = reporting.Column("x=*", "nll", to_map=True)
+        found = reporting.by_seed([*rows, *other[2:]], "SWAG", column)
+        assert found == [-1, -1]  # of the seeds that both have
+        text = reporting.table("T", [reporting.Column("x=*", "nll")], rows)
+        # Standard deviation 10 over the root of 3.
+        assert "| MAP | 12.00 ± 5.77 |" in text
