@@ -11,7 +11,6 @@ from benchmarks.paper.reporting import (
     Found,
     collected,
     estimate,
-    legend,
     saved,
     shown,
     table,
@@ -156,7 +155,14 @@ def _kept_picture(found: Found, path: Path) -> str:
         ax.set_xscale("log")
         ax.set_title(variant)
         frame(ax, "weights in the subnet, %", "std in the gap / full Laplace's")
-    legend(panels[0])
+    # Below the panels: within them it would hide what little the lowest line shows.
+    panels[0].figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     return saved(panels, path)
 
 

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from benchmarks.paper.images.methods import METHODS, ON_SHIFT
 from benchmarks.paper.task import Row
 from benchmarks.selectors.report import mean_and_error
+from pyro_subnet.plotting.style import frame, strokes
 
 # Mean and standard error of a method at each position.
 Lines = dict[str, list[tuple[float, float, float]]]
 _BASE = "MAP"
+_NUM_STROKES = 6
 # Methods that pictures tell apart; the other subnets lie among these.
 _DRAWN = (
     "MAP",
@@ -31,7 +33,6 @@ _DRAWN = (
     "subnet PredictiveVariance",
     "diagonal Laplace",
 )
-_COLORS = ("black", *(f"C{index}" for index in range(10)))
 
 
 class Column(NamedTuple):
@@ -112,23 +113,33 @@ def picture(found: Lines, path: Path, label: str) -> str:
     On the left methods tuned on images like those trained on, on the right those tuned
     on images that show some shift; what is not tuned is on both sides.
     """
-    figure = Figure(figsize=(10, 4.5))
-    for axes, suffix, title in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("", ON_SHIFT),
-        ("tuned on images like those trained on", "tuned on images turned a little"),
-        strict=True,
-    ):
-        for color, base in zip(_COLORS, _DRAWN, strict=True):
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {
+        "": "tuned on images like those trained on",
+        ON_SHIFT: "tuned on images turned a little",
+    }
+    handles = {}
+    for axes, (suffix, title) in zip(panels, titles.items(), strict=True):
+        # More methods than strokes: the second time around points are hollow.
+        for place, (base, look) in enumerate(zip(_DRAWN, strokes(), strict=False)):
             method = f"{base}{suffix}"
             if method not in found and base in ("MAP", "deep ensemble"):
                 method = base
             if method in found:
                 at, means, errors = zip(*found[method], strict=True)
-                axes.errorbar(at, means, errors, label=base, color=color)
-        axes.set(xlabel=label, ylabel="NLL, nats", title=title)
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
+                fill = "white" if place >= _NUM_STROKES else look.color
+                options = {**look.options(), "markerfacecolor": fill}
+                handles[base] = axes.errorbar(at, means, errors, **options)
+        axes.set_title(title)
+        frame(axes, label, "NLL, nats")
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
     figure.savefig(path, dpi=80)
     return f"![NLL]({path.name})"
