@@ -1,6 +1,7 @@
 import gzip
 import math
 import struct
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.paper.images import (
+    baselines,
     cifar10,
     corrupted,
     evaluation,
@@ -16,6 +18,7 @@ from benchmarks.paper.images import (
     reporting,
     rotated,
 )
+from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, mixture, nll
 from benchmarks.paper.images.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from benchmarks.paper.images.networks import make_network, num_params
 from benchmarks.paper.images.readers import (
@@ -194,8 +197,8 @@ class TestNetworks:
         ("architecture", "channels", "size", "expected"),
         [
             ("cnn", 1, 28, 29_994),
-            ("conv-bn", 1, 28, None),
-            ("conv-bn-5", 3, 32, None),
+            ("conv-bn-5", 1, 28, None),
+            ("conv-bn-7", 3, 32, None),
             ("resnet18", 3, 32, 11_173_962),
         ],
     )
@@ -294,6 +297,20 @@ class TestSwag:
         torch.testing.assert_close(net[1].running_mean, before)
 
 
+@dataclass(frozen=True)
+class Second:
+    """Networks whose first member is another's second."""
+
+    networks: Networks
+
+    @property
+    def folder(self):
+        return self.networks.folder / "second"
+
+    def get(self, *args, member, **options):
+        return self.networks.get(*args, member=member + 1, **options)
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
@@ -308,7 +325,7 @@ class TestMethods:
     def test_mixture_is_the_mean_of_probabilities(self):
         logs = [torch.randn(4, 3, dtype=torch.float64).log_softmax(1) for _ in range(5)]
         by_hand = sum(part.exp() for part in logs) / 5
-        torch.testing.assert_close(methods.mixture(logs).exp(), by_hand)
+        torch.testing.assert_close(mixture(logs).exp(), by_hand)
 
     def test_ensemble_by_hand(self, case):
         x = to_unit(case.data.test.images)
@@ -322,26 +339,69 @@ class TestMethods:
     def test_dropout_averages_masked_passes(self, case):
         x = to_unit(case.data.test.images[:4])
         found = methods.fit("MC dropout", case)
-        rate = next(each.value for each in found.scores if each.metric == "scale")
-        net = case.net(dropout=rate)
+        chosen = {each.metric: each.value for each in found.scores}
+        net = case.net(dropout=chosen["rate"])
         for module in net.modules():
             if isinstance(module, nn.Dropout | nn.Dropout2d):
                 module.train()
+                module.p = chosen["scale"]
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(case.seed)
             passes = [net(x).double().softmax(1) for _ in range(case.setup.passes)]
         torch.testing.assert_close(found.predict(x).exp(), sum(passes) / len(passes))
         torch.testing.assert_close(found.predict(x), found.predict(x))
 
-    def test_temperature_is_the_best_on_the_tuning_images(self, case):
+    def test_searches_have_as_many_values_as_that_of_the_prior_precision(self):
+        assert len(baselines.TEMPERATURES) == len(baselines.swag_scales(45)) == 45
+        assert len(baselines.DROPOUT_RATES) * len(baselines.DROPOUT_FACTORS) == 44
+        assert min(baselines.TEMPERATURES) < 1 < max(baselines.TEMPERATURES)
+        scales = baselines.swag_scales(45)
+        assert scales[:2] == (0.0, 8.0)
+        assert scales[-1] == pytest.approx(8 * 2**-7.2)
+
+    @pytest.mark.parametrize(
+        ("name", "members"),
+        [("MAP with temperature", 1), ("deep ensemble with temperature", 2)],
+    )
+    def test_temperature_is_the_best_on_the_tuning_images(self, case, name, members):
         x, y = case.tune[""]
-        found = methods.fit("MAP with temperature", case)
-        logits = methods.logits(case.net(), x)
+        found = methods.fit(name, case)
+        with torch.no_grad():
+            each = [case.net(k)(x).double().softmax(1) for k in range(members)]
+        # Of the mixture, which at one member is the network itself.
+        log_probs = (sum(each) / len(each)).log()
         losses = {
-            t: float(nn.functional.cross_entropy(logits / t, y))
-            for t in methods.TEMPERATURES
+            t: float(nn.functional.cross_entropy(log_probs / t, y))
+            for t in baselines.TEMPERATURES
         }
-        assert found.scores[0].value == min(losses, key=losses.__getitem__)
+        best = min(losses, key=losses.__getitem__)
+        assert found.scores[0].value == best
+        expected = (log_probs / best).log_softmax(1)
+        torch.testing.assert_close(found.predict(x), expected)
+
+    def test_an_ensemble_mixes_the_posteriors_of_its_members(self, case):
+        x = to_unit(case.data.test.images)
+        name = "subnet PredictiveVariance"
+        found = methods.fit("ensemble of subnets (PredictiveVariance)", case)
+        alone = methods.fit(name, case).predict(x)
+        others = methods.fit(name, replace(case, networks=Second(case.networks)))
+        expected = mixture([alone, others.predict(x)])
+        torch.testing.assert_close(found.predict(x), expected)
+        assert float((expected - alone).abs().max()) > 1e-3
+
+    @pytest.mark.parametrize("suffix", ["", ON_SHIFT])
+    def test_a_tuned_prior_fits_its_images_better_than_the_own(self, case, suffix):
+        name = "subnet RandomSubnet"
+        own = methods.fit(f"{name}{OWN_PRIOR}", case)
+        tuned = methods.fit(f"{name}{suffix}", case)
+        assert {each.value for each in own.scores if each.metric == "scale"} == {1.0}
+        images = case.tune[suffix]
+        assert nll(tuned.predict, images) < nll(own.predict, images)
+
+    def test_sizes_of_subnets(self, case):
+        for name, size in (("S / 4", 5), ("5 S", 100)):
+            found = methods.fit(f"subnet RandomSubnet, {name}", case)
+            assert size in {each.value for each in found.scores if each.metric == "S"}
 
     def test_a_posterior_is_fitted_once_and_predicts_as_the_library(self, case):
         name = "subnet RandomSubnet"

@@ -21,7 +21,15 @@ from benchmarks.paper.reporting import (
     without_largest,
 )
 from benchmarks.paper.task import Row
-from benchmarks.paper.uci import ENDS, ENSEMBLE, NETWORKS, SETS, SMALL, methods_of
+from benchmarks.paper.uci import (
+    ENDS,
+    ENSEMBLE,
+    EQUAL,
+    NETWORKS,
+    SETS,
+    SMALL,
+    methods_of,
+)
 from pyro_subnet.plotting.style import INK, frame, new_row, strokes
 
 KINDS = {"standard": "", "gap": "gap"}
@@ -96,7 +104,7 @@ def to_base(
     ]
 
 
-def pairs(kind: str) -> list[tuple[str, str, str]]:
+def pairs() -> list[tuple[str, str, str]]:
     """Large network, subnet, and the small network with as many weights in all."""
     largest, smallest = ENDS[1], ENDS[0]
     found = [
@@ -108,20 +116,18 @@ def pairs(kind: str) -> list[tuple[str, str, str]]:
             "RandomSubnet",
         )
     ]
-    if kind == "standard":
-        found += [
-            (large, f"subnet {name}, S of {small}", small)
-            for large, small in SMALL.items()
-            for name in ("LargestVariance", "PredictiveVariance")
-        ]
-    return found
+    return found + [
+        (large, f"subnet {name}, S of {small}", small)
+        for large, small in SMALL.items()
+        for name in EQUAL
+    ]
 
 
 def _question(found: Found) -> str:
     """A small share of a large network less all of a small one."""
     lines = []
     for kind in KINDS:
-        for large, method, small in pairs(kind):
+        for large, method, small in pairs():
             full = (small, "full Laplace")
             by_set = to_base(found, kind, (large, method), full)
             # Where the full posterior does not fit, its MAP does not count either.
@@ -196,7 +202,7 @@ def _claims(found: Found) -> str:
 def _pooled(found: Found, kind: str, title: str) -> str:
     """Each method less the MAP, over all sets."""
     lines = []
-    for method in methods_of(ENDS[1], "standard"):
+    for method in methods_of(ENDS[1]):
         by_set = to_base(found, kind, (ENDS[1], method), (ENDS[1], "MAP"))
         every = [value for part in by_set for value in part]
         if every:
@@ -247,7 +253,7 @@ def _by_set(found: Found, kind: str, title: str) -> str:
 
     lines = [
         line(method, lambda name, method=method: mean_of(found, name, kind, method))
-        for method in methods_of(ENDS[1], "standard")
+        for method in methods_of(ENDS[1])
     ]
     lines = [each for each in lines if set(each[1:]) != {"-"}]
     heads = ["method", *(SHORT.get(name, name) for name in names)]

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.paper.images.corrupted import corruption_report, named_tests
-from benchmarks.paper.images.evaluation import image_task, on_shift
+from benchmarks.paper.images.evaluation import image_task, on_shift, untuned
 from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "cifar10"
 METHODS = (
     "MAP",
     "MAP with temperature",
+    "SWAG",
     "subnet LargestVariance",
+    "subnet LargestVariance (SWAG)",
     "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet LastLayer",
+    "subnet PredictiveVariance",
 )
 
 
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
-    methods = (*METHODS, *on_shift(METHODS))
+    methods = (*METHODS, *untuned(METHODS), *on_shift(METHODS))
     return [
         image_task(
             NAME,

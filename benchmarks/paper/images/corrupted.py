@@ -12,7 +12,9 @@ from benchmarks.paper.images.evaluation import (
     image_task,
     in_distribution,
     on_shift,
+    untuned,
 )
+from benchmarks.paper.images.methods import ENSEMBLES
 from benchmarks.paper.images.readers import ImageSet, Part
 from benchmarks.paper.images.reporting import Column, lines, picture, table
 from benchmarks.paper.images.setups import Setup
@@ -26,7 +28,7 @@ _FEWER = 4
 
 def tasks(settings: Settings) -> list[Task]:
     """MNIST at every seed."""
-    methods = (*PLAIN, *on_shift(PLAIN))
+    methods = (*PLAIN, *untuned(PLAIN), *on_shift((*PLAIN, *ENSEMBLES)))
     return [
         image_task(
             NAME,

@@ -10,7 +10,9 @@ import torch
 from scipy.ndimage import rotate
 from torch import Tensor
 
-from benchmarks.paper.images.methods import METHODS, ON_SHIFT, Case, Predict, fit
+from benchmarks.paper.images.baselines import BASELINES
+from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, Case, Predict
+from benchmarks.paper.images.methods import ENSEMBLES, METHODS, SIZES, fit
 from benchmarks.paper.images.readers import ImageSet, Part, read_images, to_unit
 from benchmarks.paper.images.setups import Setup, setup_of
 from benchmarks.paper.images.training import Networks
@@ -26,8 +28,8 @@ TILTS = (-30, -15, 0, 15, 30)
 # Not run unless asked for: the one's factor fits no network here, and the other's
 # predictions take as long as those of all other methods together.
 _TOO_LONG = ("full Laplace", "Kronecker Laplace")
-PLAIN = tuple(name for name in METHODS if name not in _TOO_LONG)
-# MAP and ensembles have nothing to tune; two selectors say no more the second time.
+PLAIN = tuple(name for name in METHODS if name not in (*_TOO_LONG, *SIZES, *ENSEMBLES))
+# MAP and ensemble have nothing to tune; two selectors say no more the second time.
 _TUNED_ONCE = (
     "MAP",
     "deep ensemble",
@@ -89,6 +91,11 @@ def image_task(
 def on_shift(methods: Sequence[str]) -> tuple[str, ...]:
     """The same methods, tuned on images that show some shift."""
     return tuple(f"{name}{ON_SHIFT}" for name in methods if name not in _TUNED_ONCE)
+
+
+def untuned(methods: Sequence[str]) -> tuple[str, ...]:
+    """Those of the same that have a prior, with that of the MAP."""
+    return tuple(f"{name}{OWN_PRIOR}" for name in methods if name not in BASELINES)
 
 
 def make_case(data: ImageSet, setup: Setup, settings: Settings, seed: int) -> Case:

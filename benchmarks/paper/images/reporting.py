@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.paper.images.methods import METHODS, ON_SHIFT
+from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR
+from benchmarks.paper.images.methods import METHODS
 from benchmarks.paper.task import Row
 from benchmarks.selectors.report import mean_and_error
 from pyro_subnet.plotting.style import frame, strokes
@@ -74,7 +75,8 @@ def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
 def methods_of(rows: Sequence[Row]) -> list[str]:
     """In the order of the table of methods."""
     there = {row["method"] for row in rows}
-    order = [*METHODS, *(f"{name}{ON_SHIFT}" for name in METHODS)]
+    suffixes = ("", OWN_PRIOR, ON_SHIFT)
+    order = [f"{name}{suffix}" for suffix in suffixes for name in METHODS]
     return [name for name in order if name in there]
 
 

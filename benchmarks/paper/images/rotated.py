@@ -12,7 +12,9 @@ from benchmarks.paper.images.evaluation import (
     in_distribution,
     on_shift,
     rotated,
+    untuned,
 )
+from benchmarks.paper.images.methods import ENSEMBLES, SIZES
 from benchmarks.paper.images.readers import ImageSet, Part, read_images
 from benchmarks.paper.images.reporting import Column, lines, picture, table
 from benchmarks.paper.images.setups import Setup
@@ -26,7 +28,10 @@ _OTHER = {"mnist": "fashion", "fashion": "mnist"}
 
 def tasks(settings: Settings) -> list[Task]:
     """Both sets at every seed."""
-    methods = (*PLAIN, *on_shift(PLAIN))
+    # Five times the paper's S has no room.
+    sizes = () if settings.scale == "paper" else tuple(SIZES)
+    shown = on_shift((*PLAIN, *ENSEMBLES, *sizes))
+    methods = (*PLAIN, *untuned(PLAIN), *shown)
     return [
         image_task(
             NAME,

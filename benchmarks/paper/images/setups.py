@@ -24,6 +24,7 @@ class Setup:
         members: Networks of an ensemble.
         passes: Networks drawn for MC dropout and SWAG.
         swag_epochs: Passes over the training data from the MAP on.
+        swag_tries: Scales of SWAG that are tried.
         batch_size: Images whose Jacobian is held at once.
     """
 
@@ -37,6 +38,7 @@ class Setup:
     members: int = 5
     passes: int = 30
     swag_epochs: int = 1
+    swag_tries: int = 45
     batch_size: int = 250
 
 
@@ -51,11 +53,13 @@ _SMALL = {
     ),
     "cifar10": Setup(
         "cifar10",
-        Recipe("conv-bn", 8, 0.1, augment="flip", bfloat16=True),
+        Recipe("conv-bn-7", 12, 0.1, augment="flip", bfloat16=True),
         fitted=2000,
         tuned=500,
         test=2000,
         shifted=100,
+        passes=10,
+        swag_tries=9,
     ),
 }
 
@@ -79,6 +83,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
             shifted=10,
             members=2,
             passes=2,
+            swag_tries=3,
             batch_size=25,
         )
     return Setup(
