@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.paper.images.corrupted import corruption_report, named_tests
-from benchmarks.paper.images.evaluation import image_task, on_shift, untuned
+from benchmarks.paper.images.evaluation import image_tasks, on_shift, untuned
 from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "cifar10"
@@ -26,17 +26,7 @@ METHODS = (
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
     methods = (*METHODS, *untuned(METHODS), *on_shift(METHODS))
-    return [
-        image_task(
-            NAME,
-            settings,
-            setup="cifar10",
-            seed=seed,
-            methods=methods,
-            make_tests=named_tests,
-        )
-        for seed in range(settings.seeds)
-    ]
+    return image_tasks(NAME, settings, ("cifar10",), methods, named_tests)
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:

@@ -9,7 +9,7 @@ from benchmarks.paper.images.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from benchmarks.paper.images.evaluation import (
     PLAIN,
     Tests,
-    image_task,
+    image_tasks,
     in_distribution,
     on_shift,
     untuned,
@@ -29,17 +29,7 @@ _FEWER = 4
 def tasks(settings: Settings) -> list[Task]:
     """MNIST at every seed."""
     methods = (*PLAIN, *untuned(PLAIN), *on_shift((*PLAIN, *ENSEMBLES)))
-    return [
-        image_task(
-            NAME,
-            settings,
-            setup="mnist",
-            seed=seed,
-            methods=methods,
-            make_tests=all_tests,
-        )
-        for seed in range(settings.seeds)
-    ]
+    return image_tasks(NAME, settings, ("mnist",), methods, all_tests)
 
 
 def all_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,38 +55,45 @@ class Tests:
 MakeTests = Callable[[ImageSet, Setup, Path], Tests]
 
 
-def image_task(
+def image_tasks(
     experiment: str,
     settings: Settings,
-    *,
-    setup: str,
-    seed: int,
+    setups: Sequence[str],
     methods: Sequence[str],
     make_tests: MakeTests,
-) -> Task:
-    """A task that fits methods to one set and scores them."""
+) -> list[Task]:
+    """One task a seed and setup, which fits the methods and scores them."""
+    chosen = [setup_of(name, settings.scale) for name in setups]
+    return [
+        Task(
+            experiment,
+            setup.dataset,
+            seed,
+            setup.recipe.architecture,
+            tuple(methods),
+            partial(_run, settings, setup, seed, make_tests),
+        )
+        for seed in range(settings.seeds)
+        for setup in chosen
+    ]
 
-    def run(todo: Sequence[str]) -> Iterator[tuple[str, list[Score]]]:
-        if settings.data_dir is None:
-            raise FileNotFoundError("The images' folder must be named: --data-dir.")
-        chosen = setup_of(setup, settings.scale)
-        data = read_images(chosen.dataset, settings.data_dir)
-        case = make_case(data, chosen, settings, seed)
-        tests = make_tests(data, chosen, settings.data_dir)
-        shifts = list(tests.shifts)
-        for method in todo:
-            found = fit(method, case)
-            yield method, [*found.scores, *score(found.predict, shifts, tests.outside)]
 
-    variant = setup_of(setup, settings.scale).recipe.architecture
-    return Task(
-        experiment,
-        setup_of(setup, settings.scale).dataset,
-        seed,
-        variant,
-        tuple(methods),
-        run,
-    )
+def _run(
+    settings: Settings,
+    setup: Setup,
+    seed: int,
+    make_tests: MakeTests,
+    methods: Sequence[str],
+) -> Iterator[tuple[str, list[Score]]]:
+    if settings.data_dir is None:
+        raise FileNotFoundError("The images' folder must be named: --data-dir.")
+    data = read_images(setup.dataset, settings.data_dir)
+    case = make_case(data, setup, settings, seed)
+    tests = make_tests(data, setup, settings.data_dir)
+    shifts = list(tests.shifts)
+    for method in methods:
+        found = fit(method, case)
+        yield method, [*found.scores, *score(found.predict, shifts, tests.outside)]
 
 
 def on_shift(methods: Sequence[str]) -> tuple[str, ...]:

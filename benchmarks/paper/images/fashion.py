@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.images.evaluation import Tests, image_task, in_distribution
+from benchmarks.paper.images.evaluation import Tests, image_tasks, in_distribution
 from benchmarks.paper.images.readers import ImageSet
 from benchmarks.paper.images.reporting import Column, table
 from benchmarks.paper.images.setups import Setup
@@ -22,17 +22,7 @@ METHODS = (
 
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
-    return [
-        image_task(
-            NAME,
-            settings,
-            setup="fashion best",
-            seed=seed,
-            methods=METHODS,
-            make_tests=make_tests,
-        )
-        for seed in range(settings.seeds)
-    ]
+    return image_tasks(NAME, settings, ("fashion best",), METHODS, make_tests)
 
 
 def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.paper.images.evaluation import (
     PLAIN,
     Tests,
-    image_task,
+    image_tasks,
     in_distribution,
     on_shift,
     rotated,
@@ -32,18 +32,7 @@ def tasks(settings: Settings) -> list[Task]:
     sizes = () if settings.scale == "paper" else tuple(SIZES)
     shown = on_shift((*PLAIN, *ENSEMBLES, *sizes))
     methods = (*PLAIN, *untuned(PLAIN), *shown)
-    return [
-        image_task(
-            NAME,
-            settings,
-            setup=name,
-            seed=seed,
-            methods=methods,
-            make_tests=make_tests,
-        )
-        for seed in range(settings.seeds)
-        for name in _OTHER
-    ]
+    return image_tasks(NAME, settings, tuple(_OTHER), methods, make_tests)
 
 
 def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
