@@ -31,7 +31,12 @@ from pyro_subnet.selection import (
     PredictiveVariance,
     Selector,
 )
-from pyro_subnet.selection.greedy import add_in_blocks_, check_pool_fits, exchange_
+from pyro_subnet.selection.greedy import (
+    add_in_blocks_,
+    check_pool_fits,
+    exchange_,
+    pool_size,
+)
 from tests.cases import (
     CASES,
     DOUBLE,
@@ -271,6 +276,49 @@ def test_greedy_chooses_among_the_best_by_the_diagonal() -> None:
     assert found.flat.tolist() == sorted(among[chosen].tolist())
 
 
+@pytest.mark.parametrize(
+    ("pool", "size", "expected"),
+    [
+        (None, 3, 2048),
+        (None, 1000, 4000),
+        (None, 4000, 9000),
+        (None, 9000, 9000),
+        (2.5, 4, 10),
+        (1, 7, 7),
+        (1.2, 1, 1),
+        (1e9, 7, 9000),
+    ],
+)
+def test_how_many_candidates(pool: Any, size: int, expected: int) -> None:
+    assert pool_size(pool, size, 9000, 4.0) == expected
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        lambda **pool: PredictiveVariance(2, method="greedy", block_size=1, **pool),
+        lambda **pool: GreedyVariance(2, **pool),
+    ],
+    ids=["PredictiveVariance", "GreedyVariance"],
+)
+def test_copies_do_not_fill_the_pool(selector: Any) -> None:
+    """Nine inputs that are copies, and one of half their size that is not."""
+    main, other = draw(0, 40), draw(1, 40)
+    x = torch.stack([*([main] * 9), 0.5 * other], -1)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(x.new_zeros(10), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
+
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(model, selector())
+    data = Data.single((x, main), {})
+    guide(x, main)
+    assert 9 in selector()(guide, data).flat.tolist()
+    # Four candidates a weight are all copies.
+    assert 9 not in selector(pool=4)(guide, data).flat.tolist()
+
+
 def exchanged(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
     at = torch.tensor(start)
     return exchange_(p.clone(), a.clone(), at, max_swaps=most, noise=1e-9).tolist()
@@ -327,14 +375,14 @@ def test_greedy_variance_refines_the_largest_gradients(name: str) -> None:
     case = case_of(name)
     p, a = precision(case), gram(case)
     for size in (1, 6, case.num_params):
-        found = select(case, GreedyVariance(size)).flat
+        found = select(case, GreedyVariance(size, pool=2)).flat
         pool = torch.tensor(top(a.diagonal(), min(2 * size, case.num_params)))
         start = torch.searchsorted(pool, torch.tensor(top(a.diagonal(), size)))
         expected = swaps(p[pool][:, pool], a[pool][:, pool], start.tolist(), 200)
         assert kept(p, a, found) == pytest.approx(kept(p, a, pool[expected]), rel=1e-8)
         gradients = select(case, LargestGradient(size)).flat
         assert kept(p, a, found) >= kept(p, a, gradients) * (1 - 1e-9)
-        unrefined = select(case, GreedyVariance(size, max_swaps=0)).flat
+        unrefined = select(case, GreedyVariance(size, pool=2, max_swaps=0)).flat
         assert unrefined.tolist() == gradients.tolist()
 
 

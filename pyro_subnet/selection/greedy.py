@@ -26,38 +26,46 @@ from pyro_subnet.selection.base import largest
 # M x M matrices that are held at once, in float64: P, A, and blocks of S rows.
 MATRICES_TO_ADD, MATRICES_TO_EXCHANGE = 3, 5
 _BYTES = 8
+# Candidates by default, at least: the best by single scores are often alike, and fill a
+# pool of a few small subnets' size before weights enter that would add to them.
+_LEAST_POOL = 2048
 # Round-off that the gains below may carry, relative to what they are differences of.
 _NOISE = 1e-12
 
 
-def check_pool(pool: int | float) -> None:
+def check_pool(pool: int | float | None) -> None:
     """Refuses a pool smaller than the subnet.
 
     Args:
-        pool: Candidates per chosen weight.
+        pool: Candidates per chosen weight; None for the default.
 
     Raises:
         OptionError: If it is less than 1, or NaN.
     """
-    if not pool >= 1:
+    if pool is not None and not pool >= 1:
         raise OptionError(
             f"`pool` must be at least 1, a candidate for each chosen weight; got "
             f"{pool}. Leave it out for the default."
         )
 
 
-def pool_size(pool: int | float, size: int, num_params: int) -> int:
+def pool_size(
+    pool: int | float | None, size: int, num_params: int, default: float
+) -> int:
     """How many candidates there are.
 
     Args:
-        pool: Candidates per chosen weight.
+        pool: Candidates per chosen weight; None for ``default``, and at least 2,048 in
+            all.
         size: S.
         num_params: D.
+        default: Candidates per chosen weight of large subnets.
 
     Returns:
         M, from S to D.
     """
-    return max(size, round(min(pool * size, num_params)))
+    wanted = max(default * size, _LEAST_POOL) if pool is None else pool * size
+    return max(size, round(min(wanted, num_params)))
 
 
 def check_pool_fits(num_candidates: int, matrices: int, device: torch.device) -> None:

@@ -33,6 +33,9 @@ from pyro_subnet.selection.greedy import (
 )
 from pyro_subnet.subnet import Subnet
 
+# Candidates per chosen weight of large subnets, by default.
+_CANDIDATES = 2.0
+
 
 @dataclass(frozen=True, eq=False)
 class GreedyVariance(Selector):
@@ -58,7 +61,8 @@ class GreedyVariance(Selector):
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
         inputs: As for :class:`LargestGradient`; None for the training data.
-        pool: Candidates per chosen weight, at least 1.
+        pool: Candidates per chosen weight, at least 1; None for 2, and at least 2,048
+            candidates in all.
         max_swaps: How many weights may be swapped.
 
     Raises:
@@ -72,7 +76,7 @@ class GreedyVariance(Selector):
 
     size: int | float
     inputs: Any = None
-    pool: int | float = 2.0
+    pool: int | float | None = None
     max_swaps: int = 200
 
     passes_over_data = True
@@ -107,7 +111,7 @@ class GreedyVariance(Selector):
         latents, model = guide.latents, guide.user_model
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
-        num_candidates = pool_size(self.pool, size, layout.num_params)
+        num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
         check_pool_fits(num_candidates, MATRICES_TO_EXCHANGE, latents.loc.device)
         inputs = reference_data(self.inputs, data)
         scores = squared_gradients(model, latents, inputs, "equal")

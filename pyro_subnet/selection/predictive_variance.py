@@ -37,6 +37,8 @@ from pyro_subnet.selection.greedy import (
 )
 from pyro_subnet.subnet import Subnet
 
+# Candidates per chosen weight of large subnets, by default.
+_CANDIDATES = 4.0
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
 
@@ -55,12 +57,13 @@ class PredictiveVariance(Selector):
     with ``weighting="fisher"`` the score is the share that ``explained_variance`` sums,
     which no other subnet of the size then exceeds.
 
-    ``"greedy"`` counts correlations among the M best of those, with M = ``pool`` x S: a
+    ``"greedy"`` counts correlations among the M best of those, M = ``pool`` x S: a
     block of weights at a time enters, those that add most to f given all blocks before,
     by Schur complements. With ``block_size=1`` it is the forward greedy algorithm. It
     costs a further pass of each, 2 M^2 operations a row of J in them, 6 M^2 S for the
     choice, and three M x M matrices of memory in float64; D x D only if M = D. Weights
-    that add nothing go by position.
+    that add nothing go by position. A pool that is small against the weights of large
+    variance holds nearly the same ones many times over, and costs most of the gain.
 
     Neither is the best subset, which no known algorithm of reasonable cost finds;
     :class:`Subspace` bounds it from above.
@@ -77,7 +80,8 @@ class PredictiveVariance(Selector):
             :math:`\operatorname{tr} \Lambda \operatorname{Var} \eta`, twice the
             expected divergence of p(y | η) from that at the MAP to second order, each
             site with its scale and mask: nats, whatever the parameters' units.
-        pool: Candidates of ``"greedy"`` per chosen weight, at least 1.
+        pool: Candidates of ``"greedy"`` per chosen weight, at least 1; None for 4, and
+            at least 2,048 candidates in all.
         block_size: Weights a step of ``"greedy"``; None for S / 64, at least 1.
 
     Raises:
@@ -93,7 +97,7 @@ class PredictiveVariance(Selector):
     inputs: Any = None
     method: Literal["diagonal", "greedy"] = "diagonal"
     weighting: Weighting = "equal"
-    pool: int | float = 4.0
+    pool: int | float | None = None
     block_size: int | None = None
 
     passes_over_data = True
@@ -136,7 +140,7 @@ class PredictiveVariance(Selector):
         latents, model = guide.latents, guide.user_model
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
-        num_candidates = pool_size(self.pool, size, layout.num_params)
+        num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
         if self.method == "greedy":
             check_pool_fits(num_candidates, MATRICES_TO_ADD, latents.loc.device)
         inputs = reference_data(self.inputs, data)
