@@ -129,6 +129,12 @@ def test_another_scale_is_another_run(tmp_path: Path) -> None:
     assert Journal(path, "smoke").todo(task(seed=1)) == ["a", "b"]
 
 
+def test_methods_that_no_task_has(tmp_path: Path, experiment: list[Task]) -> None:
+    settings = Settings(None, tmp_path, "smoke", 2)
+    with pytest.raises(ValueError, match=r"of dummy; got 'c'\. Choose from: a; b"):
+        runner.run(["dummy"], settings, methods=["b", "c"])
+
+
 def test_a_run_does_what_is_not_done(tmp_path: Path, experiment: list[Task]) -> None:
     settings = Settings(None, tmp_path, "smoke", 2)
     assert runner.run(["dummy"], settings, methods=["b"]) == []
@@ -183,8 +189,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     rows = read(path)
     assert path.read_bytes()[: len(before)].startswith(before[: before.rfind(b"\n")])
     found = {key(row) for row in rows}
-    # Two tasks of a gap split beside four of a standard one; four methods each.
-    assert len(found) == 24
+    # Four networks on a standard and on a gap split; four methods each.
+    assert len(found) == 32
     assert len({(*key(row), row["shift"], row["metric"]) for row in rows}) == len(rows)
     assert 0 < kept <= len(rows)
 

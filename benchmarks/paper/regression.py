@@ -233,6 +233,9 @@ class Network:
             "LargestMagnitude": LargestMagnitude,
             "LastLayer": lambda count: LastLayer(),
             "PredictiveVariance": PredictiveVariance,
+            "PredictiveVariance, greedy": lambda count: PredictiveVariance(
+                count, method="greedy"
+            ),
         }
         return table[name](size)
 

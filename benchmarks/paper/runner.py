@@ -64,8 +64,19 @@ def run(
     methods: Sequence[str] | None = None,
     workers: int = 1,
 ) -> list[str]:
-    """Runs what is not done yet, and says what failed."""
+    """Runs what is not done yet, and says what failed.
+
+    Raises:
+        ValueError: If none of the experiments has a method that is named.
+    """
     tasks = {name: EXPERIMENTS[name].tasks(settings) for name in names}
+    known = {part: None for made in tasks.values() for t in made for part in t.methods}
+    unknown = [part for part in methods or () if part not in known]
+    if unknown:
+        raise ValueError(
+            f"Methods must be among those of {', '.join(names)}; got {unknown[0]!r}. "
+            f"Choose from: {'; '.join(known)}."
+        )
     journals = {
         name: Journal(settings.out / f"{name}.jsonl", settings.scale) for name in names
     }

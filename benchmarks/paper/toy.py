@@ -156,7 +156,6 @@ def fit(network: Network, method: str) -> Fitted:
     between = GRID[_BETWEEN].unsqueeze(-1)
     own = {
         "LargestVariance, alive": lambda: LargestVariance(size, keep_dead=False),
-        "PredictiveVariance, greedy": lambda: PredictiveVariance(size, method="greedy"),
         "PredictiveVariance, greedy, gap": lambda: PredictiveVariance(
             size, between, method="greedy"
         ),

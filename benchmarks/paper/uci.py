@@ -38,6 +38,8 @@ SELECTORS = (
     "LastLayer",
 )
 SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
+# Of the largest network alone: a choice of thousands of weights takes seconds.
+GREEDY = "subnet PredictiveVariance, greedy"
 ENSEMBLE = "ensemble of subnets"
 SWAG_SUBNET = "subnet LargestVariance (SWAG)"
 # Whose D is the size of further subnets. In the largest network every subnet has the
@@ -56,7 +58,8 @@ def methods_of(variant: str) -> tuple[str, ...]:
     sized = tuple(
         f"subnet {name}, S of {SMALL[variant]}" for name in EQUAL if variant in SMALL
     )
-    laplace = (*SUBNETS, *sized, "diagonal Laplace", "full Laplace")
+    greedy = (GREEDY,) if variant == ENDS[1] else ()
+    laplace = (*SUBNETS, *greedy, *sized, "diagonal Laplace", "full Laplace")
     ensembles = ("deep ensemble", ENSEMBLE, f"{ENSEMBLE} (PredictiveVariance)")
     return ("MAP", *laplace, *ensembles, SWAG_SUBNET, "SWAG", "MC dropout")
 

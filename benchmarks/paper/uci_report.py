@@ -79,7 +79,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             _by_set(found, kind, title),
             _picture(found, kind, folder / f"uci-{kind}.png"),
         ]
-    return "\n\n".join([*parts, _networks(found), _rmse(found)])
+    return "\n\n".join([*parts, _by_network(found), _networks(found), _rmse(found)])
 
 
 def cell(
@@ -271,6 +271,24 @@ def mean_of(
 ) -> Estimate | None:
     values = found.get(cell(name, kind, variant, method, metric), {})
     return estimate(list(values.values()))
+
+
+def _by_network(found: Found) -> str:
+    """Each method less the MAP of the same network, over all sets."""
+    lines = []
+    for method in methods_of(ENDS[1]):
+        cells = []
+        for kind in KINDS:
+            for variant in NETWORKS:
+                by_set = to_base(found, kind, (variant, method), (variant, "MAP"))
+                # Not where it fits some sets alone: their mean is of other data.
+                whole = all(by_set)
+                cells.append(shown(pooled(by_set) if whole else None, sign=True))
+        if set(cells) != {"-"}:
+            lines.append([method, *cells])
+    heads = [f"{variant}, {kind}" for kind in KINDS for variant in NETWORKS]
+    title = "Every network: log likelihood, to its MAP"
+    return table(title, ["method", *heads], lines)
 
 
 def _networks(found: Found) -> str:
