@@ -466,7 +466,7 @@ class TestExperiments:
     def test_a_run_and_its_report(self, tmp_path):
         write_sets(tmp_path, num_train=60)
         settings = Settings(tmp_path, tmp_path / "out", "smoke", 1)
-        chosen = ("MAP", "subnet LargestVariance", "MC dropout")
+        chosen = ("MAP", "subnet LargestVariance")
         for module in (rotated, fashion, cifar10):
             assert run([module.NAME], settings, chosen) == []
         assert run([corrupted.NAME], settings, ("MAP",)) == []
@@ -495,6 +495,39 @@ class TestExperiments:
         column = reporting.Column("x=*", "nll", to_map=True)
         found = reporting.by_seed([*rows, *other[2:]], "SWAG", column)
         assert found == [-1, -1]  # of the seeds that both have
-        text = reporting.table("T", [reporting.Column("x=*", "nll")], rows)
+        text = reporting.table("T", [reporting.Column("x=*", "nll")], [*rows, *other])
         # Standard deviation 10 over the root of 3.
         assert "| MAP | 12.00 ± 5.77 |" in text
+
+    def test_sets_side_by_side(self):
+        first = [
+            {"method": "MAP", "metric": "nll", "shift": "", "seed": s, "value": 1.0}
+            for s in range(2)
+        ]
+        second = [row | {"value": 2.0} for row in first[:1]]
+        first += [first[0] | {"method": "SWAG", "value": 3.0}]
+        columns = [reporting.Column("", "nll")]
+        text = reporting.side_by_side(
+            "T",
+            [
+                reporting.Panel("a:", columns, first),
+                reporting.Panel("b:", columns, second),
+            ],
+        )
+        assert "| method | a: nll | b: nll |" in text
+        assert "| MAP | 1.000 ± 0.000 | 2 |" in text
+        assert "| SWAG (0, 1 of 2 seeds) | 3 | - |" in text
+
+    def test_tables_by_how_methods_are_tuned(self):
+        subnet, ensemble = "subnet RandomSubnet", "deep ensemble"
+        alone = ["MAP", ensemble]
+        methods = [*alone, subnet, f"{subnet}{OWN_PRIOR}"]
+        assert reporting.groups(methods) == {
+            "": [*alone, subnet],
+            ", prior of the MAP": [*alone, f"{subnet}{OWN_PRIOR}"],
+        }
+        by_size = [f"{subnet}{ON_SHIFT}", f"{subnet}, 5 S{ON_SHIFT}"]
+        assert reporting.groups(["MAP", *by_size]) == {
+            ON_SHIFT: ["MAP", by_size[0]],
+            f"{ON_SHIFT}, by size": ["MAP", *by_size],
+        }

@@ -87,12 +87,18 @@ _POSTERIORS: dict[str, Posterior] = {
         lambda size, case, shown: PredictiveVariance(size, (case.tune[shown][0],)),
         looks=True,
     ),
+    "subnet PredictiveVariance, greedy": Posterior(
+        lambda size, case, shown: PredictiveVariance(
+            size, (case.tune[shown][0],), method="greedy"
+        ),
+        looks=True,
+    ),
     "diagonal Laplace": Posterior(lambda size, case, shown: None, "diag"),
     "Kronecker Laplace": Posterior(lambda size, case, shown: None, "kron"),
     "full Laplace": Posterior(lambda size, case, shown: None),
 }
 # The same with fewer and more weights.
-_SIZED = (
+SIZED = (
     "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet PredictiveVariance",
@@ -100,7 +106,7 @@ _SIZED = (
 SIZES = {
     f"{name}, {words}": _POSTERIORS[name]._replace(times=times)
     for words, times in (("S / 4", 0.25), ("5 S", 5.0))
-    for name in _SIZED
+    for name in SIZED
 }
 _POSTERIORS |= SIZES
 # Mixtures of the members' posteriors, each tuned by itself.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR
-from benchmarks.paper.images.methods import METHODS
+from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
 from benchmarks.paper.task import Row
 from benchmarks.selectors.report import mean_and_error
 from pyro_subnet.plotting.style import frame, strokes
@@ -19,6 +19,8 @@ from pyro_subnet.plotting.style import frame, strokes
 # Mean and standard error of a method at each position.
 Lines = dict[str, list[tuple[float, float, float]]]
 _BASE = "MAP"
+# Tuned by nothing, and shown beside whatever is.
+_UNTUNED = (_BASE, "deep ensemble")
 _NUM_STROKES = 6
 # Methods that pictures tell apart; the other subnets lie among these.
 _DRAWN = (
@@ -80,17 +82,79 @@ def methods_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in order if name in there]
 
 
+def groups(methods: Sequence[str]) -> dict[str, list[str]]:
+    """Methods by how they are tuned, each with the two that are not."""
+    sized = {f"{name}{ON_SHIFT}" for name in SIZES}
+    usual = {f"{name}{ON_SHIFT}" for name in SIZED}
+    ends = {"": "", ", prior of the MAP": OWN_PRIOR, ON_SHIFT: ON_SHIFT}
+    found = {
+        words: [
+            name
+            for name in methods
+            if name in _UNTUNED or (_suffix(name) == suffix and name not in sized)
+        ]
+        for words, suffix in ends.items()
+    }
+    if sized & set(methods):
+        sizes = [name for name in methods if name in sized | usual]
+        found[f"{ON_SHIFT}, by size"] = [_BASE, *sizes]
+    return {words: names for words, names in found.items() if set(names) - {*_UNTUNED}}
+
+
+def _suffix(method: str) -> str:
+    return next((end for end in (OWN_PRIOR, ON_SHIFT) if method.endswith(end)), "")
+
+
+class Panel(NamedTuple):
+    """Columns of a table, all of one data set.
+
+    Attributes:
+        head: What each column is headed by first.
+        columns: Of the table.
+        rows: Of the data set.
+    """
+
+    head: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+
 def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A table for each way of tuning."""
+    return side_by_side(title, [Panel("", columns, rows)])
+
+
+def side_by_side(title: str, parts: Sequence[Panel]) -> str:
+    """The same of several data sets, in the same rows."""
+    methods = methods_of([row for part in parts for row in part.rows])
+    return "\n\n".join(
+        _table(f"{title}{words}", names, parts)
+        for words, names in groups(methods).items()
+    )
+
+
+def _table(title: str, methods: Sequence[str], parts: Sequence[Panel]) -> str:
     """Mean and standard error over seeds, in Markdown; how many, where not all."""
-    seeds = len({row["seed"] for row in rows})
-    found = [["method", *(column.head for column in columns)]]
+    seeds = [len({row["seed"] for row in part.rows}) for part in parts]
+    heads = [f"{part.head} {column.head}" for part in parts for column in part.columns]
+    found = [["method", *(head.strip() for head in heads)]]
     found.append(["---"] * len(found[0]))
-    for method in methods_of(rows):
-        own = len({row["seed"] for row in rows if row["method"] == method})
-        name = method if own == seeds else f"{method} ({own} of {seeds} seeds)"
-        cells = [mean_and_error(by_seed(rows, method, column)) for column in columns]
+    for method in methods:
+        own = [
+            len({row["seed"] for row in part.rows if row["method"] == method})
+            for part in parts
+        ]
+        name = method.removesuffix(_suffix(method))
+        if own != seeds:
+            counts = ", ".join(map(str, sorted(set(own))))
+            name = f"{name} ({counts} of {max(seeds)} seeds)"
+        cells = [
+            mean_and_error(by_seed(part.rows, method, column))
+            for part in parts
+            for column in part.columns
+        ]
         found.append([name, *cells])
-    heading = f"**{title}** ({seeds} seed{'s' if seeds > 1 else ''})"
+    heading = f"**{title}** ({max(seeds)} seed{'s' if max(seeds) > 1 else ''})"
     return "\n".join([heading, "", *("| " + " | ".join(row) + " |" for row in found)])
 
 

@@ -16,7 +16,14 @@ from benchmarks.paper.images.evaluation import (
 )
 from benchmarks.paper.images.methods import ENSEMBLES, SIZES
 from benchmarks.paper.images.readers import ImageSet, Part, read_images
-from benchmarks.paper.images.reporting import Column, lines, picture, table
+from benchmarks.paper.images.reporting import (
+    Column,
+    Panel,
+    lines,
+    picture,
+    side_by_side,
+    table,
+)
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.task import Row, Settings, Task
 
@@ -52,11 +59,17 @@ def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """Tables by set, and NLL by angle as pictures."""
-    parts = []
+    parts, sides = [], []
     for name, other in _OTHER.items():
         own = [row for row in rows if row["dataset"] == name]
         if not own:
             continue
+        columns = [
+            Column("rotation=*", "nll", to_map=True),
+            Column("", "nll", to_map=True),
+            Column(f"ood={other}", "auroc"),
+        ]
+        sides.append(Panel(f"{name}:", columns, own))
         columns = [
             *(Column("", metric) for metric in ("nll", "error", "ece", "brier")),
             Column("", "nll", to_map=True),
@@ -72,4 +85,5 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         parts.append(
             picture(found, folder / f"rotated-{name}.png", "rotation, degrees")
         )
-    return "\n\n".join(parts)
+    summary = side_by_side("Rotations, their price in distribution, AUROC", sides)
+    return "\n\n".join([summary, *parts])
