@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -272,3 +273,28 @@ def test_all_methods_run_at_smoke_size(tmp_path: Path, name: str) -> None:
     pictures = [part.split(")")[0] for part in text.split("](")[1:]]
     assert pictures
     assert all((out / picture).stat().st_size > 1000 for picture in pictures)
+
+
+PAPER = ROOT / "benchmarks" / "paper"
+
+
+def test_the_tables_are_those_of_the_results_kept_here(tmp_path: Path) -> None:
+    for path in (PAPER / "results").glob("*.digest.jsonl"):
+        shutil.copy(path, tmp_path)
+    found = command.report(tmp_path)
+    assert found == (PAPER / "results" / "tables.md").read_text().rstrip("\n")
+
+
+@pytest.mark.parametrize("page", ["README.md", "images.md"])
+def test_the_findings_show_rows_that_were_measured(page: str) -> None:
+    measured = set((PAPER / "results" / "tables.md").read_text().splitlines())
+    shown_rows, in_results = [], False
+    for line in (PAPER / page).read_text().splitlines():
+        if line.startswith("**") and "**" in line[2:]:
+            in_results = True  # the heading that the report gives a table
+        elif line and not line.startswith("|"):
+            in_results = False
+        elif line and in_results:
+            shown_rows.append(line)
+    assert len(shown_rows) > 50
+    assert [row for row in shown_rows if row not in measured] == []
