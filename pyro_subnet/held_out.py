@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch import Tensor
 
 from pyro_subnet.curvature_guide import CurvatureGuide
 from pyro_subnet.data import arguments
-from pyro_subnet.exceptions import DataError, OptionError
+from pyro_subnet.exceptions import (
+    DataError,
+    NonFiniteError,
+    OptionError,
+    PrecisionError,
+)
 from pyro_subnet.grad_mode import outside_inference_mode
 from pyro_subnet.linearized_outputs import LinearizedOutputs, of_site
 from pyro_subnet.links.options import PredictiveOptions
@@ -19,7 +25,7 @@ from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import OutputSite, site_weights
 from pyro_subnet.predictive_distribution import predictive_of
 from pyro_subnet.raw_logits import outputs_of
-from pyro_subnet.search import Tuning, minimize
+from pyro_subnet.search import Tuning, minimize, nearest_to_own
 
 # Share of the free memory that the Jacobian of the held-out data may take.
 _SHARE = 0.25
@@ -32,6 +38,7 @@ def tune_by_nll(
     val: Any,
     bounds: tuple[float, float],
     rescaled: Callable[[float], CurvatureGuide],
+    standard_errors: int | float = 0.0,
 ) -> Tuning:
     r"""The scale whose closed-form predictions of held-out data are best.
 
@@ -46,6 +53,8 @@ def tune_by_nll(
         val: Held-out data: what one call of the model takes.
         bounds: Least and largest scale.
         rescaled: The posterior at another scale.
+        standard_errors: How many the NLL may be worse than the best by, for a scale
+            nearer the model's own: see :func:`~pyro_subnet.search.nearest_to_own`.
 
     Returns:
         The scale, and the mean negative log density at each that was tried.
@@ -70,6 +79,7 @@ def tune_by_nll(
         outputs = outputs.holding_rows()
 
     generator = torch.Generator(value.device)
+    losses: dict[float, Tensor] = {}
 
     def loss(scale: float) -> float:
         other = rescaled(scale)
@@ -81,9 +91,17 @@ def tune_by_nll(
         density = predictive.distribution.log_prob(value).to(torch.float64)
         # What is left out may be NaN, which a weight of zero does not remove.
         density = density.where(weights > 0, 0.0)
+        if standard_errors:
+            losses[scale] = -density
         return -float((weights * density).sum() / weights.sum())
 
-    return minimize(loss, bounds, "nll")
+    tuning = minimize(loss, bounds, "nll")
+    if not standard_errors or tuning.is_flat:
+        return tuning
+    own = min(max(1.0, bounds[0]), bounds[1])
+    with contextlib.suppress(PrecisionError, NonFiniteError):
+        tuning = tuning.with_tried(own, loss(own))
+    return nearest_to_own(tuning, losses, weights, standard_errors, bounds)
 
 
 def _weights(site: OutputSite, num_data: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -98,6 +99,7 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         val: Any = None,
         per_site: bool = False,
         bounds: tuple[float, float] = (1e-6, 1e6),
+        standard_errors: int | float = 0.0,
     ) -> AutoSubnetMultivariateNormal:
         """The posterior under the prior precision that serves best, at the same MAP.
 
@@ -108,6 +110,12 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             val: Held-out data for ``"nll"``: what one call of the model takes.
             per_site: One scale for each site in place of one for all, by the evidence.
             bounds: Least and largest scale.
+            standard_errors: For ``"nll"``. Of the scales that were tried, the one
+                nearest the model's own is taken whose held-out NLL is worse than the
+                best by at most this many standard errors of the difference. 0 takes the
+                best, also where it is a plateau's end. 2 leaves the model's prior
+                alone unless the held-out data argue against it: for them to choose
+                what is predicted far from them is to follow noise.
 
         Returns:
             A new posterior guide, whose ``tuning`` holds all that was tried.
@@ -116,11 +124,15 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             OptionError: If an option is not known, or ``val`` does not fit the method.
             PrecisionError: If no scale gives a posterior.
 
-        Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence.
+        Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence; Breiman
+        et al. (1984), section 3.4.3, for standard errors, there one, of the NLL itself.
         """
         _check_method(method, val, per_site)
+        _check_standard_errors(method, standard_errors)
         if method == "nll":
-            tuning = tune_by_nll(self, val, bounds, self.with_prior_precision)
+            tuning = tune_by_nll(
+                self, val, bounds, self.with_prior_precision, standard_errors
+            )
         elif per_site:
             tuning = tune_site_priors(
                 self.form, self.summary, self.subnet, self.noise_scale, bounds
@@ -325,4 +337,17 @@ def _check_method(method: str, val: Any, per_site: bool = False) -> None:
         raise OptionError(
             "`per_site` must go with method='evidence'; got method='nll', for which a "
             "search over many scales would fit the held-out data. Leave it out."
+        )
+
+
+def _check_standard_errors(method: str, standard_errors: int | float) -> None:
+    if not 0 <= standard_errors < math.inf:
+        raise OptionError(
+            f"`standard_errors` must be finite and at least 0; got {standard_errors}. "
+            "Pass 2 to keep the model's prior where held-out data do not speak."
+        )
+    if standard_errors and method != "nll":
+        raise OptionError(
+            "`standard_errors` must go with method='nll', whose errors held-out data "
+            f"tell; got method={method!r}. Leave it out."
         )

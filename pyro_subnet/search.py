@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,9 @@ class Tuning:
         objective: The objective at each, shape (K,): the log evidence in nats, or the
             mean negative log predictive density of a held-out datum; infinite where
             the posterior does not exist.
-        best: The scale that was chosen; the geometric mean where there is one a site.
+        best: The scale that was chosen: that of the best objective, or within the
+            standard errors that were asked for; the geometric mean where there is one a
+            site.
         by_site: One for each site, where those were chosen.
         is_flat: Whether the objective moves by less than 0.001 nats between the bounds:
             the data do not choose, and the model's own scale stays.
@@ -49,6 +51,16 @@ class Tuning:
     at_bound: bool
     by_site: Mapping[str, float] | None = None
     is_flat: bool = False
+
+    def with_tried(self, scale: float, objective: float) -> Tuning:
+        """The record with one more scale, and the choice as it was."""
+        return replace(
+            self,
+            scales=torch.cat([self.scales, self.scales.new_tensor([scale])]),
+            objective=torch.cat(
+                [self.objective, self.objective.new_tensor([objective])]
+            ),
+        )
 
 
 def minimize(
@@ -125,16 +137,59 @@ def _record(
     bounds: tuple[float, float],
     is_flat: bool,
 ) -> Tuning:
-    near = any(abs(math.log(scale / edge)) < AT_BOUND for edge in bounds)
     scales, losses = zip(*tried, strict=True)
     return Tuning(
         method,
         torch.tensor(scales, dtype=torch.float64),
         sign * torch.tensor(losses, dtype=torch.float64),
         scale,
-        near,
+        _is_at_bound(scale, bounds),
         is_flat=is_flat,
     )
+
+
+def _is_at_bound(scale: float, bounds: tuple[float, float]) -> bool:
+    return any(abs(math.log(scale / edge)) < AT_BOUND for edge in bounds)
+
+
+def nearest_to_own(
+    tuning: Tuning,
+    losses: Mapping[float, Float[Tensor, " data"]],
+    weights: Float[Tensor, " data"],
+    standard_errors: int | float,
+    bounds: tuple[float, float],
+) -> Tuning:
+    r"""The choice nearest the model's own scale that the data do not argue against.
+
+    Scale s serves if it loses to the best one, t, by no more than k standard errors of
+    the difference, which is taken datum by datum:
+
+    .. math:: \bar d \le k\, \Big(\sum_n w_n^2 (d_n - \bar d)^2\Big)^{1/2} \Big/
+        \sum_n w_n,\qquad d_n = \ell_n(s) - \ell_n(t)
+
+    Args:
+        tuning: The search, of lowest mean loss.
+        losses: Of each datum at the scales to choose from, the best among them.
+        weights: Of each datum.
+        standard_errors: k.
+        bounds: Of the search.
+
+    Returns:
+        The same record with another choice, where another one serves.
+
+    Source: Breiman et al. (1984), "Classification and regression trees", section 3.4.3,
+    the rule of one standard error; departs from it in the errors of differences.
+    """
+    best, total = losses[tuning.best], weights.sum()
+
+    def serves(scale: float) -> bool:
+        worse = losses[scale] - best
+        mean = (weights * worse).sum() / total
+        error = (weights * (worse - mean)).square().sum().sqrt() / total
+        return bool(mean <= standard_errors * error)
+
+    scale = min(filter(serves, losses), key=lambda scale: abs(math.log(scale)))
+    return replace(tuning, best=scale, at_bound=_is_at_bound(scale, bounds))
 
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from typing import Any
 
 import pyro
@@ -20,7 +21,7 @@ from pyro_subnet.exceptions import (
     OptionError,
     PrecisionError,
 )
-from pyro_subnet.search import minimize
+from pyro_subnet.search import Tuning, minimize, nearest_to_own
 from tests.cases import CASES, DOUBLE, draw
 from tests.test_evidence import Linear
 
@@ -264,6 +265,91 @@ def test_held_out_data_choose_the_noise() -> None:
         held_out_nll(posterior.with_noise_scale(float(r)), val) for r in GRID[80:161:2]
     ]
     assert held_out_nll(tuned, val) <= min(grid) + 1e-9
+
+
+def serving(
+    posterior: AutoSubnetMultivariateNormal,
+    val: Any,
+    tuning: Tuning,
+    errors: int | float,
+) -> list[float]:
+    """Scales whose loss to the best is within errors, by the textbook's formula."""
+    x, y = val
+    tried = tuning.scales.tolist()
+    losses = [
+        posterior.with_prior_precision(s).predictive_distribution(x).log_prob(y).neg()
+        for s in tried
+    ]
+    best = losses[int(tuning.objective.argmin())]
+    found = []
+    for scale, loss in zip(tried, losses, strict=True):
+        worse = (loss - best).tolist()
+        mean = statistics.fmean(worse)
+        if mean <= errors * statistics.pstdev(worse) / len(worse) ** 0.5 + 1e-12:
+            found.append(scale)
+    return found
+
+
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+@pytest.mark.parametrize("errors", [0.5, 3.0])
+def test_what_held_out_data_do_not_tell_apart_keeps_the_prior(
+    name: str, errors: float
+) -> None:
+    case = CASES[name](DOUBLE)
+    posterior = fitted(name).with_prior_precision(3.0)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_prior_precision("nll", val=val, standard_errors=errors)
+    assert tuned.tuning is not None
+    assert 1.0 in tuned.tuning.scales.tolist()
+    serve = serving(posterior, val, tuned.tuning, errors)
+    assert tuned.prior_scale == min(serve, key=lambda scale: abs(math.log(scale)))
+
+
+def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp")
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    best = posterior.tune_prior_precision("nll", val=val)
+    assert best.prior_scale != 1.0
+    none = posterior.tune_prior_precision("nll", val=val, standard_errors=0.0)
+    assert none.prior_scale == best.prior_scale
+    many = posterior.tune_prior_precision("nll", val=val, standard_errors=1e6)
+    assert many.prior_scale == 1.0
+    assert not many.tuning.at_bound
+    edge = posterior.tune_prior_precision(
+        "nll", val=val, standard_errors=1e6, bounds=(2.0, 8.0)
+    )
+    assert edge.prior_scale == 2.0
+    assert edge.tuning.at_bound
+
+
+def test_errors_count_the_weights_of_data() -> None:
+    """A datum of weight 2 pulls twice, and one of weight 0 not at all."""
+    losses = {
+        0.1: torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64),
+        # Worse by 0, 0.9 and 9, which under the weights is 0.3 in the mean.
+        1.0: torch.tensor([1.0, 1.9, 10.0], dtype=torch.float64),
+    }
+    weights = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    tried = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    tuning = Tuning("nll", tried, tried, 0.1, at_bound=False)
+    error = (4 * 0.3**2 + 0.6**2) ** 0.5 / 3
+    for factor, expected in ((0.999, 0.1), (1.001, 1.0)):
+        errors = factor * 0.3 / error
+        found = nearest_to_own(tuning, losses, weights, errors, WIDE)
+        assert found.best == expected
+
+
+def test_bad_standard_errors() -> None:
+    posterior = fitted("regression_mlp")
+    with pytest.raises(OptionError, match=r"must be finite and at least 0; got -1"):
+        posterior.tune_prior_precision("nll", val=(0,), standard_errors=-1)
+    with pytest.raises(OptionError, match=r"at least 0; got nan"):
+        posterior.tune_prior_precision("nll", val=(0,), standard_errors=math.nan)
+    with pytest.raises(OptionError, match=r"must go with method='nll'.*'evidence'"):
+        posterior.tune_prior_precision(standard_errors=1.0)
 
 
 def test_held_out_data_without_room_for_their_jacobian(
