@@ -102,5 +102,12 @@ def saved(panels: Sequence[Axes], path: Path) -> str:
     return f"![{path.stem}]({path.name})"
 
 
-def legend(ax: Axes, **options: object) -> None:
-    ax.legend(frameon=False, fontsize=7, **options)
+def legend_below(panels: Sequence[Axes], **options: object) -> None:
+    """The first panel's, outside: within the panels it would hide points."""
+    panels[0].figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        frameon=False,
+        fontsize=8,
+        **options,
+    )

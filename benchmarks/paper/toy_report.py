@@ -11,6 +11,7 @@ from benchmarks.paper.reporting import (
     Found,
     collected,
     estimate,
+    legend_below,
     saved,
     shown,
     table,
@@ -162,14 +163,7 @@ def _kept_picture(found: Found, path: Path) -> str:
         ax.set_xscale("log")
         ax.set_title(variant)
         frame(ax, "weights in the subnet, %", "std in the gap / full Laplace's")
-    # Below the panels: within them it would hide what little the lowest line shows.
-    panels[0].figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-    )
+    legend_below(panels, ncols=3)
     return saved(panels, path)
 
 

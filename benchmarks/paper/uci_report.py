@@ -13,7 +13,7 @@ from benchmarks.paper.reporting import (
     counts,
     differences,
     estimate,
-    legend,
+    legend_below,
     pooled,
     saved,
     shown,
@@ -369,5 +369,5 @@ def _picture(found: Found, kind: str, path: Path) -> str:
     ax.axhline(0.0, color=INK, linewidth=0.8)
     frame(ax, f"{kind} splits", "log likelihood less the MAP's, nats")
     ax.set_xticks(range(len(names)), [SHORT.get(name, name) for name in names])
-    legend(ax, ncols=3)
+    legend_below([ax], ncols=3)
     return saved([ax], path)
