@@ -18,7 +18,13 @@ from benchmarks.paper.images import (
     reporting,
     rotated,
 )
-from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, mixture, nll
+from benchmarks.paper.images.case import (
+    ON_SHIFT,
+    OWN_PRIOR,
+    WITHIN_ERRORS,
+    mixture,
+    nll,
+)
 from benchmarks.paper.images.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from benchmarks.paper.images.networks import make_network, num_params
 from benchmarks.paper.images.readers import (
@@ -398,6 +404,17 @@ class TestMethods:
         images = case.tune[suffix]
         assert nll(tuned.predict, images) < nll(own.predict, images)
 
+    def test_a_prior_within_errors_is_nearer_the_own(self, case):
+        name = "subnet RandomSubnet"
+        found, losses = {}, {}
+        for suffix in ("", OWN_PRIOR, WITHIN_ERRORS):
+            fitted = methods.fit(f"{name}{suffix}", case)
+            (found[suffix],) = (s.value for s in fitted.scores if s.metric == "scale")
+            losses[suffix] = nll(fitted.predict, case.tune[""])
+        logs = {suffix: abs(math.log(scale)) for suffix, scale in found.items()}
+        assert 0 == logs[OWN_PRIOR] <= logs[WITHIN_ERRORS] < logs[""]
+        assert losses[""] < losses[WITHIN_ERRORS] <= losses[OWN_PRIOR]
+
     def test_sizes_of_subnets(self, case):
         for name, size in (("S / 4", 5), ("5 S", 100)):
             found = methods.fit(f"subnet RandomSubnet, {name}", case)
@@ -521,10 +538,15 @@ class TestExperiments:
     def test_tables_by_how_methods_are_tuned(self):
         subnet, ensemble = "subnet RandomSubnet", "deep ensemble"
         alone = ["MAP", ensemble]
-        methods = [*alone, subnet, f"{subnet}{OWN_PRIOR}"]
+        ends = ("", OWN_PRIOR, WITHIN_ERRORS)
+        methods = [*alone, *(f"{subnet}{end}" for end in ends)]
         assert reporting.groups(methods) == {
             "": [*alone, subnet],
             ", prior of the MAP": [*alone, f"{subnet}{OWN_PRIOR}"],
+            ", prior of the MAP within two errors": [
+                *alone,
+                f"{subnet}{WITHIN_ERRORS}",
+            ],
         }
         by_size = [f"{subnet}{ON_SHIFT}", f"{subnet}, 5 S{ON_SHIFT}"]
         assert reporting.groups(["MAP", *by_size]) == {

@@ -22,6 +22,10 @@ Predict = Callable[[Tensor], Tensor]
 ON_SHIFT = ", tuned on shift"
 # Not tuned at all: the prior that the MAP was trained with.
 OWN_PRIOR = ", own prior"
+# Tuned on images like those trained on, and kept at that prior where its NLL there is
+# within two standard errors of the best.
+WITHIN_ERRORS = ", within two errors"
+NUM_ERRORS = 2.0
 
 
 class Fitted(NamedTuple):

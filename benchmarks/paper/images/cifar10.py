@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.paper.images.corrupted import corruption_report, named_tests
-from benchmarks.paper.images.evaluation import image_tasks, on_shift, untuned
+from benchmarks.paper.images.evaluation import image_tasks, near_own_prior, on_shift
 from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "cifar10"
@@ -25,7 +25,7 @@ METHODS = (
 
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
-    methods = (*METHODS, *untuned(METHODS), *on_shift(METHODS))
+    methods = (*METHODS, *near_own_prior(METHODS), *on_shift(METHODS))
     return image_tasks(NAME, settings, ("cifar10",), methods, named_tests)
 
 

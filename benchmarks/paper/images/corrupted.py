@@ -11,8 +11,8 @@ from benchmarks.paper.images.evaluation import (
     Tests,
     image_tasks,
     in_distribution,
+    near_own_prior,
     on_shift,
-    untuned,
 )
 from benchmarks.paper.images.methods import ENSEMBLES
 from benchmarks.paper.images.readers import ImageSet, Part
@@ -28,7 +28,7 @@ _FEWER = 4
 
 def tasks(settings: Settings) -> list[Task]:
     """MNIST at every seed."""
-    methods = (*PLAIN, *untuned(PLAIN), *on_shift((*PLAIN, *ENSEMBLES)))
+    methods = (*PLAIN, *near_own_prior(PLAIN), *on_shift((*PLAIN, *ENSEMBLES)))
     return image_tasks(NAME, settings, ("mnist",), methods, all_tests)
 
 

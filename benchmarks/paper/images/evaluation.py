@@ -12,7 +12,13 @@ from scipy.ndimage import rotate
 from torch import Tensor
 
 from benchmarks.paper.images.baselines import BASELINES
-from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, Case, Predict
+from benchmarks.paper.images.case import (
+    ON_SHIFT,
+    OWN_PRIOR,
+    WITHIN_ERRORS,
+    Case,
+    Predict,
+)
 from benchmarks.paper.images.methods import ENSEMBLES, METHODS, SIZES, fit
 from benchmarks.paper.images.readers import ImageSet, Part, read_images, to_unit
 from benchmarks.paper.images.setups import Setup, setup_of
@@ -96,9 +102,10 @@ def on_shift(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name}{ON_SHIFT}" for name in methods if name not in _TUNED_ONCE)
 
 
-def untuned(methods: Sequence[str]) -> tuple[str, ...]:
-    """Those of the same that have a prior, with that of the MAP."""
-    return tuple(f"{name}{OWN_PRIOR}" for name in methods if name not in BASELINES)
+def near_own_prior(methods: Sequence[str]) -> tuple[str, ...]:
+    """Those of the same that have a prior: with that of the MAP, and tuned near it."""
+    found = [name for name in methods if name not in BASELINES]
+    return tuple(f"{name}{end}" for end in (OWN_PRIOR, WITHIN_ERRORS) for name in found)
 
 
 def make_case(data: ImageSet, setup: Setup, settings: Settings, seed: int) -> Case:

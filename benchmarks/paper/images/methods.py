@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.images.baselines import BASELINES, gaussian_of_iterates
-from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, Case, Fitted, mixture
+from benchmarks.paper.images.case import (
+    NUM_ERRORS,
+    ON_SHIFT,
+    OWN_PRIOR,
+    WITHIN_ERRORS,
+    Case,
+    Fitted,
+    mixture,
+)
 from benchmarks.paper.images.readers import Part, to_unit
 from benchmarks.paper.task import Score
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
@@ -33,7 +41,7 @@ def fit(name: str, case: Case) -> Fitted:
     """A method by name, fitted and tuned as its name ends."""
     base, comma, words = name.rpartition(",")
     shown = comma + words
-    if shown not in (ON_SHIFT, OWN_PRIOR):
+    if shown not in (ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS):
         base, shown = name, ""
     start = time.process_time()
     if base not in BASELINES:
@@ -154,7 +162,7 @@ def _tuned(
     name: str, case: Case, shown: str, member: int
 ) -> AutoSubnetMultivariateNormal:
     """A member's posterior with its prior tuned; kept in a file, as is the untuned."""
-    images = "" if shown == OWN_PRIOR else shown
+    images = "" if shown in (OWN_PRIOR, WITHIN_ERRORS) else shown
     x, y = case.tune[images]
     net = case.net(member)
     precision = case.setup.recipe.prior_precision(case.data)
@@ -168,7 +176,10 @@ def _tuned(
     tuned = case.file("posteriors", f"{name}{shown} member{member} tuned")
     if not tuned.exists():
         posterior = AutoSubnetMultivariateNormal.load(raw, model, x[:2], y[:2])
-        posterior.tune_prior_precision("nll", val=(x, y)).save(tuned)
+        errors = NUM_ERRORS if shown == WITHIN_ERRORS else 0.0
+        posterior.tune_prior_precision("nll", val=(x, y), standard_errors=errors).save(
+            tuned
+        )
     return AutoSubnetMultivariateNormal.load(tuned, model, x[:2], y[:2])
 
 

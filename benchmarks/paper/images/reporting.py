@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR
+from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS
 from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
 from benchmarks.paper.task import Row
 from benchmarks.selectors.report import mean_and_error
@@ -22,6 +22,13 @@ _BASE = "MAP"
 # Tuned by nothing, and shown beside whatever is.
 _UNTUNED = (_BASE, "deep ensemble")
 _NUM_STROKES = 6
+# How titles of tables and names of methods tell ways of tuning apart.
+_ENDS = {
+    "": "",
+    ", prior of the MAP": OWN_PRIOR,
+    ", prior of the MAP within two errors": WITHIN_ERRORS,
+    ON_SHIFT: ON_SHIFT,
+}
 # Methods that pictures tell apart; the other subnets lie among these.
 _DRAWN = (
     "MAP",
@@ -77,8 +84,7 @@ def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
 def methods_of(rows: Sequence[Row]) -> list[str]:
     """In the order of the table of methods."""
     there = {row["method"] for row in rows}
-    suffixes = ("", OWN_PRIOR, ON_SHIFT)
-    order = [f"{name}{suffix}" for suffix in suffixes for name in METHODS]
+    order = [f"{name}{end}" for end in _ENDS.values() for name in METHODS]
     return [name for name in order if name in there]
 
 
@@ -86,14 +92,13 @@ def groups(methods: Sequence[str]) -> dict[str, list[str]]:
     """Methods by how they are tuned, each with the two that are not."""
     sized = {f"{name}{ON_SHIFT}" for name in SIZES}
     usual = {f"{name}{ON_SHIFT}" for name in SIZED}
-    ends = {"": "", ", prior of the MAP": OWN_PRIOR, ON_SHIFT: ON_SHIFT}
     found = {
         words: [
             name
             for name in methods
             if name in _UNTUNED or (_suffix(name) == suffix and name not in sized)
         ]
-        for words, suffix in ends.items()
+        for words, suffix in _ENDS.items()
     }
     if sized & set(methods):
         sizes = [name for name in methods if name in sized | usual]
@@ -102,7 +107,7 @@ def groups(methods: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _suffix(method: str) -> str:
-    return next((end for end in (OWN_PRIOR, ON_SHIFT) if method.endswith(end)), "")
+    return next((end for end in _ENDS.values() if end and method.endswith(end)), "")
 
 
 class Panel(NamedTuple):

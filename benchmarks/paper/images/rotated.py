@@ -10,9 +10,9 @@ from benchmarks.paper.images.evaluation import (
     Tests,
     image_tasks,
     in_distribution,
+    near_own_prior,
     on_shift,
     rotated,
-    untuned,
 )
 from benchmarks.paper.images.methods import ENSEMBLES, SIZES
 from benchmarks.paper.images.readers import ImageSet, Part, read_images
@@ -38,7 +38,7 @@ def tasks(settings: Settings) -> list[Task]:
     # Five times the paper's S has no room.
     sizes = () if settings.scale == "paper" else tuple(SIZES)
     shown = on_shift((*PLAIN, *ENSEMBLES, *sizes))
-    methods = (*PLAIN, *untuned(PLAIN), *shown)
+    methods = (*PLAIN, *near_own_prior(PLAIN), *shown)
     return image_tasks(NAME, settings, tuple(_OTHER), methods, make_tests)
 
 
