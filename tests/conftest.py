@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pyro
@@ -11,6 +12,24 @@ import torch
 
 SEED = 20220507
 DEVICE_VARIABLE = "PYRO_SUBNET_DEVICE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each process an empty cache, as on a fresh machine, and its own.
+
+    ArviZ, for one, says more at its first import of a day, which it notes there.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="pyro-subnet-tests-")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = folder.name
+
+    def restore() -> None:
+        os.environ.pop("XDG_CACHE_HOME")
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
+        folder.cleanup()
+
+    config.add_cleanup(restore)
 
 
 def pytest_collection_modifyitems(
