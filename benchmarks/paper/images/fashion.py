@@ -32,6 +32,7 @@ def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """One table."""
-    metrics = ("nll", "error", "ece", "brier", "scale", "S", "D")
+    metrics = ("nll", "error", "ece", "brier", "scale")
     columns = [Column("", metric) for metric in metrics]
+    columns.append(Column("", "nll", to_map=True))
     return table("FashionMNIST in distribution", columns, rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS
 from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
@@ -29,6 +30,11 @@ _ENDS = {
     ", prior of the MAP within two errors": WITHIN_ERRORS,
     ON_SHIFT: ON_SHIFT,
 }
+_PANELS = {
+    "tuned on images like those trained on": "",
+    "not tuned: the prior of the MAP": OWN_PRIOR,
+    "tuned on images turned a little": ON_SHIFT,
+}
 # Methods that pictures tell apart; the other subnets lie among these.
 _DRAWN = (
     "MAP",
@@ -42,6 +48,7 @@ _DRAWN = (
     "subnet LastLayer",
     "subnet PredictiveVariance",
     "diagonal Laplace",
+    "ensemble of subnets (PredictiveVariance)",
 )
 
 
@@ -181,28 +188,28 @@ def lines(
 def picture(found: Lines, path: Path, label: str) -> str:
     """Draws NLL by position, and names the picture.
 
-    On the left methods tuned on images like those trained on, on the right those tuned
-    on images that show some shift; what is not tuned is on both sides.
+    A panel for each way of tuning that there is; what is not tuned is in all of them.
     """
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    titles = {
-        "": "tuned on images like those trained on",
-        ON_SHIFT: "tuned on images turned a little",
+    panels = {
+        title: end
+        for title, end in _PANELS.items()
+        if not end or any(f"{base}{end}" in found for base in _DRAWN)
     }
+    size = 1 + 4.2 * len(panels), 5
+    figure = Figure(figsize=size, layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     handles = {}
-    for axes, (suffix, title) in zip(panels, titles.items(), strict=True):
+    for axes, (title, end) in zip(row, panels.items(), strict=True):
         # More methods than strokes: the second time around points are hollow.
         for place, (base, look) in enumerate(zip(_DRAWN, strokes(), strict=False)):
-            method = f"{base}{suffix}"
-            if method not in found and base in ("MAP", "deep ensemble"):
-                method = base
+            method = base if base in _UNTUNED else f"{base}{end}"
             if method in found:
                 at, means, errors = zip(*found[method], strict=True)
                 fill = "white" if place >= _NUM_STROKES else look.color
                 options = {**look.options(), "markerfacecolor": fill}
                 handles[base] = axes.errorbar(at, means, errors, **options)
         axes.set_title(title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         frame(axes, label, "NLL, nats")
     figure.legend(
         handles.values(),
