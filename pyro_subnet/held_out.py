@@ -25,7 +25,7 @@ from pyro_subnet.model_call import ModelCall
 from pyro_subnet.output_site import OutputSite, site_weights
 from pyro_subnet.predictive_distribution import predictive_of
 from pyro_subnet.raw_logits import outputs_of
-from pyro_subnet.search import Tuning, minimize, nearest_to_own
+from pyro_subnet.search import Tuning, check_bounds, minimize, nearest_to_own
 
 # Share of the free memory that the Jacobian of the held-out data may take.
 _SHARE = 0.25
@@ -98,7 +98,8 @@ def tune_by_nll(
     tuning = minimize(loss, bounds, "nll")
     if not standard_errors or tuning.is_flat:
         return tuning
-    own = min(max(1.0, bounds[0]), bounds[1])
+    low, high = check_bounds(bounds)
+    own = min(max(1.0, low), high)
     with contextlib.suppress(PrecisionError, NonFiniteError):
         tuning = tuning.with_tried(own, loss(own))
     return nearest_to_own(tuning, losses, weights, standard_errors, bounds)

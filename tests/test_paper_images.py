@@ -527,8 +527,8 @@ class TestExperiments:
         text = reporting.side_by_side(
             "T",
             [
-                reporting.Panel("a:", columns, first),
-                reporting.Panel("b:", columns, second),
+                reporting.Block("a:", columns, first),
+                reporting.Block("b:", columns, second),
             ],
         )
         assert "| method | a: nll | b: nll |" in text

@@ -323,6 +323,7 @@ def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
     )
     assert edge.prior_scale == 2.0
     assert edge.tuning.at_bound
+    assert len(edge.tuning.scales) == len(best.tuning.scales) + 1
 
 
 def test_errors_count_the_weights_of_data() -> None:

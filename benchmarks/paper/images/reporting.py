@@ -117,7 +117,7 @@ def _suffix(method: str) -> str:
     return next((end for end in _ENDS.values() if end and method.endswith(end)), "")
 
 
-class Panel(NamedTuple):
+class Block(NamedTuple):
     """Columns of a table, all of one data set.
 
     Attributes:
@@ -133,10 +133,10 @@ class Panel(NamedTuple):
 
 def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A table for each way of tuning."""
-    return side_by_side(title, [Panel("", columns, rows)])
+    return side_by_side(title, [Block("", columns, rows)])
 
 
-def side_by_side(title: str, parts: Sequence[Panel]) -> str:
+def side_by_side(title: str, parts: Sequence[Block]) -> str:
     """The same of several data sets, in the same rows."""
     methods = methods_of([row for part in parts for row in part.rows])
     return "\n\n".join(
@@ -145,7 +145,7 @@ def side_by_side(title: str, parts: Sequence[Panel]) -> str:
     )
 
 
-def _table(title: str, methods: Sequence[str], parts: Sequence[Panel]) -> str:
+def _table(title: str, methods: Sequence[str], parts: Sequence[Block]) -> str:
     """Mean and standard error over seeds, in Markdown; how many, where not all."""
     seeds = [len({row["seed"] for row in part.rows}) for part in parts]
     heads = [f"{part.head} {column.head}" for part in parts for column in part.columns]

@@ -17,8 +17,8 @@ from benchmarks.paper.images.evaluation import (
 from benchmarks.paper.images.methods import ENSEMBLES, SIZES
 from benchmarks.paper.images.readers import ImageSet, Part, read_images
 from benchmarks.paper.images.reporting import (
+    Block,
     Column,
-    Panel,
     lines,
     picture,
     side_by_side,
@@ -69,7 +69,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             Column("", "nll", to_map=True),
             Column(f"ood={other}", "auroc"),
         ]
-        sides.append(Panel(f"{name}:", columns, own))
+        sides.append(Block(f"{name}:", columns, own))
         columns = [
             *(Column("", metric) for metric in ("nll", "error", "ece", "brier")),
             Column("", "nll", to_map=True),
@@ -80,6 +80,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         columns += [Column("rotation=*", metric) for metric in ("nll", "ece", "brier")]
         columns.append(Column("rotation=*", "nll", to_map=True))
         parts.append(table(f"{name}, rotated", columns, own))
+        for metric in ("error", "brier", "ece"):
+            columns = [Column(f"rotation={degrees}", metric) for degrees in _SHOWN]
+            parts.append(table(f"{name}, {metric} by rotation", columns, own))
         at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
         found = lines(own, at)
         parts.append(
