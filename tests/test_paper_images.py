@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 
 from benchmarks.paper.images import (
@@ -479,6 +480,20 @@ class TestExperiments:
         assert not list(tmp_path.iterdir())
         for task in made:
             assert len(set(task.methods)) == len(task.methods)
+            if task.experiment != fashion.NAME:
+                for end in (OWN_PRIOR, WITHIN_ERRORS, ON_SHIFT):
+                    assert f"subnet LastLayer{end}" in task.methods
+
+    def test_a_picture_has_a_panel_for_each_way_of_tuning(self, tmp_path):
+        points = [(0.0, 1.0, 0.1), (1.0, 2.0, 0.1)]
+        found = {"MAP": points, "subnet LastLayer": points}
+        widths = []
+        for end in (OWN_PRIOR, ON_SHIFT, ""):
+            path = tmp_path / "found.png"
+            assert reporting.picture(found, path, "x") == "![NLL](found.png)"
+            widths.append(imread(path).shape[1])
+            found[f"subnet LastLayer{end}"] = points
+        assert widths == [80 * (1 + 4.2 * count) // 1 for count in (1, 2, 3)]
 
     def test_a_run_and_its_report(self, tmp_path):
         write_sets(tmp_path, num_train=60)
