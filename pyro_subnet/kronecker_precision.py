@@ -99,9 +99,10 @@ class KroneckerPrecision:
     ) -> KroneckerPrecision:
         r"""Eigendecompositions of all factors, each in float64, once.
 
-        Costs about :math:`9 (P^3 + Q^3)` operations a block. A factor has no negative
-        eigenvalue: one that is no further below zero than
-        :math:`P \epsilon \lambda_{\max}`, the round-off of its type, counts as 0.
+        Costs about :math:`9 (P^3 + Q^3)` operations a block. An eigenvalue no further
+        from zero than :math:`P \epsilon \lambda_{\max}`, the round-off of the factor's
+        type, counts as 0: otherwise the sign of that round-off would decide whether a
+        direction that neither the data nor the prior curve has a variance.
 
         Args:
             blocks: Kronecker factors of the likelihood's curvature.
@@ -344,7 +345,7 @@ def _decomposed(block: KroneckerBlock, prior: Tensor, layout: Layout) -> ScaledB
 
 
 def _eigen(factor: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; values below zero by round-off alone are 0."""
+    """Eigenvalues and eigenvectors; what round-off alone could have made is 0."""
     if not bool(factor.isfinite().all()):
         raise NonFiniteError(
             f"Kronecker factors must be finite; got NaN or inf at site {site!r}. Check "
@@ -359,4 +360,5 @@ def _eigen(factor: Tensor, site: str) -> tuple[Tensor, Tensor]:
             f"{float(values[-1]):.3e}. Run the model in float64."
         )
     # Row-major, as a file gives them back: products round by the layout.
-    return values.clamp(min=0.0).to(factor), vectors.to(factor).contiguous()
+    values = values.where(values > round_off, 0.0)
+    return values.to(factor), vectors.to(factor).contiguous()
