@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_subnet import diagnostics, exceptions, nn, plotting, selection
 from pyro_subnet._version import __version__
+from pyro_subnet.comparison.compare import compare_subnets
 from pyro_subnet.curvature.jacobian.route import compare_routes
-from pyro_subnet.guide import AutoSubnetLaplace
-from pyro_subnet.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.guides.map import AutoSubnetLaplace
+from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.subnet_comparison import compare_subnets
 
 if TYPE_CHECKING:
-    from pyro_subnet.inference_data import from_hybrid_mcmc as from_hybrid_mcmc
-    from pyro_subnet.inference_data import to_inference_data as to_inference_data
+    from pyro_subnet.export.inference_data import from_hybrid_mcmc as from_hybrid_mcmc
+    from pyro_subnet.export.inference_data import to_inference_data as to_inference_data
 
 __all__ = [
     "AutoSubnetLaplace",
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NEEDS_ARVIZ:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = import_module("pyro_subnet.inference_data")
+        module = import_module("pyro_subnet.export.inference_data")
     except ModuleNotFoundError as error:
         if error.name not in {"arviz", "xarray"}:
             raise

@@ -20,9 +20,9 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
 from pyro_subnet import AutoSubnetLaplace
-from pyro_subnet.model_call import ModelCall
 from pyro_subnet.nn import bayesianize
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.call import ModelCall
 from tests import reference
 
 NUM_DATA = 7

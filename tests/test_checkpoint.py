@@ -25,11 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, safe_file
-from pyro_subnet.checkpoint import FORM_AXES, KIND
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import CheckpointError, ModelError
-from pyro_subnet.forms.registry import FORM_MAKERS
-from pyro_subnet.safe_file import FORMAT_VERSION, read_file, write_file
+from pyro_subnet.files import safe_file
+from pyro_subnet.files.checkpoint import FORM_AXES, KIND
+from pyro_subnet.files.safe_file import FORMAT_VERSION, read_file, write_file
+from pyro_subnet.fit.dispatch import FORM_MAKERS
 from tests.cases import CASES, DOUBLE, Case
 
 load = AutoSubnetMultivariateNormal.load
@@ -507,7 +508,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from pyro_subnet import safe_file
+from pyro_subnet.files import safe_file
 
 path, where = sys.argv[1:]
 real, seal = safe_file.save_file, safe_file._seal

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 from torch.testing import assert_close
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import PrecisionError
-from pyro_subnet.fit_options import Curvature, FitOptions
-from pyro_subnet.laplace import (
+from pyro_subnet.fit.sums import (
     diagonal_curvature,
     subnet_curvature,
     whole_subnet,
 )
+from pyro_subnet.options import Curvature, FitOptions
 from pyro_subnet.selection import LargestVariance
+from pyro_subnet.tracing.data import Data
 from tests.cases import CASES, DOUBLE, Case, draw, inputs, read_call
 from tests.tolerances import num_standard_errors, tolerance
 

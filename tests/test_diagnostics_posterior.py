@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, memory
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.diagnostics import (
     Stationarity,
     condition_number,
@@ -28,6 +28,7 @@ from pyro_subnet.exceptions import (
     NonFiniteError,
     OptionError,
 )
+from pyro_subnet.tensors import memory
 from tests.cases import (
     CASES,
     DOUBLE,

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS = ROOT / "pyro_subnet", ROOT / "docs"
 GUIDES = {
-    "AutoSubnetLaplace": "guide",
-    "AutoSubnetMultivariateNormal": "posterior",
+    "AutoSubnetLaplace": "guides.map",
+    "AutoSubnetMultivariateNormal": "guides.posterior",
 }
 NOT_SHOWN = {"exceptions.warn"}  # of use to the package alone
 

@@ -13,11 +13,12 @@ from pyro.infer import Predictive
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, memory
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import MemoryLimitError, OptionError
-from pyro_subnet.fit_options import FitOptions
-from pyro_subnet.forms.dual import DualForm
-from pyro_subnet.forms.primal import PrimalForm
+from pyro_subnet.gaussians.dual import DualForm
+from pyro_subnet.gaussians.primal import PrimalForm
+from pyro_subnet.options import FitOptions
+from pyro_subnet.tensors import memory
 from tests.cases import CASES, DOUBLE, Case, draw
 from tests.tolerances import tolerance
 

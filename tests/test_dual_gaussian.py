@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet.dual_curvature import DualCurvature, dual_pays
-from pyro_subnet.dual_gaussian import DualGaussian
 from pyro_subnet.exceptions import NonFiniteError, OptionError, PrecisionError
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
+from pyro_subnet.gaussians.dual_curvature import DualCurvature, dual_pays
+from pyro_subnet.gaussians.dual_gaussian import DualGaussian
+from pyro_subnet.gaussians.factored import PrecisionGaussian, factor_precision_
 from tests.cases import double, draw
 from tests.tolerances import tolerance
 

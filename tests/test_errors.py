@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, exceptions, memory
+from pyro_subnet import AutoSubnetLaplace, exceptions
 from pyro_subnet.exceptions import (
     DataError,
     MemoryLimitError,
@@ -40,6 +40,7 @@ from pyro_subnet.exceptions import (
 )
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LargestMagnitude, LargestVariance, RandomSubnet
+from pyro_subnet.tensors import memory
 
 Model = Callable[..., Any]
 

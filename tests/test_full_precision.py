@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.full_precision import full_precision
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LargestVariance, RandomSubnet
+from pyro_subnet.tensors.modes import full_precision
 
 # Unit round-off of the type times what a few layers make of it.
 HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}

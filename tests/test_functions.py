@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.functions import sample_functions
+from pyro_subnet.predictions.functions import sample_functions
 from tests.tolerances import num_standard_errors, tolerance
 
 NUM_DRAWS = 20_000

@@ -11,9 +11,9 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet.distribution import SubnetNormal
 from pyro_subnet.exceptions import NonFiniteError, PrecisionError
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
+from pyro_subnet.gaussians.factored import PrecisionGaussian, factor_precision_
+from pyro_subnet.models.subnet_normal import SubnetNormal
 from tests.cases import draw
 from tests.tolerances import FALSE_ALARM_RATE, num_standard_errors, tolerance
 

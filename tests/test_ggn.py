@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from pyro_subnet.curvature.ggn import ggn_diagonal
 from pyro_subnet.curvature.jacobian.output_map import OutputMap, identity_factors
 from pyro_subnet.curvature.jacobian.route import Route, choose_route, jacobian_blocks
-from pyro_subnet.data import Data
-from pyro_subnet.fit_options import FitOptions
-from pyro_subnet.laplace import diagonal_curvature, subnet_curvature
+from pyro_subnet.fit.sums import diagonal_curvature, subnet_curvature
 from pyro_subnet.nn import bayesianize
+from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 from tests import reference
 from tests.cases import (
     CASES,

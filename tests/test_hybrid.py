@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.hybrid import HybridModel
+from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import RandomSubnet
 from tests.tolerances import num_standard_errors, tolerance

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyro_subnet
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
-from pyro_subnet.inference_data import from_hybrid_mcmc, to_inference_data
+from pyro_subnet.export.inference_data import from_hybrid_mcmc, to_inference_data
 from tests.test_hybrid import MODELS, Fit, constrained, fitted, log_density, whole
 from tests.tolerances import num_standard_errors, tolerance
 

@@ -10,8 +10,8 @@ import arviz
 import numpy as np
 import pytest
 
-from pyro_subnet import inference_groups
-from pyro_subnet.inference_groups import container, dataset, element_labels
+from pyro_subnet.export import arrays as inference_groups
+from pyro_subnet.export.arrays import container, dataset, element_labels
 
 PYTHON = os.environ.get("PYRO_SUBNET_ARVIZ1")
 

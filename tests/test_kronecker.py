@@ -26,8 +26,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.curvature import kronecker
 from pyro_subnet.curvature.kronecker import KroneckerBlock
-from pyro_subnet.data import Data
-from pyro_subnet.diagonal_gaussian import DiagonalGaussian
 from pyro_subnet.exceptions import (
     MemoryLimitError,
     ModelError,
@@ -36,15 +34,17 @@ from pyro_subnet.exceptions import (
     OptionError,
     PrecisionError,
 )
-from pyro_subnet.fit_options import FitOptions
-from pyro_subnet.kronecker_curvature import KroneckerCurvature, kronecker_curvature
-from pyro_subnet.kronecker_gaussian import KroneckerGaussian
-from pyro_subnet.kronecker_precision import KroneckerPrecision
-from pyro_subnet.laplace import diagonal_curvature, subnet_curvature, whole_subnet
+from pyro_subnet.fit.kronecker import KroneckerCurvature, kronecker_curvature
+from pyro_subnet.fit.sums import diagonal_curvature, subnet_curvature, whole_subnet
+from pyro_subnet.gaussians.diagonal_gaussian import DiagonalGaussian
+from pyro_subnet.gaussians.kronecker_gaussian import KroneckerGaussian
+from pyro_subnet.gaussians.kronecker_precision import KroneckerPrecision
 from pyro_subnet.nn import init_to_module
+from pyro_subnet.options import FitOptions
 from pyro_subnet.selection import LargestVariance
 from pyro_subnet.subnet import Layout
-from pyro_subnet.trace import Latents
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents
 from tests.cases import CASES, DOUBLE
 from tests.tolerances import num_standard_errors, tolerance
 

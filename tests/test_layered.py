@@ -19,12 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, compare_routes
-from pyro_subnet.curvature.jacobian import layered, route
-from pyro_subnet.curvature.jacobian.contraction import Contraction
-from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
+from pyro_subnet.curvature.jacobian import route
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
+from pyro_subnet.curvature.jacobian.structured import rows as layered
+from pyro_subnet.curvature.jacobian.structured.entries import Contraction
+from pyro_subnet.curvature.jacobian.structured.recording import NotLayered, Recording
+from pyro_subnet.curvature.jacobian.structured.squares import layered_diagonal
 from pyro_subnet.exceptions import RouteError
 from pyro_subnet.nn import bayesianize
 from pyro_subnet.selection import RandomSubnet

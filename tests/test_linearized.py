@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet import expansion as expansion_module
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.models import expansion as expansion_module
 from tests.tolerances import FALSE_ALARM_RATE, tolerance
 
 Model = Callable[..., Any]

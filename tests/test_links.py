@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet.links.categorical import bridge
-from pyro_subnet.links.quadrature import gauss_hermite, mean_logistic
+from pyro_subnet.predictions.links.categorical import bridge
+from pyro_subnet.predictions.links.quadrature import gauss_hermite, mean_logistic
 
 
 def adaptive(loc: float, scale: float) -> float:

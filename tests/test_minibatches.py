@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import DataError, ModelError, OptionError
-from pyro_subnet.laplace import diagonal_curvature
+from pyro_subnet.fit.sums import diagonal_curvature
 from pyro_subnet.selection import LargestVariance, RandomSubnet
+from pyro_subnet.tracing.data import Data
 from tests.cases import (
     CASES,
     DOUBLE,

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import Subnet, diagnostics, memory, plotting
+from pyro_subnet import Subnet, diagnostics, plotting
+from pyro_subnet.comparison.compare import SubnetComparison, SubnetComparisonRow
 from pyro_subnet.exceptions import (
     DataError,
     MemoryLimitError,
@@ -27,7 +28,7 @@ from pyro_subnet.exceptions import (
 )
 from pyro_subnet.plotting.subnet import site_map
 from pyro_subnet.subnet import Layout
-from pyro_subnet.subnet_comparison import SubnetComparison, SubnetComparisonRow
+from pyro_subnet.tensors import memory
 from tests.cases import DOUBLE, classification_mlp, double, draw, regression_mlp
 from tests.tolerances import tolerance
 

@@ -23,8 +23,8 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import ModelError, NonFiniteError, OptionError
-from pyro_subnet.links.options import Predictive, PredictiveOptions
-from pyro_subnet.predictive_distribution import predictive_distribution
+from pyro_subnet.predictions.distribution import predictive_distribution
+from pyro_subnet.predictions.links.options import Predictive, PredictiveOptions
 from tests.tolerances import num_standard_errors, tolerance
 
 EXACT = tolerance(torch.float64, "reordered")  # 1e-9

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.functions import sample_functions
-from pyro_subnet.links.options import PredictiveOptions
-from pyro_subnet.lower_factor import lower_factor
-from pyro_subnet.predictive import output_distribution
-from pyro_subnet.predictive_distribution import predictive_distribution
+from pyro_subnet.predictions.distribution import predictive_distribution
+from pyro_subnet.predictions.functions import sample_functions
+from pyro_subnet.predictions.links.options import PredictiveOptions
+from pyro_subnet.predictions.outputs import output_distribution
+from pyro_subnet.tensors.lower_factor import lower_factor
 from tests.tolerances import tolerance
 
 EXACT = tolerance(torch.float64, "reordered")  # 1e-9

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.links.options import Predictive, PredictiveOptions
 from pyro_subnet.nn import bayesianize, init_to_module
-from pyro_subnet.predictive_distribution import predictive_distribution
+from pyro_subnet.predictions.distribution import predictive_distribution
+from pyro_subnet.predictions.links.options import Predictive, PredictiveOptions
 from pyro_subnet.selection import RandomSubnet
 from tests.tolerances import num_standard_errors, tolerance
 

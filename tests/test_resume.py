@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_subnet import AutoSubnetLaplace, resume
+from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.curvature import ggn
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import CheckpointError, OptionError, PrecisionError
-from pyro_subnet.fingerprint import digest
-from pyro_subnet.laplace import subnet_curvature, whole_subnet
-from pyro_subnet.safe_file import read_file
+from pyro_subnet.files import resume
+from pyro_subnet.files.fingerprint import digest
+from pyro_subnet.files.safe_file import read_file
+from pyro_subnet.fit.sums import subnet_curvature, whole_subnet
 from pyro_subnet.selection import LargestVariance, RandomSubnet
+from pyro_subnet.tracing.data import Data
 
 N, BATCH, D, C = 11, 2, 12, 3  # six batches, the last of one datum
 NUM_BATCHES = -(-N // BATCH)
@@ -246,7 +247,7 @@ def test_a_fit_that_fails_keeps_its_file(
 
     path = tmp_path / "fit"
     kept: dict[str, Any] = {"checkpoint": path, "checkpoint_every": NUM_BATCHES}
-    monkeypatch.setattr("pyro_subnet.posterior.form_of", fail)
+    monkeypatch.setattr("pyro_subnet.guides.posterior.form_of", fail)
     with pytest.raises(PrecisionError, match="not positive"):
         guide().laplace_approximation_from(BATCHES, **kept)
     monkeypatch.undo()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetMultivariateNormal, scaled_precision
+from pyro_subnet import AutoSubnetMultivariateNormal
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import OptionError, PrecisionError
-from pyro_subnet.scaled_precision import log_det_precision
+from pyro_subnet.gaussians import scaled_precision
+from pyro_subnet.gaussians.scaled_precision import log_det_precision
 from tests.cases import CASES, DOUBLE, Case, draw, regression_mlp
 from tests.tolerances import tolerance
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, Subnet
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import (
     DataError,
     NoOutputVarianceWarning,
@@ -37,6 +36,7 @@ from pyro_subnet.selection import (
     Selector,
     Sites,
 )
+from pyro_subnet.tracing.data import Data
 from tests.cases import draw
 from tests.tolerances import tolerance
 

@@ -17,9 +17,9 @@ from benchmarks.selectors.methods import FULL, MAP, METHODS
 from benchmarks.selectors.network import sgd_moments, train
 from benchmarks.selectors.report import mean_and_error, ranks
 from pyro_subnet import AutoSubnetLaplace
+from pyro_subnet.comparison.compare import compare_subnets
 from pyro_subnet.nn import init_to_module
 from pyro_subnet.selection import LargestGradient
-from pyro_subnet.subnet_comparison import compare_subnets
 
 TINY = ["--num-hidden", "4", "--num-steps", "20", "--seeds", "1", "--most", "30"]
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, Subnet
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import (
     DataError,
     MemoryLimitError,
@@ -37,6 +36,7 @@ from pyro_subnet.selection.greedy import (
     exchange_,
     pool_size,
 )
+from pyro_subnet.tracing.data import Data
 from tests.cases import (
     CASES,
     DOUBLE,

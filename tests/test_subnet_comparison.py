@@ -16,7 +16,12 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, Subnet, memory
+from pyro_subnet import AutoSubnetLaplace, Subnet
+from pyro_subnet.comparison.compare import (
+    SubnetComparison,
+    SubnetComparisonRow,
+    compare_subnets,
+)
 from pyro_subnet.exceptions import (
     MemoryLimitError,
     ModelError,
@@ -33,11 +38,7 @@ from pyro_subnet.selection import (
     RandomSubnet,
     Subspace,
 )
-from pyro_subnet.subnet_comparison import (
-    SubnetComparison,
-    SubnetComparisonRow,
-    compare_subnets,
-)
+from pyro_subnet.tensors import memory
 from tests.cases import (
     CASES,
     DOUBLE,

@@ -13,8 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, memory
-from pyro_subnet.data import Data
+from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.exceptions import (
     MemoryLimitError,
     OptionError,
@@ -22,6 +21,8 @@ from pyro_subnet.exceptions import (
     SelectionError,
 )
 from pyro_subnet.selection import Subspace, SubspacePosterior
+from pyro_subnet.tensors import memory
+from pyro_subnet.tracing.data import Data
 from tests.cases import (
     CASES,
     DOUBLE,

@@ -15,8 +15,8 @@ from scipy import linalg
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import triangular
-from pyro_subnet.triangular import (
+from pyro_subnet.tensors import triangular
+from pyro_subnet.tensors.triangular import (
     add_gram_,
     cholesky_,
     mirror_,

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, held_out
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import (
     DataError,
     NoOutputVarianceWarning,
     OptionError,
     PrecisionError,
 )
-from pyro_subnet.search import Tuning, minimize, nearest_to_own
+from pyro_subnet.laplace.search import Tuning, minimize, nearest_to_own
+from pyro_subnet.predictions import held_out
 from tests.cases import CASES, DOUBLE, draw
 from tests.test_evidence import Linear
 

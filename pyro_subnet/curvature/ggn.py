@@ -16,10 +16,10 @@ from pyro_subnet.curvature.jacobian.route import (
     squared_columns,
 )
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.dual_curvature import dual_pays
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.memory import check_factor_fits
-from pyro_subnet.triangular import add_gram_
+from pyro_subnet.gaussians.dual_curvature import dual_pays
+from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.triangular import add_gram_
 
 # How a curvature is asked for, and how it is held in the end.
 Form = Literal["auto", "primal", "dual", "diagonal"]
@@ -88,7 +88,7 @@ class GGNSum:
     r"""The sum :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, in the form that is wanted.
 
     Attributes:
-        form: Which: see :func:`~pyro_subnet.laplace.subnet_curvature`. ``"auto"``
+        form: Which: see :func:`~pyro_subnet.fit.sums.subnet_curvature`. ``"auto"``
             becomes one of the others once that is decided.
     """
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.general.per_datum import separates_by_datum
 from pyro_subnet.curvature.jacobian.output_map import OutputMap, forward_mode_agrees
-from pyro_subnet.curvature.jacobian.per_datum import separates_by_datum
-from pyro_subnet.grad_mode import differentiable
+from pyro_subnet.tensors.grad_mode import differentiable
 
 # What a direction keeps for a while, in activations of a run: its forward pass, two
 # backward.

@@ -27,20 +27,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.agreement import MixtureCheck, check_separation
-from pyro_subnet.curvature.jacobian.factored import (
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.jacobian.route import squared_columns
+from pyro_subnet.curvature.jacobian.structured.checks import (
+    MixtureCheck,
+    check_separation,
+)
+from pyro_subnet.curvature.jacobian.structured.grids import (
     FactoredUse,
     factored_uses,
     same_positions,
 )
-from pyro_subnet.curvature.jacobian.layered import cotangent_rows, of_group
-from pyro_subnet.curvature.jacobian.layered_diagonal import SquaredColumns, group_size
-from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.recording import NotLayered, Recording
-from pyro_subnet.curvature.jacobian.route import squared_columns
+from pyro_subnet.curvature.jacobian.structured.recording import NotLayered, Recording
+from pyro_subnet.curvature.jacobian.structured.rows import cotangent_rows, of_group
+from pyro_subnet.curvature.jacobian.structured.squares import SquaredColumns, group_size
 from pyro_subnet.exceptions import MemoryLimitError, ModelError
-from pyro_subnet.full_precision import at_least_float32
-from pyro_subnet.memory import available_bytes
+from pyro_subnet.tensors.memory import available_bytes
+from pyro_subnet.tensors.modes import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.grad_mode import differentiable
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.grad_mode import differentiable
 
 
 @dataclass(frozen=True, eq=False)

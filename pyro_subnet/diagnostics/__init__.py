@@ -6,6 +6,7 @@ or scikit-learn, whose numbers the tests hold them to. Of a posterior: functions
 posterior and, where they pass over it, the training data.
 """
 
+from pyro_subnet.comparison.kept_variance import kept_variance
 from pyro_subnet.diagnostics.calibration import (
     Reliability,
     classwise_calibration_error,
@@ -35,7 +36,6 @@ from pyro_subnet.diagnostics.intervals import (
     pit_values,
     quantile,
 )
-from pyro_subnet.diagnostics.kept_variance import kept_variance
 from pyro_subnet.diagnostics.out_of_distribution import (
     auroc,
     out_of_distribution_auroc,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature_guide import CurvatureGuide
-from pyro_subnet.diagonal_gaussian import DiagonalGaussian
-from pyro_subnet.dual_gaussian import DualGaussian
-from pyro_subnet.full_precision import full_precision
-from pyro_subnet.gaussian import Gaussian, PrecisionGaussian
-from pyro_subnet.kronecker_gaussian import KroneckerGaussian
-from pyro_subnet.memory import check_factor_fits
+from pyro_subnet.gaussians.diagonal_gaussian import DiagonalGaussian
+from pyro_subnet.gaussians.dual_gaussian import DualGaussian
+from pyro_subnet.gaussians.factored import Gaussian, PrecisionGaussian
+from pyro_subnet.gaussians.kronecker_gaussian import KroneckerGaussian
+from pyro_subnet.guides.curvature import CurvatureGuide
+from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.modes import full_precision
 
 # The matrix in float64, and LAPACK's room.
 _MATRICES = 3.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_subnet.curvature_guide import CurvatureGuide
-from pyro_subnet.evidence import prior_traces, site_scales
-from pyro_subnet.full_precision import full_precision
+from pyro_subnet.guides.curvature import CurvatureGuide
+from pyro_subnet.laplace.evidence import prior_traces, site_scales
+from pyro_subnet.tensors.modes import full_precision
 
 
 def effective_dimension(posterior: CurvatureGuide) -> float:

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_subnet.exceptions import NonFiniteError, OptionError
-from pyro_subnet.hybrid import SITE
-from pyro_subnet.posterior import AutoSubnetMultivariateNormal
-from pyro_subnet.trace import apart
+from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.models.hybrid import SITE
+from pyro_subnet.tracing.trace import apart
 
 # A Pareto tail is not fitted to fewer weights, nor is smoothing of use.
 _MIN_TAIL, _MIN_SAMPLES = 5, 25

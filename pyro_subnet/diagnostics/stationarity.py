@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.curvature_guide import CurvatureGuide
-from pyro_subnet.data import Data
 from pyro_subnet.diagnostics.conditioning import precision_diagonal
-from pyro_subnet.evidence import site_scales
 from pyro_subnet.exceptions import NonFiniteError
-from pyro_subnet.fit_summary import prior_gradient
-from pyro_subnet.full_precision import full_precision
-from pyro_subnet.grad_mode import differentiable
-from pyro_subnet.laplace import Tally
-from pyro_subnet.log_likelihood import log_likelihood_map
-from pyro_subnet.model_call import ModelCall
+from pyro_subnet.fit.summary import prior_gradient
+from pyro_subnet.fit.sums import Tally
+from pyro_subnet.guides.curvature import CurvatureGuide
+from pyro_subnet.laplace.evidence import site_scales
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.grad_mode import differentiable
+from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.log_likelihood import log_likelihood_map
 
 # Ours: a tenth of a standard deviation is not seen in a picture, one is.
 _NEGLIGIBLE, _LARGE = 0.1, 1.0

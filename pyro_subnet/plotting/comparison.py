@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro_subnet.comparison.compare import SubnetComparison
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.plotting.style import INK, Axes, frame, new_axes, strokes
-from pyro_subnet.subnet_comparison import SubnetComparison
 
 # The name that `compare_subnets` gives the bound which no subnet beats.
 _BOUND = "Subspace"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pyro_subnet.memory import check_factor_fits
+from pyro_subnet.guides.base import SubnetGuide
 from pyro_subnet.plotting.style import SIGNED, Axes, array, new_axes
-from pyro_subnet.subnet_guide import SubnetGuide
+from pyro_subnet.tensors.memory import check_factor_fits
 
 # Names of single weights are legible up to here; beyond, sites are named.
 _MAX_NAMES = 24

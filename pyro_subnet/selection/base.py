@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.trace import Latents, Model
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents, Model
 
 
 @runtime_checkable

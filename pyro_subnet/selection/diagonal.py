@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import PrecisionError
-from pyro_subnet.laplace import DiagonalCurvature
+from pyro_subnet.fit.sums import DiagonalCurvature
 from pyro_subnet.subnet import Layout, Subnet
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.exceptions import MemoryLimitError, OptionError, PrecisionError
-from pyro_subnet.memory import available_bytes
 from pyro_subnet.selection.base import largest
+from pyro_subnet.tensors.memory import available_bytes
 
 # M x M matrices that are held at once, in float64: P, A, and blocks of S rows.
 MATRICES_TO_ADD, MATRICES_TO_EXCHANGE = 3, 5

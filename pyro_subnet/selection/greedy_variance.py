@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.output_variance import (
-    check_inputs,
-    dense_precision,
-    output_gram,
-    reference_data,
-    squared_gradients,
-)
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -31,7 +23,15 @@ from pyro_subnet.selection.greedy import (
     pool_size,
     relative_noise,
 )
+from pyro_subnet.selection.output_variance import (
+    check_inputs,
+    dense_precision,
+    output_gram,
+    reference_data,
+    squared_gradients,
+)
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 # Candidates per chosen weight of large subnets, by default.
 _CANDIDATES = 2.0

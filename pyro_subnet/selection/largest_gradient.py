@@ -7,12 +7,6 @@ from typing import Any
 
 import torch
 
-from pyro_subnet.data import Data
-from pyro_subnet.output_variance import (
-    check_inputs,
-    reference_data,
-    squared_gradients,
-)
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -20,7 +14,13 @@ from pyro_subnet.selection.base import (
     largest,
     resolve_size,
 )
+from pyro_subnet.selection.output_variance import (
+    check_inputs,
+    reference_data,
+    squared_gradients,
+)
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 
 @dataclass(frozen=True, eq=False)

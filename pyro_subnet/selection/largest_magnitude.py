@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro_subnet.data import Data
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -13,6 +12,7 @@ from pyro_subnet.selection.base import (
     resolve_size,
 )
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import OptionError, SelectionError
-from pyro_subnet.full_precision import at_least_float32
-from pyro_subnet.kronecker_curvature import kronecker_curvature
-from pyro_subnet.kronecker_precision import KroneckerPrecision
-from pyro_subnet.laplace import DiagonalCurvature, diagonal_curvature
-from pyro_subnet.memory import check_factor_fits
+from pyro_subnet.fit.kronecker import kronecker_curvature
+from pyro_subnet.fit.sums import DiagonalCurvature, diagonal_curvature
+from pyro_subnet.gaussians.kronecker_precision import KroneckerPrecision
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -25,6 +22,9 @@ from pyro_subnet.selection.base import (
 from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
 from pyro_subnet.selection.swag import SwagMoments
 from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.modes import at_least_float32
+from pyro_subnet.tracing.data import Data
 
 
 @dataclass(frozen=True)

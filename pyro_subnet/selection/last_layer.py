@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.selection.base import GuideAtMAP, Selector
 from pyro_subnet.selection.sites import whole_sites
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.laplace import diagonal_curvature
-from pyro_subnet.output_variance import (
-    Weighting,
-    check_inputs,
-    check_weighting,
-    dense_precision,
-    output_gram,
-    reference_data,
-    squared_gradients,
-)
+from pyro_subnet.fit.sums import diagonal_curvature
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -35,7 +25,17 @@ from pyro_subnet.selection.greedy import (
     pool_size,
     relative_noise,
 )
+from pyro_subnet.selection.output_variance import (
+    Weighting,
+    check_inputs,
+    check_weighting,
+    dense_precision,
+    output_gram,
+    reference_data,
+    squared_gradients,
+)
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 # Candidates per chosen weight of large subnets, by default.
 _CANDIDATES = 4.0

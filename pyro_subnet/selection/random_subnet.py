@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_subnet.data import Data
 from pyro_subnet.selection.base import GuideAtMAP, Selector, check_size, resolve_size
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Data
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.selection.base import GuideAtMAP, Selector
 from pyro_subnet.subnet import Layout, Subnet
-from pyro_subnet.trace import Latents
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.data import Data
 from pyro_subnet.exceptions import SelectionError
-from pyro_subnet.full_precision import full_precision
-from pyro_subnet.gaussian import PrecisionGaussian, factor_precision_
-from pyro_subnet.laplace import whole_subnet
-from pyro_subnet.memory import check_factor_fits
-from pyro_subnet.output_variance import (
+from pyro_subnet.fit.sums import whole_subnet
+from pyro_subnet.gaussians.factored import PrecisionGaussian, factor_precision_
+from pyro_subnet.selection.base import GuideAtMAP, check_size, resolve_size
+from pyro_subnet.selection.output_variance import (
     DenseOutputs,
     Weighting,
     check_inputs,
@@ -25,9 +23,11 @@ from pyro_subnet.output_variance import (
     output_rows,
     reference_data,
 )
-from pyro_subnet.selection.base import GuideAtMAP, check_size, resolve_size
-from pyro_subnet.trace import Latents, Model
-from pyro_subnet.triangular import mirror_
+from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tensors.triangular import mirror_
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents, Model
 
 # Factor of the precision, Gram matrix, its whitened form, and its eigenvectors with
 # LAPACK's room.

@@ -10,13 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.full_batch import (
+from pyro_subnet.curvature.jacobian.general.full_batch import (
     forward_blocks,
     forward_bytes,
     reverse_blocks,
 )
-from pyro_subnet.curvature.jacobian.layered import layered_blocks
-from pyro_subnet.curvature.jacobian.layered_diagonal import layered_diagonal
+from pyro_subnet.curvature.jacobian.general.per_datum import (
+    per_datum_blocks,
+    separates_by_datum,
+)
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
@@ -24,13 +26,11 @@ from pyro_subnet.curvature.jacobian.output_map import (
     OutputMap,
     forward_mode_agrees,
 )
-from pyro_subnet.curvature.jacobian.per_datum import (
-    per_datum_blocks,
-    separates_by_datum,
-)
-from pyro_subnet.curvature.jacobian.recording import NotLayered
+from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
+from pyro_subnet.curvature.jacobian.structured.rows import layered_blocks
+from pyro_subnet.curvature.jacobian.structured.squares import layered_diagonal
 from pyro_subnet.exceptions import RouteError
-from pyro_subnet.full_precision import at_least_float32
+from pyro_subnet.tensors.modes import at_least_float32
 
 Route = Literal["layered", "per-datum", "forward", "reverse"]
 

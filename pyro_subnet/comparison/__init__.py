@@ -1,0 +1,1 @@
+"""A subnet beside the full posterior over all weights."""

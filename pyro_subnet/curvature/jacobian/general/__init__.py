@@ -1,0 +1,1 @@
+"""Jacobians of any model, by forward or reverse mode."""

@@ -1,0 +1,1 @@
+"""Jacobians layer by layer, the chosen entries alone."""

@@ -1,0 +1,360 @@
+r"""Entries of J from a layer's input and the gradient of its output.
+
+The gradient of an output with respect to a layer's weight is a sum, over the positions
+at which the weight is used, of products of an input and an output gradient. Only the
+chosen entries are formed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_subnet.tensors.modes import at_least_float32
+
+# A gathered product moves memory where a dense block multiplies matrices: per
+# multiplication it costs about this many times more (measured on CPU, float32).
+_GATHER_COST = 12
+# Elements that a gathered product holds at once: about what a cache holds.
+_GATHER_ELEMENTS = 2**19
+
+# Elements of the dense blocks of several data that are squared at once.
+_BLOCK_ELEMENTS = 2**20
+
+Spread = Callable[[Tensor], Tensor]
+Plan = TypeVar("Plan")
+
+
+class Entries(ABC):
+    """Entries of J at the chosen elements of one weight, at one of its uses."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Memory that it holds."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory that it holds, and that one call takes."""
+
+    @abstractmethod
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """Entries for one output gradient.
+
+        Args:
+            delta: Gradient of the layer's output, in its shape.
+
+        Returns:
+            Shape (B, S of this use).
+        """
+
+    def new_squares(self) -> Tensor:
+        """What :meth:`add_squares_` adds to, and :meth:`squares` reads."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
+        """Adds the squared entries of one output gradient, summed over the data.
+
+        Args:
+            total: The sum so far; it may be overwritten.
+            delta: Gradient of the layer's output, in its shape.
+
+        Returns:
+            The sum.
+        """
+        return total + self(delta).square().sum(0)
+
+    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
+        """Sums of squares at the chosen elements.
+
+        Args:
+            total: The sum.
+
+        Returns:
+            Shape (S of this use,).
+        """
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast(Entries):
+    r"""A weight that is added to, or multiplies, what it is broadcast to.
+
+    .. math:: J_{bs} = \sum_f [E_f = s]\, \delta_{bf} a_{bf}
+
+    Attributes:
+        num_data: B.
+        features: Flat positions f of a datum's outputs that a chosen element reaches.
+        columns: Which chosen element that is.
+        num_columns: How many chosen elements there are.
+        factor: a at those positions, shape (B, F) or (F,); None for one.
+    """
+
+    num_data: int
+    features: Int[Tensor, " f"]
+    columns: Int[Tensor, " f"]
+    num_columns: int
+    factor: Float[Tensor, "... f"] | None
+    _in_order: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Finds out whether each element reaches one position, in order."""
+        ascending = bool((self.columns[1:] > self.columns[:-1]).all())
+        in_order = ascending and self.columns.numel() == self.num_columns
+        object.__setattr__(self, "_in_order", in_order)
+
+    @property
+    def held_bytes(self) -> int:
+        """See :attr:`Entries.held_bytes`."""
+        return 0 if self.factor is None else self.factor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Entries.nbytes`."""
+        taken = self.num_data * self.features.numel()
+        return self.held_bytes + taken * 4
+
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """See :meth:`Entries.__call__`."""
+        flat = _widened(delta.reshape(self.num_data, -1))
+        picked = flat.index_select(1, self.features)
+        if self.factor is not None:
+            picked = picked * self.factor
+        if self._in_order:
+            return picked
+        total = picked.new_zeros(len(picked), self.num_columns)
+        return total.index_add_(1, self.columns, picked)
+
+
+@dataclass(frozen=True, eq=False)
+class Channelwise(Entries):
+    r"""A weight per channel, that is added to or multiplies all positions of it.
+
+    .. math:: J_{bs} = \sum_t \delta_{b c_s t}\, a_{b c_s t}
+
+    Attributes:
+        num_data: B.
+        axis: The channels' axis of the output.
+        channels: The chosen channels, shape (S,).
+        factor: a at those channels, in the output's shape; None for one.
+    """
+
+    num_data: int
+    axis: int
+    channels: Int[Tensor, " s"]
+    factor: Tensor | None
+
+    @property
+    def held_bytes(self) -> int:
+        """See :attr:`Entries.held_bytes`."""
+        return 0 if self.factor is None else self.factor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Entries.nbytes`."""
+        return 2 * self.held_bytes
+
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """See :meth:`Entries.__call__`."""
+        picked = _widened(delta.index_select(self.axis, self.channels))
+        if self.factor is not None:
+            picked = picked.mul_(self.factor)
+        others = [axis for axis in range(1, delta.ndim) if axis != self.axis]
+        rows = picked.sum(others) if others else picked
+        return rows.unflatten(0, (self.num_data, -1)).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction(Entries):
+    r"""A weight that couples channels p of one side to channels q of the other.
+
+    .. math:: J_{bs} = \sum_t \ell_{b p_s t}\, r_{b q_s t}
+
+    By gathering the two factors of each chosen entry, or by the dense block of the
+    channels that occur in any, whichever costs less.
+
+    Attributes:
+        left: From the output's gradient to its channels p, shape (B, P, T).
+        right: The other side, shape (B, Q, T).
+        p: Row of ``left`` of each chosen entry.
+        q: Row of ``right`` of each chosen entry; None where they are in order.
+        num_left: P.
+        order: Which of these entries is each of the result's; None where they are in
+            order.
+    """
+
+    left: Spread
+    right: Float[Tensor, "batch q t"]
+    p: Int[Tensor, " s"]
+    q: Int[Tensor, " s"] | None
+    num_left: int
+    order: Int[Tensor, " s"] | None = None
+
+    def __post_init__(self) -> None:
+        """Makes sure that sums of half-precision products keep their digits."""
+        object.__setattr__(self, "right", _widened(self.right))
+
+    @property
+    def one_position(self) -> bool:
+        """Whether the weight is used at a single position of each datum."""
+        return self.right.shape[-1] == 1
+
+    @cached_property
+    def _gathered(self) -> Tensor:
+        """What all output gradients share, at a single position: shape (B, S)."""
+        right = self.right[..., 0]
+        return right if self.q is None else right.index_select(1, self.q)
+
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """See :meth:`Entries.__call__`."""
+        left = _widened(self.left(delta))
+        if self.one_position:
+            products = left[..., 0].index_select(1, self.p).mul_(self._gathered)
+            return self._ordered(products)
+        if self.dense:
+            block = torch.bmm(left, self.right.mT).flatten(1)
+            return block.index_select(1, self._places)
+        num_positions = self.right.shape[-1]
+        step = max(1, _GATHER_ELEMENTS // (self.p.numel() * num_positions))
+        parts = []
+        for some, right in zip(left.split(step), self.right.split(step), strict=True):
+            other = right if self.q is None else _gathered_rows(right, self.q)
+            parts.append(_gathered_rows(some, self.p).mul_(other).sum(-1))
+        return self._ordered(torch.cat(parts))
+
+    def _ordered(self, entries: Float[Tensor, "batch s"]) -> Float[Tensor, "batch s"]:
+        return entries if self.order is None else entries.index_select(1, self.order)
+
+    @property
+    def _places(self) -> Int[Tensor, " s"]:
+        """Places of the entries in the flat dense block of channels."""
+        num_right = self.right.shape[1]
+        q = self.q if self.q is not None else torch.arange(num_right).to(self.p)
+        places = self.p * num_right + q
+        return places if self.order is None else places[self.order]
+
+    def new_squares(self) -> Tensor:
+        r"""See :meth:`Entries.new_squares`.
+
+        Returns:
+            Where the weight is used once, :math:`\sum_k \ell_{kbp}^2`, shape (B, P):
+            there one product of matrices does the rest. Else squares of the dense block
+            of channels, shape (P, Q).
+        """
+        num_data, num_right, _ = self.right.shape
+        if self.one_position:
+            return self.right.new_zeros(num_data, self.num_left)
+        return self.right.new_zeros(self.num_left, num_right)
+
+    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
+        """See :meth:`Entries.add_squares_`."""
+        left = _widened(self.left(delta))
+        if self.one_position:
+            return total.addcmul_(left[..., 0], left[..., 0])
+        step = max(1, min(len(left), _BLOCK_ELEMENTS // total.numel()))
+        blocks = total.new_empty(step, *total.shape)
+        for some, right in zip(left.split(step), self.right.split(step), strict=True):
+            # Into the same memory: new pages would take longer than the products.
+            for block in torch.bmm(some, right.mT, out=blocks[: len(some)]):
+                total.addcmul_(block, block)
+        return total
+
+    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
+        """See :meth:`Entries.squares`."""
+        if self.one_position:
+            total = total.mT @ self.right[..., 0].square()
+        return total.flatten()[self._places]
+
+    @property
+    def held_bytes(self) -> int:
+        """See :attr:`Entries.held_bytes`."""
+        return self.right.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Entries.nbytes`."""
+        num_data, num_right, num_positions = self.right.shape
+        call = self.num_left * (num_positions + self.dense * num_right)
+        if self.one_position:
+            call += self.p.numel()
+        return self.held_bytes + num_data * call * self.right.element_size()
+
+    @property
+    def dense(self) -> bool:
+        """Whether the dense block of channels costs less than gathered products."""
+        if self.one_position:
+            return False
+        return is_dense(self.num_left, self.right.shape[1], self.p.numel())
+
+
+def is_dense(num_left: int, num_right: int, num_entries: int) -> bool:
+    """Whether a dense block of channels costs less than gathered products.
+
+    Args:
+        num_left: Channels of one side.
+        num_right: Channels of the other.
+        num_entries: Chosen entries of the block.
+
+    Returns:
+        True if it does, with sums over several positions.
+    """
+    return num_left * num_right <= _GATHER_COST * num_entries
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(at_least_float32(tensor.dtype))
+
+
+def _gathered_rows(
+    tensor: Float[Tensor, "batch p t"], index: Int[Tensor, " s"]
+) -> Float[Tensor, "batch s t"]:
+    """Rows of each datum's matrix; one lookup of whole rows, which CPUs do fastest."""
+    num_data, num_rows, num_positions = tensor.shape
+    start = torch.arange(0, num_data * num_rows, num_rows, device=index.device)
+    return F.embedding(start.unsqueeze(1) + index, tensor.reshape(-1, num_positions))
+
+
+# What follows from chosen positions alone, by their tensor: groups of data share them.
+_PLANS: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
+
+
+def planned(chosen: Int[Tensor, " s"], key: Any, make: Callable[[], Plan]) -> Plan:
+    """What follows from chosen positions, worked out once while their tensor lives.
+
+    Args:
+        chosen: The positions; not written to.
+        key: All else that it follows from, hashable.
+        make: Works it out.
+
+    Returns:
+        What ``make`` returns, or returned.
+    """
+    plans = _PLANS.setdefault(chosen, {})
+    if key not in plans:
+        plans[key] = make()
+    return plans[key]
+
+
+def compact(index: Int[Tensor, " s"], bound: int) -> tuple[Tensor, Tensor]:
+    """Distinct values, and which of them each entry is.
+
+    Args:
+        index: Non-negative, shape (S,).
+        bound: One more than any value may be.
+
+    Returns:
+        The distinct values, ascending, and positions among them, shape (S,).
+    """
+    found = torch.zeros(bound, dtype=torch.bool, device=index.device)
+    found[index] = True
+    return found.nonzero().squeeze(-1), (found.cumsum(0) - 1)[index]

@@ -1,0 +1,1 @@
+"""Posteriors and chains as ArviZ reads them."""

@@ -1,0 +1,285 @@
+"""Posteriors as ArviZ reads them: draws of the subnet, of predictions, of densities.
+
+Needs the extra ``pyro-subnet[arviz]``; the package does without it until this module
+is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import arviz
+import torch
+from pyro.infer import MCMC
+from torch import Tensor
+
+from pyro_subnet.exceptions import ModelError, OptionError
+from pyro_subnet.export.groups import DrawnModel, Groups
+from pyro_subnet.export.prior_draws import log_prior_at
+from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.models.hybrid import SITE, HybridModel
+from pyro_subnet.predictions.functions import check_num_samples, standard_normal
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.grad_mode import outside_inference_mode
+from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tracing.trace import preserved_rng
+
+Dims = Mapping[str, Sequence[str]]
+Coords = Mapping[str, Any]
+
+
+@torch.no_grad()
+@outside_inference_mode()
+@full_precision()
+def to_inference_data(
+    posterior: AutoSubnetMultivariateNormal,
+    *args: Any,
+    num_samples: int = 1000,
+    linearized: bool = True,
+    predictions_args: Any = None,
+    prior: bool = True,
+    chains: int = 1,
+    coords: Coords | None = None,
+    dims: Dims | None = None,
+    sites: Sequence[str] | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    r"""A Laplace posterior as ArviZ's ``InferenceData``.
+
+    Groups, for K draws :math:`\theta_k` of the subnet:
+
+    - ``posterior``: one variable a site, named as the site, of the elements that the
+      subnet moves, as the model sees them (constrained). Axes ``("chain", "draw",
+      "<site>_elem")``, labelled ``"[3, 7]"``; a scalar site has no third one. Where a
+      constraint ties elements together (a simplex), all of those appear.
+    - ``sample_stats``: ``lp``, :math:`\log q(\theta_k)` of the Laplace posterior, and
+      ``log_importance_ratio``, :math:`\log p(y, \theta_k) - \log q(\theta_k)`, which is
+      constant where the posterior is exact. The latter is left out if there is no data,
+      and if ``prior_scale`` or ``noise_scale`` is not 1: the posterior is then not one
+      of the model as it is written.
+    - ``log_likelihood``: :math:`\log p(y_n \mid \theta_k)`, datum by datum: an entry
+      for each element of an observed site's batch, or of its first axis where all are
+      its event's. Scales (``poutine.scale``, N/B of plates) do not enter; data that a
+      mask or a scale of zero leaves out count 0.
+    - ``posterior_predictive``, ``observed_data``, and ``constant_data``: draws of y, y,
+      and the other tensor arguments whose first axis is as long as the data.
+    - ``prior``, ``prior_predictive``: the subnet's elements as the user's model draws
+      them, all others at the MAP, in one chain. ``prior_scale`` does not enter.
+    - ``predictions``, ``predictions_constant_data``: y at ``predictions_args``.
+
+    No array of K times D numbers is made: K S, K times the data, and, for the network
+    itself, one set of D weights at a time.
+
+    Args:
+        posterior: The posterior.
+        args: Training data, as the model takes them; without observations there is no
+            ``log_likelihood``.
+        num_samples: K, over all chains.
+        linearized: Whether all densities and predictions are those of
+            ``posterior.linearized_model``, as in the paper; otherwise the network's
+            own, one run a draw. The prior's too.
+        predictions_args: Other inputs to predict at: a tensor, a tuple of arguments, a
+            mapping of keyword arguments, or ``(args, kwargs)``.
+        prior: Whether to draw the prior.
+        chains: How many chains the draws are cut into. They are independent, so
+            diagnostics of chains say only that.
+        coords: Labels along axes, by their names: ``{"site": ["a", "b"]}``.
+            ``predictions`` take none: their rows are numbered.
+        dims: Names of axes of y and arguments, by variable: ``{"y": ["site"]}``.
+        sites: Latent sites to show; by default all that hold chosen elements.
+        seed: Draws from a random state of its own, which leaves the global one as it
+            was; by default the global one is drawn from.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        An ``arviz.InferenceData``, with ArviZ 1.0 and later an ``xarray.DataTree``.
+
+    Raises:
+        OptionError: If the draws cannot be cut into that many chains.
+        SelectionError: If one of ``sites`` holds no chosen element.
+        SubnetError: If the model does not fit the posterior.
+
+    Source: Kumar, Carroll, Hartikainen and Martin (2019), doi 10.21105/joss.01143, for
+    the groups.
+    """
+    check_num_samples(num_samples)
+    if chains < 1 or num_samples % chains:
+        raise OptionError(
+            "`chains` must be positive and divide `num_samples`; got "
+            f"chains={chains} and num_samples={num_samples}. Pass "
+            f"num_samples={max(1, num_samples // max(chains, 1)) * max(chains, 1)}."
+        )
+    noise = posterior.noise_scale
+    source = DrawnModel(
+        posterior.user_model, posterior.latents, posterior.subnet, linearized, noise
+    )
+    gaussian = posterior.gaussian
+    with _random_numbers(seed):
+        standard = standard_normal((num_samples, gaussian.size), gaussian.loc, None)
+        theta = gaussian.draw(standard)
+        log_q = gaussian.log_prob(theta).double()
+        groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
+        drawn = groups.add_data(theta, args, kwargs)
+        stats = {"lp": log_q}
+        scales = posterior.prior_scale, noise
+        if drawn.log_likelihood and scales == (1.0, 1.0):
+            log_prior = log_prior_at(groups.call, source.subnet, theta)
+            stats["log_importance_ratio"] = drawn.total + log_prior - log_q
+        groups.add("sample_stats", stats)
+        if predictions_args is not None:
+            groups.add_predictions(theta, predictions_args)
+        if prior:
+            groups.add_prior(num_samples)
+    return groups.joined(
+        arviz,
+        curvature=posterior.options.curvature,
+        covariance=posterior.options.covariance,
+        prior_scale=json.dumps(posterior.prior_scale),
+        noise_scale=noise,
+        seed="global random state" if seed is None else seed,
+    )
+
+
+@torch.no_grad()
+@outside_inference_mode()
+@full_precision()
+def from_hybrid_mcmc(
+    mcmc: MCMC,
+    posterior: AutoSubnetMultivariateNormal | HybridModel,
+    *args: Any,
+    linearized: bool | None = None,
+    predictions_args: Any = None,
+    prior: bool = True,
+    coords: Coords | None = None,
+    dims: Dims | None = None,
+    sites: Sequence[str] | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """MCMC on a hybrid model as ArviZ's ``InferenceData``, beside the Laplace one.
+
+    The groups, variables and labels of :func:`to_inference_data`, so that ArviZ draws
+    and compares both. ``sample_stats`` has ``lp``, the hybrid model's log density, if
+    there is data, and ``diverging``, if the kernel tells; each chain's acceptance rate
+    is an attribute of the group.
+
+    Args:
+        mcmc: A finished run on ``posterior.hybrid_model()``.
+        posterior: The posterior, or the hybrid model itself.
+        args: Training data, as the model takes them.
+        linearized: Which hybrid model the run was on; by default what a hybrid model
+            says, and False for a posterior, as for its ``hybrid_model``.
+        predictions_args: As for :func:`to_inference_data`.
+        prior: Whether to draw the prior: as many draws as there are of the posterior.
+        coords: As there.
+        dims: As there.
+        sites: As there.
+        seed: As there.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        As there.
+
+    Raises:
+        OptionError: If the run has no draws of this subnet, or ``linearized`` is not
+            the hybrid model's.
+        ModelError: If a linearized hybrid model's parameters have left the MAP.
+        SubnetError: If the model does not fit.
+    """
+    source = _source_of(posterior, linearized)
+    by_chain = _subnet_draws(mcmc, source.subnet)
+    theta = by_chain.flatten(0, 1)
+    chains = len(by_chain)
+    with _random_numbers(seed):
+        groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
+        drawn = groups.add_data(theta, args, kwargs)
+        stats = {}
+        if drawn.log_likelihood:
+            log_prior = log_prior_at(groups.call, source.subnet, theta)
+            stats["lp"] = drawn.total + log_prior
+        found, rates = _diagnostics(mcmc, chains, by_chain.shape[1])
+        groups.add("sample_stats", {**stats, **found}, **rates)
+        if predictions_args is not None:
+            groups.add_predictions(theta, predictions_args)
+        if prior:
+            groups.add_prior(len(theta))
+    return groups.joined(
+        arviz,
+        sampler=type(mcmc.kernel).__name__,
+        seed="global random state" if seed is None else seed,
+    )
+
+
+@contextmanager
+def _random_numbers(seed: int | None) -> Iterator[None]:
+    """Torch's random numbers from a seed, and as they were afterwards."""
+    if seed is None:
+        yield
+        return
+    with preserved_rng():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def _source_of(
+    posterior: AutoSubnetMultivariateNormal | HybridModel, linearized: bool | None
+) -> DrawnModel:
+    if not isinstance(posterior, HybridModel):
+        return DrawnModel(
+            posterior.user_model,
+            posterior.latents,
+            posterior.subnet,
+            bool(linearized),
+        )
+    if linearized not in (None, posterior.linearized):
+        raise OptionError(
+            f"`linearized` must be the hybrid model's, {posterior.linearized}; got "
+            f"{linearized}. Leave it out."
+        )
+    latents = posterior.present_latents()
+    moved = not torch.equal(latents.loc, posterior.latents.loc)
+    if moved and posterior.linearized:
+        raise ModelError(
+            "A linearized hybrid model must have its parameters at the MAP; got some "
+            "that were trained. Fit a posterior anew at these values."
+        )
+    return DrawnModel(
+        posterior.user_model, latents, posterior.subnet, posterior.linearized
+    )
+
+
+def _subnet_draws(mcmc: MCMC, subnet: Subnet) -> Tensor:
+    """Draws by chain, (chains, draws, S)."""
+    samples = mcmc.get_samples(group_by_chain=True)
+    draws: Tensor | None = samples.get(SITE)
+    if draws is None or draws.shape[-1] != subnet.size:
+        came = {name: tuple(value.shape) for name, value in samples.items()}
+        raise OptionError(
+            f"`mcmc` must hold draws of site {SITE!r} with {subnet.size} elements; got "
+            f"{came}. Run it on this posterior's `hybrid_model()`."
+        )
+    return draws
+
+
+def _diagnostics(
+    mcmc: MCMC, chains: int, draws: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Which draws diverged, and attributes: what the kernel tells of each chain."""
+    told = mcmc._diagnostics
+    if any(chain is None for chain in told):
+        told = [{}] * chains
+    variables, attrs = {}, {}
+    if all("divergences" in chain for chain in told):
+        diverging = torch.zeros(chains, draws, dtype=torch.bool)
+        for row, chain in zip(diverging, told, strict=True):
+            row[torch.tensor(chain["divergences"], dtype=torch.long)] = True
+        variables["diverging"] = diverging.flatten()
+    if all("acceptance rate" in chain for chain in told):
+        attrs["acceptance_rate"] = [float(c["acceptance rate"]) for c in told]
+    return variables, attrs

@@ -1,0 +1,106 @@
+"""The user's prior over the subnet: draws of it, and its log density at draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.export.output_draws import values_at
+from pyro_subnet.models.linearized import latent_parents
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.log_prior import log_prior_terms, prior_term
+from pyro_subnet.tracing.trace import is_factor, run_model
+
+
+def draw_prior(
+    call: ModelCall, subnet: Subnet, count: int
+) -> Float[Tensor, "count subnet"]:
+    """Draws the chosen elements as the user's model draws them.
+
+    A site whose prior depends on no other site is drawn by itself; if any other holds
+    chosen elements, the model runs once a draw. Other sites are drawn then too and let
+    go: these are draws of the elements' marginal prior.
+
+    Args:
+        call: A call of the model.
+        subnet: The chosen elements.
+        count: K.
+
+    Returns:
+        Unconstrained; one draw of the sites' elements is held at a time.
+    """
+    chosen = subnet.indices
+    runs = bool(set(chosen) & set(latent_parents(call)))
+    rows = []
+    for _ in range(count):
+        nodes = call.trace.nodes
+        if runs:
+            nodes = run_model(call.model, call.args, call.kwargs, {}, {}).nodes
+        parts = []
+        for name, within in chosen.items():
+            node = nodes[name]
+            value = node["value"] if runs else node["fn"].sample()
+            u = call.latents.transforms[name].inv(value)
+            parts.append(u.flatten()[within])
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).detach()
+
+
+def log_prior_at(
+    call: ModelCall, subnet: Subnet, theta: Float[Tensor, "draws subnet"]
+) -> Float[Tensor, " draws"]:
+    """Log density of all latent sites and factors, in unconstrained space.
+
+    Where no prior depends on a chosen site and there are no factors, only the sites
+    with chosen elements are evaluated anew; otherwise the model runs once a draw.
+
+    Args:
+        call: A call of the model.
+        subnet: The chosen elements.
+        theta: Draws of them; other elements are at the MAP.
+
+    Returns:
+        Nats, float64.
+    """
+    nodes, latents = call.trace.nodes, call.latents
+    chosen = set(subnet.indices)
+    parents = set[str]().union(*latent_parents(call).values())
+    runs = bool(chosen & parents) or any(map(is_factor, nodes.values()))
+    with pyro.validation_enabled(False):
+        if runs:
+            found = []
+            for row in theta:
+                u = values_at(call, subnet, row)
+                terms = log_prior_terms(call.run(u), latents, u)
+                found.append(_sum([term.log_density for term in terms]))
+            return torch.stack(found)
+        rest = _terms(call, latents.values, set(latents.layout.names) - chosen)
+        return torch.stack(
+            [
+                _sum([*rest, *_terms(call, values_at(call, subnet, row), chosen)])
+                for row in theta
+            ]
+        )
+
+
+def _terms(call: ModelCall, u: Mapping[str, Tensor], sites: set[str]) -> list[Tensor]:
+    """Log densities of sites at other values than those of the reference run."""
+    transforms = call.latents.transforms
+    return [
+        prior_term(
+            {**call.trace.nodes[name], "value": transforms[name](u[name])},
+            transforms[name],
+            u[name],
+        ).log_density
+        for name in call.latents.layout.names
+        if name in sites
+    ]
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return torch.stack([term.double() for term in terms]).sum()

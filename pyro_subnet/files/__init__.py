@@ -1,0 +1,1 @@
+"""What is written and read, whole or not at all."""

@@ -1,0 +1,269 @@
+"""The sums of a fit in a file, so that a pass over the data outlives its process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
+
+from pyro_subnet.exceptions import CheckpointError, OptionError
+from pyro_subnet.files.fingerprint import check_sites, digest, site_records
+from pyro_subnet.files.safe_file import Content, read_file, write_file
+from pyro_subnet.options import FitOptions
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.trace import Latents
+
+KIND = "fit"
+_WAY_OUT = "Put it back to resume, or delete the file to start over."
+# Where tensors stand that are not the sums'.
+_POSITIONS, _CPU_RNG, _CUDA_RNG = "subnet_positions", "rng_cpu", "rng_cuda"
+
+
+@runtime_checkable
+class Sums(Protocol):
+    """What a pass over the data adds up."""
+
+    def state(self) -> tuple[dict[str, Tensor], Content]:
+        """All that was added so far: tensors, and what JSON holds."""
+
+    def restore(self, tensors: dict[str, Tensor], content: Content) -> None:
+        """Undoes :meth:`state`."""
+
+    def check_again(self, batch: Batch) -> None:
+        """Holds the model to what it said of the batch that was added last."""
+
+
+@dataclass
+class FitCheckpoint:
+    """A file that holds the sums of a fit after every so many batches.
+
+    Made by :meth:`open`.
+
+    Attributes:
+        path: Where it is.
+        every: After how many batches it is written.
+        identity: What the fit must have in common with the file.
+        rng_device: Whose random state is kept, for curvatures that draw labels; None
+            for others.
+        subnet: The chosen subnet, as soon as there is one.
+        tensors: Of the sums, as the file had them.
+        content: Likewise, of what JSON holds; None in a fit that starts.
+        done: How many batches the file had summed.
+        batches: The hash of those, each with all before it.
+    """
+
+    path: str | os.PathLike[str]
+    every: int
+    identity: Content
+    rng_device: torch.device | None
+    subnet: Subnet | None
+    tensors: dict[str, Tensor]
+    content: Content | None
+    done: int
+    batches: str
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        every: int,
+        guide: AutoContinuous,
+        options: FitOptions,
+        fit: tuple[Data, Any],
+    ) -> FitCheckpoint:
+        """Reads the file if there is one, and holds the fit to it.
+
+        Args:
+            path: Where it is.
+            every: After how many batches it is written.
+            guide: At its MAP.
+            options: How the curvature is asked for.
+            fit: The data, and the selector.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            OptionError: If ``every`` is not a positive count.
+            CheckpointError: If the file is damaged, or another fit's.
+        """
+        if every < 1:
+            raise OptionError(
+                f"`checkpoint_every` must be a positive count of batches; got {every}. "
+                "Leave it out for 100."
+            )
+        data, selector = fit
+        loc: Tensor = guide.loc.detach()
+        passes = getattr(selector, "passes_over_data", False)
+        identity: Content = {
+            "sites": site_records(guide),
+            "MAP": digest(loc),
+            "options": asdict(options),
+            "num_data": None if data.num_data is None else int(data.num_data),
+            # Others are asked again, and must choose what they chose.
+            "selector": digest(selector) if passes else None,
+        }
+        random = options.curvature == "ggn-mc"
+        new = cls(
+            path=path,
+            every=every,
+            identity=identity,
+            rng_device=loc.device if random else None,
+            subnet=None,
+            tensors={},
+            content=None,
+            done=0,
+            batches=digest(),
+        )
+        if Path(path).exists():
+            new._read(Latents.from_guide(guide, loc))
+        return new
+
+    @property
+    def chosen(self) -> Subnet | None:
+        """The file's subnet, where choosing it took a pass over the data."""
+        return self.subnet if self.identity["selector"] is not None else None
+
+    def keep_subnet(self, subnet: Subnet) -> None:
+        """Takes the subnet of a fit that starts, and compares that of one that resumes.
+
+        Args:
+            subnet: The chosen one.
+
+        Raises:
+            CheckpointError: If the file's is another, or it cannot be written.
+        """
+        if self.subnet is None:
+            self.subnet = subnet
+            self._write({}, None, 0, self.batches)
+        elif not torch.equal(self.subnet.flat, subnet.flat):
+            raise self._differs("`subnet`")
+
+    def calls(self, data: Data, description: str, sums: Sums) -> Iterator[Batch]:
+        """Passes over the batches that are not summed yet, and writes the sums.
+
+        Args:
+            data: The data.
+            description: What the pass is for.
+            sums: What is added up between one batch and the next.
+
+        Yields:
+            Positional and keyword arguments of each call.
+
+        Raises:
+            CheckpointError: If the first batches are not those of the file.
+        """
+        if self.content is not None:
+            sums.restore(self.tensors, self.content)
+            self.tensors = self._rng_tensors()  # the sums hold the others
+        count, hashed = 0, digest()
+        if self.done == 0:
+            self._restore_rng()
+        for batch in data.calls(description):
+            count, hashed = count + 1, digest(hashed, batch)
+            if count <= self.done:
+                if count == self.done:
+                    self._check_batches(hashed)
+                    sums.check_again(batch)
+                    self._restore_rng()
+                continue
+            yield batch
+            if count % self.every == 0:
+                self._write(*sums.state(), count, hashed)
+        if count < self.done:
+            raise CheckpointError(
+                f"`batches` must begin with the {self.done} that {self._name} has "
+                f"summed; got {count} in all. {_WAY_OUT}"
+            )
+
+    def remove(self) -> None:
+        """Deletes the file, once the fit is done."""
+        Path(self.path).unlink(missing_ok=True)
+
+    @property
+    def _name(self) -> str:
+        return repr(os.fspath(self.path))
+
+    def _differs(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{what} must be as in the fit that {self._name} was begun with; got "
+            f"another. {_WAY_OUT}"
+        )
+
+    def _check_batches(self, hashed: str) -> None:
+        if hashed != self.batches:
+            raise CheckpointError(
+                f"`batches` must begin with the {self.done} that {self._name} has "
+                f"summed, in the same order; got others. Load without shuffling, and "
+                "delete the file to start over."
+            )
+
+    def _read(self, latents: Latents) -> None:
+        tensors, content = read_file(self.path, KIND)
+        recorded = content["identity"]
+        try:
+            check_sites(self.identity["sites"], recorded["sites"])
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {_WAY_OUT}") from error
+        for key in self.identity:
+            if self.identity[key] == recorded[key]:
+                continue
+            if key in ("MAP", "selector"):
+                raise self._differs({"selector": "`subnet`"}.get(key, "The MAP"))
+            raise CheckpointError(
+                f"`{key}` must be as in the fit that {self._name} was begun with, "
+                f"{recorded[key]}; got {self.identity[key]}. {_WAY_OUT}"
+            )
+        positions = tensors.pop(_POSITIONS).to(latents.loc.device)
+        share = content["explained_variance"]
+        self.subnet = Subnet.from_positions(latents.layout, positions, share)
+        self.tensors, self.content = tensors, content["sums"]
+        self.done, self.batches = content["done"], content["batches"]
+
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        sums: Content | None,
+        done: int,
+        batches: str,
+    ) -> None:
+        if self.subnet is None:
+            raise CheckpointError(
+                "A fit must have a subnet before it is written; got none. Call "
+                "`keep_subnet` first."
+            )
+        content: Content = {
+            "identity": self.identity,
+            "explained_variance": self.subnet.explained_variance,
+            "sums": sums,
+            "done": done,
+            "batches": batches,
+        }
+        held = {_POSITIONS: self.subnet.flat, **self._rng_state(), **tensors}
+        write_file(self.path, KIND, held, content)
+
+    def _rng_state(self) -> dict[str, Tensor]:
+        if self.rng_device is None:
+            return {}
+        state = {_CPU_RNG: torch.get_rng_state()}
+        if self.rng_device.type == "cuda":
+            state[_CUDA_RNG] = torch.cuda.get_rng_state(self.rng_device)
+        return state
+
+    def _rng_tensors(self) -> dict[str, Tensor]:
+        names = (_CPU_RNG, _CUDA_RNG)
+        return {name: self.tensors[name] for name in names if name in self.tensors}
+
+    def _restore_rng(self) -> None:
+        """Sets the random state that the file was written at, if it has one."""
+        if _CPU_RNG in self.tensors:
+            torch.set_rng_state(self.tensors[_CPU_RNG])
+        if self.rng_device is not None and _CUDA_RNG in self.tensors:
+            torch.cuda.set_rng_state(self.tensors[_CUDA_RNG], self.rng_device)

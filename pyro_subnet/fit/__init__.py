@@ -1,0 +1,1 @@
+"""One pass over the data, and what it sums."""

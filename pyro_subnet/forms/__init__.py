@@ -1,1 +1,0 @@
-"""Ways to hold a posterior's curvature, each ready for any prior precision."""

@@ -1,0 +1,1 @@
+"""The precision G + s P0 in its forms, and the Gaussian of each; no Pyro."""

@@ -1,0 +1,150 @@
+r"""The R x R kernel of weighted rows under a diagonal prior: summed, checked, factored.
+
+All of it is float64, whatever the dtype of the rows: that costs R^2 numbers, and the
+digits that a sum of squares takes away from a root stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.exceptions import NonFiniteError, PrecisionError
+from pyro_subnet.tensors.triangular import add_gram_, cholesky_
+
+PRIMAL_FORM = "Use the primal form, an S x S factor of the precision."
+# Columns of W that are scaled, and held in float64, at once: R x 2048 numbers.
+_BLOCK_COLUMNS = 2048
+# What a pivot must exceed the round-off of the kernel by, for two digits to be right.
+# Where the rows are independent all pivots are large; rows that repeat others leave
+# pivots near 1, the identity's, which a large kernel buries.
+_DIGITS = 100.0
+
+
+def check_diagonal(diagonal: Float[Tensor, " subnet"]) -> None:
+    """Refuses a diagonal that has no inverse root.
+
+    Args:
+        diagonal: The prior's precision, shape (S,).
+
+    Raises:
+        NonFiniteError: If an element is NaN or infinite.
+        PrecisionError: If an element is not a positive normal number.
+    """
+    size = len(diagonal)
+    bad = (~diagonal.isfinite()).nonzero().squeeze(1)
+    if bad.numel():
+        raise NonFiniteError(
+            f"The prior's precision must be finite; got NaN or inf in {bad.numel()} of "
+            f"{size} elements (first {int(bad[0])}). Check the prior at the MAP."
+        )
+    # Below the smallest normal number the inverse overflows.
+    bad = (diagonal < torch.finfo(diagonal.dtype).tiny).nonzero().squeeze(1)
+    if bad.numel():
+        first = int(bad[0])
+        raise PrecisionError(
+            "The prior's precision must be a positive normal number in the dual form; "
+            f"got {bad.numel()} of {size} elements that are not (first "
+            f"{float(diagonal[first]):.3e} at {first}). {PRIMAL_FORM}"
+        )
+
+
+def column_blocks(size: int) -> list[slice]:
+    """Groups of columns that are scaled at once.
+
+    Args:
+        size: S.
+
+    Returns:
+        Slices that cover all of them, in order.
+    """
+    starts = range(0, size, _BLOCK_COLUMNS)
+    return [slice(start, min(start + _BLOCK_COLUMNS, size)) for start in starts]
+
+
+def scaled_columns(
+    rows: Float[Tensor, "rows subnet"], diagonal: Float[Tensor, " subnet"], block: slice
+) -> Float[Tensor, "block rows"]:
+    r"""Some columns of :math:`A = W D^{-1/2}`, as rows.
+
+    Args:
+        rows: W, shape (R, S).
+        diagonal: D, shape (S,).
+        block: Which columns, n of them.
+
+    Returns:
+        A new matrix in float64, shape (n, R).
+    """
+    root = diagonal[block].to(torch.float64).rsqrt()
+    columns = torch.empty(
+        len(root), len(rows), dtype=torch.float64, device=rows.device
+    ).copy_(rows[:, block].mT)
+    return columns.mul_(root.unsqueeze(-1))
+
+
+def kernel_of_rows(
+    rows: Float[Tensor, "rows subnet"], diagonal: Float[Tensor, " subnet"]
+) -> Float[Tensor, "rows rows"]:
+    r"""The kernel :math:`A A^\top = W D^{-1} W^\top`, in float64.
+
+    Costs R^2 S operations and R x 2048 numbers beside the result.
+
+    Args:
+        rows: W, shape (R, S).
+        diagonal: D, shape (S,).
+
+    Returns:
+        In the lower triangle, with zeros above, shape (R, R).
+    """
+    count = len(rows)
+    kernel = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    for block in column_blocks(rows.shape[1]):
+        add_gram_(kernel, scaled_columns(rows, diagonal, block))
+    return kernel
+
+
+def check_kernel(kernel: Float[Tensor, "rows rows"]) -> None:
+    """Refuses NaN and infinity, which reach the diagonal as it sums squares.
+
+    Args:
+        kernel: Shape (R, R).
+
+    Raises:
+        NonFiniteError: If there is one.
+    """
+    bad = (~kernel.diagonal().isfinite()).nonzero().squeeze(1)
+    if bad.numel():
+        raise NonFiniteError(
+            "The weighted Jacobian rows must be finite, and so must their squares over "
+            f"the prior's precision; got NaN or inf from {bad.numel()} of "
+            f"{len(kernel)} rows (first {int(bad[0])}). Check the model's outputs and "
+            "its prior at the MAP."
+        )
+
+
+def factor_kernel_(kernel: Float[Tensor, "rows rows"]) -> None:
+    """Replaces K by its factor C, in the lower triangle. No jitter is added.
+
+    Args:
+        kernel: K, at least the identity but for round-off, shape (R, R), float64.
+
+    Raises:
+        NonFiniteError: If an entry is NaN or infinite.
+        PrecisionError: If it is too badly conditioned for float64.
+    """
+    check_kernel(kernel)
+    if not len(kernel):
+        return
+    # Its trace bounds the largest eigenvalue.
+    round_off = torch.finfo(kernel.dtype).eps * float(kernel.diagonal().sum())
+    failed = cholesky_(kernel)
+    smallest = 0.0 if failed else float(kernel.diagonal().min().square())
+    if not smallest >= _DIGITS * round_off:
+        raise PrecisionError(
+            f"The kernel of R={len(kernel)} rows must have pivots of at least "
+            f"{_DIGITS:g} times its round-off in float64; got one of {smallest:.1e} at "
+            f"a round-off of {round_off:.1e}: some rows repeat others, and the data "
+            "outweigh the prior too far. Raise the prior's precision, or use the "
+            "primal form, an S x S factor of the precision."
+        )

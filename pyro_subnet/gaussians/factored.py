@@ -1,0 +1,275 @@
+r"""What a Gaussian over the subnet is, and the one held as a factor of its precision.
+
+With :math:`P = L L^\top` the covariance :math:`\Sigma = L^{-\top} L^{-1}` is never
+formed: draws, log density, marginal and projected variances are triangular solves.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.exceptions import NonFiniteError, PrecisionError
+from pyro_subnet.tensors.triangular import cholesky_, multiply_rows, solve_rows_
+
+# Rows of the identity that are solved for, or rows of a matrix that are looked through,
+# at once: bounds the extra memory to S x 512 instead of S x S.
+_BLOCK_ROWS = 512
+# Above this size the eigenvalues behind an error message would take minutes.
+_MAX_EIGENVALUE_SIZE = 4096
+
+
+class Gaussian(ABC):
+    """A normal distribution over S dimensions, however its precision is held.
+
+    Attributes:
+        loc: Mean, shape (S,).
+    """
+
+    loc: Float[Tensor, " subnet"]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """S, the number of dimensions."""
+
+    @abstractmethod
+    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
+        """Turns standard normal noise into draws.
+
+        Args:
+            noise: Standard normal, shape (..., S).
+
+        Returns:
+            Draws of the same shape; differentiable in ``noise`` and ``loc``.
+        """
+
+    @abstractmethod
+    def log_prob(
+        self, value: Float[Tensor, "*batch subnet"]
+    ) -> Float[Tensor, "*batch"]:
+        """Log density.
+
+        Args:
+            value: Shape (..., S).
+
+        Returns:
+            Shape (...), in nats.
+        """
+
+    @abstractmethod
+    def half_log_det(self) -> Float[Tensor, ""]:
+        """Half the log determinant of the precision."""
+
+    @abstractmethod
+    def variance(self) -> Float[Tensor, " subnet"]:
+        """Marginal variances, shape (S,)."""
+
+    @abstractmethod
+    def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
+        r"""Maps rows of a Jacobian to rows whose inner products are covariances.
+
+        Args:
+            jac: J, shape (..., S).
+
+        Returns:
+            W with :math:`W W^\top = J \Sigma J^\top`, shape (..., S).
+        """
+
+    @abstractmethod
+    def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        """P, shape (S, S)."""
+
+    @abstractmethod
+    def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        """The inverse of P, shape (S, S)."""
+
+    @abstractmethod
+    def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
+        """Lower Cholesky factor of the covariance, shape (S, S)."""
+
+    def entropy(self) -> Float[Tensor, ""]:
+        """Returns the differential entropy in nats."""
+        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
+        return constant - self.half_log_det()
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionGaussian(Gaussian):
+    r"""The Gaussian :math:`N(\hat\theta_S, P^{-1})` with :math:`P = L L^\top`.
+
+    Attributes:
+        loc: Mean, shape (S,).
+        precision_tril: L, shape (S, S), with positive diagonal. Only its lower triangle
+            is read: the strict upper one may hold something else.
+    """
+
+    loc: Float[Tensor, " subnet"]
+    precision_tril: Float[Tensor, "subnet subnet"]
+
+    @property
+    def size(self) -> int:
+        """S, the number of dimensions."""
+        return int(self.loc.shape[-1])  # a tensor while torch.jit traces
+
+    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
+        r"""Turns standard normal noise into draws, :math:`\hat\theta + L^{-\top} z`.
+
+        Args:
+            noise: Standard normal, shape (..., S).
+
+        Returns:
+            Draws of the same shape; differentiable in ``noise`` and ``loc``.
+        """
+        columns = noise.reshape(-1, self.size).mT
+        solved = torch.linalg.solve_triangular(
+            self.precision_tril.mT, columns, upper=True
+        )
+        return self.loc + solved.mT.reshape(noise.shape)
+
+    def log_prob(
+        self, value: Float[Tensor, "*batch subnet"]
+    ) -> Float[Tensor, "*batch"]:
+        r"""Log density, from L alone.
+
+        .. math:: \sum_i \log L_{ii} - \tfrac12 |L^\top (v - \hat\theta)|^2
+            - \tfrac S2 \log 2\pi
+
+        Args:
+            value: Shape (..., S).
+
+        Returns:
+            Shape (...), in nats.
+        """
+        centred = (value - self.loc).reshape(-1, self.size)
+        whitened = multiply_rows(centred, self.precision_tril).reshape(value.shape)
+        constant = 0.5 * self.size * math.log(2 * math.pi)
+        return self.half_log_det() - 0.5 * whitened.square().sum(-1) - constant
+
+    def half_log_det(self) -> Float[Tensor, ""]:
+        r"""Returns :math:`\frac12 \log\det P = \sum_i \log L_{ii}`."""
+        return self.precision_tril.diagonal().log().sum()
+
+    def variance(self) -> Float[Tensor, " subnet"]:
+        r"""Marginal variances :math:`\operatorname{diag} \Sigma`, shape (S,).
+
+        Costs S^3/3 operations and S x 512 numbers, not an S x S inverse. Not
+        differentiable.
+
+        Returns:
+            Shape (S,).
+        """
+        parts = []
+        block = self.precision_tril.new_empty(_BLOCK_ROWS, self.size)
+        for start in range(0, self.size, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, self.size - start)
+            # Columns of L^-1, as rows. They vanish above row `start`, so the solve
+            # needs only the trailing triangle.
+            rows = block[:count, start:].zero_().fill_diagonal_(1.0)
+            solve_rows_(self.precision_tril[start:, start:], rows)
+            parts.append(rows.square_().sum(1))
+        return torch.cat(parts)
+
+    def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
+        r"""Maps rows j of a Jacobian to :math:`L^{-1} j`.
+
+        Inner products of the results are the projected covariances
+        :math:`J \Sigma J^\top`.
+
+        Args:
+            jac: Shape (..., S).
+
+        Returns:
+            Shape (..., S).
+        """
+        columns = jac.reshape(-1, self.size).mT
+        solved = torch.linalg.solve_triangular(
+            self.precision_tril, columns, upper=False
+        )
+        return solved.mT.reshape(jac.shape)
+
+    def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        r"""Returns :math:`P = L L^\top`, shape (S, S)."""
+        factor = self.precision_tril.tril()
+        return factor @ factor.mT
+
+    def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
+        r"""Returns :math:`\Sigma = P^{-1}`, shape (S, S)."""
+        return torch.cholesky_inverse(self.precision_tril)
+
+    def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
+        r"""Lower factor of the covariance.
+
+        With J the exchange matrix, the Cholesky factor M of :math:`J P J` gives
+        :math:`\Sigma = (J M^{-\top} J)(J M^{-\top} J)^\top`, lower triangular.
+
+        Returns:
+            Shape (S, S).
+        """
+        flipped = self.precision_matrix().flip(-2, -1)
+        factor = torch.linalg.cholesky(flipped)
+        identity = torch.eye(self.size, dtype=self.loc.dtype, device=self.loc.device)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return inverse.mT.flip(-2, -1).contiguous()
+
+
+def factor_precision_(
+    precision: Float[Tensor, "subnet subnet"],
+    remedy: str,
+    restore: Callable[[], object],
+) -> None:
+    """Replaces a precision matrix by its Cholesky factor L, in the lower triangle.
+
+    No jitter is ever added: a matrix that is not positive definite is an error. The
+    strict upper triangle is neither read nor written.
+
+    Args:
+        precision: P in its lower triangle, shape (S, S).
+        remedy: What the caller's user can do about a failure, one sentence.
+        restore: Puts P back into the lower triangle, where a failed factorization has
+            overwritten it and the message needs it.
+
+    Raises:
+        NonFiniteError: If an entry is NaN or infinite.
+        PrecisionError: If the matrix is not positive definite.
+    """
+    failed = cholesky_(precision)
+    # LAPACK's info is no word on NaN, but any NaN reaches the factor's diagonal.
+    if failed == 0 and bool(precision.diagonal().isfinite().all()):
+        return
+    restore()
+    size = precision.shape[-1]
+    bad = _rows_not_finite(precision)
+    if bad.numel():
+        raise NonFiniteError(
+            f"The precision must be finite; got NaN or inf in {bad.numel()} of {size} "
+            f"rows (first {int(bad[0])}). Check the model's outputs and its prior at "
+            "the MAP."
+        )
+    if size <= _MAX_EIGENVALUE_SIZE:
+        smallest = float(torch.linalg.eigvalsh(precision)[0])
+        found = f"smallest eigenvalue {smallest:.3e}"
+    else:
+        found = f"its leading block of size {failed} is not positive definite"
+    raise PrecisionError(
+        f"Posterior precision at S={size} must be positive definite; got {found}. "
+        f"{remedy}"
+    )
+
+
+def _rows_not_finite(lower: Tensor) -> Tensor:
+    """Positions of the rows that are not finite up to the diagonal."""
+    return torch.cat(
+        [
+            (~rows.tril(start).isfinite()).any(dim=1).nonzero().squeeze(1) + start
+            for start, rows in zip(
+                range(0, len(lower), _BLOCK_ROWS), lower.split(_BLOCK_ROWS), strict=True
+            )
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What users hold: the MAP guide and the posterior guide."""

@@ -1,0 +1,374 @@
+"""The MAP guide that a user trains, and the posterior that it becomes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor, nn
+
+from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.files.resume import FitCheckpoint
+from pyro_subnet.fit.dispatch import curvature_of
+from pyro_subnet.fit.sums import whole_subnet
+from pyro_subnet.guides.copies import copied, portable_state
+from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.options import Covariance, Curvature, FitOptions
+from pyro_subnet.selection import LargestVariance, Mask
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.modes import at_least_float32, full_precision
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents, Model
+
+SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
+
+# Live guides by the param-store key of their `loc`.
+_OWNERS: WeakValueDictionary[str, AutoSubnetLaplace] = WeakValueDictionary()
+
+
+class AutoSubnetLaplace(AutoContinuous):
+    r"""A MAP guide whose Laplace approximation covers a subnet of the weights.
+
+    Swapped in for :class:`pyro.infer.autoguide.AutoLaplaceApproximation`::
+
+        guide = AutoSubnetLaplace(model, subnet=0.05)
+        svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        for _ in range(2000):
+            svi.step(x, y)
+        posterior = guide.laplace_approximation(x, y)
+
+    Until :meth:`laplace_approximation` every latent site is a point estimate: ``loc``,
+    shape (D,), in unconstrained space, is the one parameter. The approximation then
+    gives the subnet S a Gaussian of full covariance, with precision GGN + prior, and
+    leaves all other elements at the MAP.
+
+    Two live guides never share an entry of the param store: the second one's name, and
+    so its key, gets a number.
+
+    Args:
+        model: A Pyro model whose latent sites are continuous.
+        subnet: Which elements are random. None: all; an int or a float in (0, 1]: that
+            many, or that share, by
+            :class:`~pyro_subnet.selection.LargestVariance`; a selector; or a mapping
+            from sites to bool masks or flat positions.
+        init_loc_fn: Where the MAP search starts, as everywhere in Pyro; with the
+            values of a MAP found elsewhere no training is needed.
+        curvature: Of the likelihood. ``"ggn"``, the generalized Gauss-Newton matrix,
+            is positive semidefinite and exact for the linearized model. ``"ggn-mc"``
+            estimates it without bias from labels drawn from the model, one backward
+            pass in place of one a class. ``"ef"``, the empirical Fisher, takes the
+            data's own labels: as cheap, but no estimate of the GGN where the model
+            does not fit them. ``"hessian"`` is exact, costs S passes and may not be
+            positive definite; with ``subnet=None`` it gives what
+            ``AutoLaplaceApproximation`` does.
+        covariance: ``"full"``; or, as references to compare with, that of a diagonal
+            (``"diag"``) or Kronecker-factored (``"kron"``) precision, which cost no
+            S x S matrix and so serve for all weights.
+        form: How a full covariance is held. ``"primal"``: as one S x S factor.
+            ``"dual"``: by an R x R kernel of the R = N C rows of the weighted
+            Jacobian, R S numbers, for small data and large subnets. ``"auto"``: dual
+            where that costs less in memory, fit and prediction: at R below about S / 5,
+            and S / 9 in float32.
+            Both give the same posterior.
+
+    Raises:
+        SelectionError: If ``subnet`` is a number that is no size.
+        OptionError: If an option is nothing known.
+
+    Source: Daxberger et al. (2021), arXiv 2010.14689; Ritter, Botev and Barber (2018),
+    "A scalable Laplace approximation for neural networks", for ``"kron"``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        subnet: SubnetChoice = None,
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        curvature: Curvature = "ggn",
+        covariance: Covariance = "full",
+        form: Literal["auto", "primal", "dual"] = "auto",
+    ):
+        self.options = FitOptions(curvature, covariance, form)
+        self._selector = _selector(subnet)
+        if covariance == "kron" and self._selector is not None:
+            raise OptionError(
+                "`covariance='kron'` must cover every weight; got a `subnet` as well. "
+                "Leave `subnet` out, or pass covariance='diag' or 'full'."
+            )
+        self._user_model = (model,)
+        super().__init__(model, init_loc_fn)
+
+    @property
+    def user_model(self) -> Model:
+        """The model, as the user wrote it.
+
+        Raises:
+            ModelError: If the guide was unpickled, which leaves the model behind.
+        """
+        if self._user_model is None:
+            raise ModelError(
+                "A guide must know its model for this; got one that was unpickled, and "
+                "a pickle leaves the model behind. Save the posterior, or make the "
+                "guide anew with `init_loc_fn=init_to_value(values=loaded.median())`."
+            )
+        return self._user_model[0]
+
+    @property
+    def latents(self) -> Latents:
+        """The latent sites at the present ``loc``."""
+        return Latents.from_guide(self, self.loc)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        except ValueError as error:
+            site = _discrete_site(self.prototype_trace)
+            self.prototype_trace: Any = None
+            if site is None:
+                raise
+            raise ModelError(
+                f"Every latent site must be continuous; got discrete site {site!r}. "
+                f"Hide it with `poutine.block(model, hide=[{site!r}])`, or sum it out."
+            ) from error
+        if self.master is None:
+            self._take_key()
+        self.loc = nn.Parameter(self._init_loc())
+
+    def _take_key(self) -> None:
+        """Takes a param-store key that holds no other guide's parameter."""
+        store, count = pyro.get_param_store(), 0
+        dtype = self._init_loc().dtype
+        name: str = self._pyro_name
+        while True:
+            key = f"{self._pyro_name}.loc"
+            owner = _OWNERS.get(key)
+            live = owner is not None and owner is not self
+            # What a dead guide or a loaded store left there is taken over, if it fits.
+            if key not in store or (
+                not live
+                and store[key].shape == (self.latent_dim,)
+                and store[key].dtype == dtype
+            ):
+                break
+            count += 1
+            self._pyro_name: str = f"{name}_{count}"
+        _OWNERS[key] = self
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Delta:
+        """The point estimate, as a distribution over the packed vector.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            A Delta at ``loc``, event shape (D,).
+        """
+        return dist.Delta(self.loc, event_dim=1)
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.loc, torch.zeros_like(self.loc)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The point estimate of every latent site, in tensors of their own.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{site: value of the site's shape}``, constrained.
+        """
+        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
+
+    def quantiles(
+        self, quantiles: Iterable[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of every latent site: of a point estimate, all are the MAP.
+
+        Args:
+            quantiles: Numbers in [0, 1].
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{site: shape (number of quantiles, *site shape)}``.
+        """
+        count = len(list(quantiles))
+        return {
+            site: value.expand(count, *value.shape).clone()
+            for site, value in self.median().items()
+        }
+
+    def laplace_approximation(
+        self, *args: Any, **kwargs: Any
+    ) -> AutoSubnetMultivariateNormal:
+        r"""Fits the subnet's Gaussian with one call of the model on all data.
+
+        .. math:: P = \sum_n w_n J_n^\top \Lambda_n J_n + P_0,\qquad
+            q(\theta_S) = N(\hat\theta_S, P^{-1})
+
+        with :math:`J_n` the Jacobian of datum n's distribution parameters,
+        :math:`\Lambda_n` their Fisher information, :math:`w_n` the site's scale times
+        mask, and :math:`P_0` the negative Hessian of the log prior. Other choices of
+        ``curvature`` replace the sum. The guide itself stays as it was.
+
+        Args:
+            args: Positional arguments of the model, with the training data.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The posterior guide.
+
+        Raises:
+            SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
+
+        Source: Daxberger et al. (2021), eqs. 4 and 6, arXiv 2010.14689.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self._approximate(Data.single(args, kwargs))
+
+    def laplace_approximation_from(
+        self,
+        batches: Iterable[Any],
+        *,
+        num_data: int | None = None,
+        progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+    ) -> AutoSubnetMultivariateNormal:
+        """Fits the subnet's Gaussian from minibatches that show each datum once.
+
+        Equal to :meth:`laplace_approximation` on all data, whatever the batches' sizes
+        and order; the N/B of a subsampling plate is left out of the sum.
+
+        With ``checkpoint=`` a fit that ended early, whatever ended it, goes on where
+        its file was written last when the same call is made again, and gives the same
+        posterior to the bit. The batches summed by then are loaded, and skipped: they
+        must come again in the same order, so ``shuffle=True`` cannot be resumed. What
+        is found to differ (the batches, the MAP, the model's sites, shapes or
+        likelihood, the subnet, an option) is an error, never a mixture.
+
+        Args:
+            batches: A ``DataLoader``, list or other iterable. An item is
+                ``(args, kwargs)``, a tuple of positional arguments, a mapping of
+                keyword arguments, or one tensor. Selectors that look at the data pass
+                over it once more, so it must then be re-iterable.
+            num_data: If the batches hold only a random part of the data, how many
+                there are in all: the sum is scaled up to them.
+            progress: Whether to show a progress bar.
+            checkpoint: File that holds the subnet and the sums (S x S numbers, or the
+                rows) while the fit runs; deleted when it ends well. The selection is
+                not repeated either. With ``"ggn-mc"`` the global random state is set
+                to what it was at the same batch, so that the labels are the same.
+            checkpoint_every: After how many batches it is written.
+
+        Returns:
+            The posterior guide.
+
+        Raises:
+            OptionError: If ``num_data`` or ``checkpoint_every`` is not a positive
+                count.
+            CheckpointError: If the file is damaged, or of another fit.
+            SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
+        """
+        if num_data is not None and num_data < 1:
+            raise OptionError(
+                f"`num_data` must be a positive count; got {num_data}. Leave it out if "
+                "the batches hold all the data."
+            )
+        data = Data(batches, whole=False, num_data=num_data, progress=progress)
+        if getattr(self._selector, "passes_over_data", False):
+            data.require_repeatable(type(self._selector).__name__)
+        if self.prototype_trace is None:
+            data.require_repeatable("setting up the guide")
+            args, kwargs = next(data.calls("Set-up"))
+            self._setup_prototype(*args, **kwargs)
+        file = None
+        if checkpoint is not None:
+            fit = (data, self._selector)
+            every = checkpoint_every
+            file = FitCheckpoint.open(checkpoint, every, self, self.options, fit)
+        return self._approximate(data, file)
+
+    @torch.inference_mode(False)
+    @full_precision()
+    def _approximate(
+        self, data: Data, file: FitCheckpoint | None = None
+    ) -> AutoSubnetMultivariateNormal:
+        # The guide may be trained on: the posterior keeps a copy of its MAP.
+        latents = Latents.from_guide(self, self.loc.detach().clone())
+        model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
+        subnet = (file and file.chosen) or self._choose(latents, data)
+        resumed = file is not None and file.done > 0  # the matrix is there already
+        if self.options.needs_matrix(data) and not resumed:
+            check_factor_fits(subnet.size, dtype, latents.loc.device)
+        if file is not None:
+            file.keep_subnet(subnet)
+        curvature = curvature_of(
+            model, latents, subnet, data, self.options, checkpoint=file
+        )
+        posterior = AutoSubnetMultivariateNormal.from_curvature(
+            self, model, latents.loc, subnet, curvature, options=self.options
+        )
+        if file is not None:
+            file.remove()
+        return posterior
+
+    def _choose(self, latents: Latents, data: Data) -> Subnet:
+        if self._selector is None:
+            return whole_subnet(latents)
+        subnet = self._selector(self, data)
+        if not isinstance(subnet, Subnet):
+            raise SelectionError(
+                "A selector must return a Subnet; got "
+                f"{type(subnet).__name__}. Build one with "
+                "`Subnet.from_positions(guide.latents.layout, positions)`."
+            )
+        return subnet
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickling: without the model, and without touching this guide."""
+        return portable_state(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoSubnetLaplace:
+        """A copy that shares the model."""
+        return copied(self, memo)
+
+
+def _selector(subnet: SubnetChoice) -> Callable[..., Subnet] | None:
+    """The selector that a ``subnet=`` argument stands for; None for every weight."""
+    if subnet is None:
+        return None
+    if isinstance(subnet, int | float) and not isinstance(subnet, bool):
+        return LargestVariance(subnet)
+    if isinstance(subnet, Mapping):
+        return Mask(subnet)
+    if callable(subnet):
+        return subnet
+    raise OptionError(
+        "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
+        f"from sites to masks or positions; got {subnet!r}. Pass 0.05 for 5% of the "
+        "weights."
+    )
+
+
+def _discrete_site(trace: Any) -> str | None:
+    """The first latent site of a prototype trace with discrete support."""
+    if trace is None:
+        return None
+    for name, node in trace.iter_stochastic_nodes():
+        if node["fn"].support.is_discrete:
+            return name
+    return None

@@ -1,0 +1,1 @@
+"""The posterior in numbers: evidence and tuning; no Pyro."""

@@ -1,1 +1,0 @@
-"""From a Gaussian over outputs to a distribution over y, one idea per file."""

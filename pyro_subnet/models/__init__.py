@@ -1,0 +1,1 @@
+"""Pyro models made of the user's: linearized and hybrid."""

@@ -1,0 +1,278 @@
+"""Latent sites, drawn from their priors without running the user's network.
+
+A network cannot run on a whole batch of weights at once, but its latent sites can be
+shown to the handlers outside one by one: a site's prior is known from a run at the MAP,
+or, where it depends on other latent sites, from a run at their drawn values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_subnet.curvature.likelihood import Family, find_family
+from pyro_subnet.exceptions import ModelError
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.output_site import SiteDistribution
+from pyro_subnet.tracing.trace import Node, plate_scale
+
+Result = TypeVar("Result")
+
+
+class Draws:
+    """The latent sites of one call, drawn in trace order.
+
+    Args:
+        call: The call of the user's model.
+        parents: Latent sites that the prior of a latent site depends on.
+
+    Attributes:
+        values: Constrained value of each site, with its batch dimensions.
+        count: K, how many draws the batch dimensions hold; None without any.
+    """
+
+    def __init__(self, call: ModelCall, parents: Mapping[str, frozenset[str]]):
+        self.call = call
+        self.values: dict[str, Tensor] = {}
+        self.count: int | None = None
+        self._prefix: torch.Size = torch.Size()
+        self._outer: dict[int, int] = {}
+        self._plates: dict[str, pyro.plate] = {}
+        priors: dict[str, Distribution] = {}
+        seen: set[str] = set()
+        for name in call.latents.layout.names:
+            node = call.trace.nodes[name]
+            fn = node["fn"]
+            if name in parents:
+                if not parents[name] <= seen:
+                    priors = self._priors(parents)
+                    seen = set(self.values)
+                fn = priors[name]
+            self._record(name, self._sample(node, fn))
+
+    def directions(self) -> dict[str, Tensor]:
+        """How far each site is from the MAP, unconstrained.
+
+        Returns:
+            ``{site: (K, *site shape)}``, or the site's own shape where it is the same
+            in all draws.
+        """
+        base = self.call.latents.values
+        return {name: u - base[name] for name, u in self.unconstrained().items()}
+
+    def unconstrained(self) -> dict[str, Tensor]:
+        """Values drawn so far.
+
+        Returns:
+            ``{site: (K, *site shape)}``, or the site's own shape where it is the same
+            in all draws.
+        """
+        result = {}
+        for name, value in self.values.items():
+            own = self.call.trace.nodes[name]["value"].shape
+            many = value.numel() > math.prod(own)
+            flat = value.reshape(-1, *own) if many else value.reshape(own)
+            result[name] = self.call.latents.transforms[name].inv(flat)
+        return result
+
+    def over_draws(
+        self,
+        function: Callable[[dict[str, Tensor]], Result],
+        values: dict[str, Tensor],
+        chunk_size: int | None = None,
+    ) -> Result:
+        """Maps a function over the draws, at once.
+
+        Args:
+            function: From one draw's values of the latent sites to tensors.
+            values: What it is mapped over, as :meth:`unconstrained` gives it.
+            chunk_size: How many draws at once; by default all.
+
+        Returns:
+            The function's results, with a leading axis K if there are draws.
+        """
+        if self.count is None:
+            return function(values)
+        base = self.call.latents.values
+        in_dims = {
+            name: 0 if value.ndim > base[name].ndim else None
+            for name, value in values.items()
+        }
+        mapped = torch.func.vmap(function, in_dims=(in_dims,), chunk_size=chunk_size)
+        return mapped(values)
+
+    def spread(self, tensor: Tensor, shape: tuple[int, ...], batch_dim: int) -> Tensor:
+        """Puts the axis of draws where the plates outside expect it.
+
+        Args:
+            tensor: Shape (K, *shape), or ``shape`` without draws.
+            shape: Shape of one draw's value.
+            batch_dim: How many of its axes, from the left, are batch dimensions.
+
+        Returns:
+            ``tensor`` with K at the dimensions of the plates around the model.
+
+        Raises:
+            ModelError: If the plates around it do not account for K.
+        """
+        if self.count is None:
+            return tensor
+        lead = self._prefix
+        if self._outer:
+            depth = max(-dim for dim in self._outer)
+            lead = torch.Size(
+                self._outer.get(dim, 1) for dim in range(-depth, -batch_dim)
+            )
+        if math.prod(lead) != self.count:
+            raise ModelError(
+                "Batched latent values must lie along plates outside the model, left "
+                f"of its own; got {self.count} draws where the plates at dimensions "
+                f"{sorted(self._outer)} leave shape {tuple(lead)}. Give the outer "
+                "plate a dimension further to the left."
+            )
+        return tensor.reshape(*lead, *shape)
+
+    def _record(self, name: str, value: Tensor) -> None:
+        own = self.call.trace.nodes[name]["value"].ndim
+        prefix = value.shape[: value.ndim - own]
+        self.values[name] = value
+        if math.prod(prefix) > 1:
+            self.count = math.prod(prefix)
+            self._prefix = prefix
+
+    def _sample(self, node: Node, fn: Distribution) -> Tensor:
+        """Draws one site in its plates, as the model would."""
+        with ExitStack() as stack:
+            for frame in node["cond_indep_stack"]:
+                if frame.vectorized:
+                    stack.enter_context(self._plate(frame))
+            scale = node["scale"] / plate_scale(node)
+            if isinstance(scale, Tensor) or scale != 1.0:
+                stack.enter_context(poutine.scale(scale=scale))
+            if node["mask"] is not None:
+                stack.enter_context(poutine.mask(mask=node["mask"]))
+            frames = stack.enter_context(_Frames())
+            value = pyro.sample(node["name"], fn, infer=dict(node["infer"]))
+        inner = {frame.name for frame in node["cond_indep_stack"]}
+        for frame in frames.stack:
+            if frame.vectorized and frame.name not in inner:
+                self._outer[frame.dim] = frame.size
+        return value
+
+    def _plate(self, frame: CondIndepStackFrame) -> pyro.plate:
+        if frame.name not in self._plates:
+            full = frame.full_size or frame.size
+            indices = torch.arange(frame.size)
+            # The model itself shows the plate's subsample site.
+            with poutine.block(hide_fn=site_is_subsample):
+                self._plates[frame.name] = pyro.plate(
+                    frame.name, full, subsample=indices, dim=frame.dim
+                )
+        return self._plates[frame.name]
+
+    def _priors(self, parents: Mapping[str, Any]) -> dict[str, Distribution]:
+        """Priors of the sites with parents, at the values drawn so far."""
+        base = self.call.latents.values
+        drawn = self.unconstrained()
+        if self.count is None:
+            nodes = self.call.run({**base, **drawn}).nodes
+            return {name: nodes[name]["fn"] for name in parents}
+        at_map = {
+            name: SiteDistribution.of(node["fn"], node["value"])
+            for name, node in self.call.trace.nodes.items()
+            if name in parents
+        }
+        families = {name: find_family(taken.base) for name, taken in at_map.items()}
+
+        def outputs(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+            nodes = self.call.run({**base, **values}).nodes
+            found = {}
+            for name, family in families.items():
+                node = nodes[name]
+                taken = SiteDistribution.of(node["fn"], node["value"])
+                found[name] = {
+                    part: value.expand(*taken.element_shape, value.shape[-1])
+                    for part, value in family.outputs(taken.base).items()
+                }
+            return found
+
+        batched = self.over_draws(outputs, drawn)
+        return {
+            name: self._prior(at_map[name], families[name], batched[name])
+            for name in parents
+        }
+
+    def _prior(
+        self, taken: SiteDistribution, family: Family, outputs: Mapping[str, Tensor]
+    ) -> Distribution:
+        batch_dim = len(taken.element_shape) - taken.event_dim
+        spread = {
+            part: self.spread(value, tuple(value.shape[1:]), batch_dim)
+            for part, value in outputs.items()
+        }
+        return rebuilt(taken, family, spread)
+
+
+class _Frames(Messenger):
+    """Remembers the plates around the one site that is drawn inside it."""
+
+    stack: tuple[CondIndepStackFrame, ...] = ()
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        self.stack = msg["cond_indep_stack"]
+
+
+def rebuilt(
+    taken: SiteDistribution, family: Family, outputs: Mapping[str, Tensor]
+) -> Distribution:
+    """A site's distribution at other parameters.
+
+    Args:
+        taken: The distribution, taken apart.
+        family: Its family.
+        outputs: The family's unconstrained parameters, element by element, perhaps
+            with more batch dimensions on the left.
+
+    Returns:
+        A Pyro distribution of the same family, mask and event shape.
+    """
+    new = constructor(taken, family)(**family.parameters(taken.base, outputs))
+    if taken.mask is not None:
+        new = dist.MaskedDistribution(new, taken.mask)
+    return dist.Independent(new, taken.event_dim) if taken.event_dim else new
+
+
+def constructor(taken: SiteDistribution, family: Family) -> Callable[..., Distribution]:
+    """Pyro's class of a family, which takes the family's parameters.
+
+    Args:
+        taken: A distribution of the family, taken apart.
+        family: The family.
+
+    Returns:
+        The plainest of the distribution's classes that is Pyro's and the family's; or
+        Pyro's own of that name, for a distribution that is of the family by its density
+        alone.
+    """
+    known = (
+        parent
+        for parent in reversed(type(taken.base).__mro__)
+        if issubclass(parent, family.distribution)
+        and issubclass(parent, TorchDistributionMixin)
+    )
+    found: Callable[..., Distribution] | None = next(known, None)
+    return found or getattr(dist, family.distribution.__name__)

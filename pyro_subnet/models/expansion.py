@@ -1,0 +1,348 @@
+r"""First-order expansions of a call about the MAP: :math:`J (\theta - \hat\theta)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_subnet.curvature.jacobian.output_map import (
+    OutputMap,
+    directional_derivative,
+    forward_mode_agrees,
+    identity_factors,
+)
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks
+from pyro_subnet.models.draws import Draws
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET
+from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.trace import is_deterministic
+
+# What is expanded: the parameters of an output site, a deterministic site, or a tensor
+# among what the model returns.
+Key = tuple[str, str]
+# A row of a datum's Jacobian costs about as much as the derivative along a draw, and
+# the checks behind it a few more.
+_ROW_COST = 1
+# Each call without gradients lets expect more of the same, enough to pay for this many
+# rows: `Predictive` calls a model twice before it draws, then once a draw.
+_ROWS_PER_CALL = 32
+# Elements of draws that are compared with the MAP at once: about what a cache holds.
+_COMPARED_AT_ONCE = 2**21
+# Arguments that are the same if they are equal.
+_PLAIN = (int, float, str, bool, bytes)
+
+
+class Expansion:
+    """What of a call is expanded, as a function of the latent sites.
+
+    Attributes:
+        keys: What is expanded, in order.
+    """
+
+    def __init__(self, call: ModelCall, keys: Sequence[Key]):
+        self.call = call
+        self.keys = keys
+
+    def __call__(self, unconstrained: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Values at some values of the latent sites.
+
+        Args:
+            unconstrained: ``{site: value}``.
+
+        Returns:
+            One tensor a key.
+        """
+        return self.read(self.call.run(unconstrained))
+
+    def read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
+        """Values of a run.
+
+        Args:
+            trace: The run.
+
+        Returns:
+            One tensor a key.
+        """
+        nodes = trace.nodes
+        sites = {site.name: site for site in self.call.sites}
+        returned = tree_flatten(nodes["_RETURN"]["value"])[0]
+        found = []
+        for kind, name in self.keys:
+            if kind == "output":
+                found.append(sites[name].outputs(nodes[name]))
+            elif kind == "deterministic":
+                found.append(nodes[name]["value"])
+            else:
+                found.append(returned[int(name)])
+        return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Jacobian:
+    """J of some keys at some elements.
+
+    Attributes:
+        keys: Which.
+        chosen: Positions of the elements within each site.
+        rows: One (numbers of the key, S) matrix a key.
+    """
+
+    keys: tuple[Key, ...]
+    chosen: Mapping[str, Tensor]
+    rows: tuple[Tensor, ...]
+
+    def covers(self, keys: Sequence[Key], moved: Mapping[str, Tensor]) -> bool:
+        """Whether it has these keys' columns for these elements."""
+        return tuple(keys) == self.keys and all(
+            site in self.chosen and bool(torch.isin(at, self.chosen[site]).all())
+            for site, at in moved.items()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What identifies a call: its very arguments, unchanged, and what came of them."""
+
+    leaves: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, call: ModelCall, values: tuple[Tensor, ...]) -> _Seen:
+        leaves = tuple(tree_flatten((call.args, dict(call.kwargs)))[0])
+        return cls(leaves, tuple(map(_version, leaves)), values)
+
+    def is_same(self, other: _Seen) -> bool:
+        """Whether the model was called on the same data, and gave the same."""
+        return (
+            len(self.leaves) == len(other.leaves)
+            and None not in other.versions
+            and all(
+                a is b or (a == b if type(a) is type(b) in _PLAIN else False)
+                for a, b in zip(self.leaves, other.leaves, strict=True)
+            )
+            and self.versions == other.versions
+            and len(self.values) == len(other.values)
+            and all(
+                torch.equal(a, b)
+                for a, b in zip(self.values, other.values, strict=True)
+            )
+        )
+
+
+class Expander:
+    """Expands calls of one model, and keeps the Jacobian of one that comes again.
+
+    A call comes again if its arguments are the same objects, not written to since, and
+    the model gives the same values at the MAP. Where gradients are wanted nothing is
+    kept.
+    """
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+        self._repeats = 0
+        self._jacobian: _Jacobian | None = None
+        self._forward_mode: bool | None = None
+
+    @full_precision()
+    def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
+        r""":math:`J (\theta - \hat\theta)` of everything that is expanded.
+
+        For many draws, or a call that comes again, J is formed once, for the elements
+        that are moved; otherwise one derivative a draw is cheaper.
+
+        Args:
+            call: The call.
+            draws: Its latent sites.
+
+        Returns:
+            For each key the tangent in the value's shape (for outputs: element shape,
+            then all parameters), with one leading axis for the draws if there are any.
+        """
+        keys = expanded_keys(call)
+        values = Expansion(call, keys).read(call.trace)
+        self._meet(_Seen.of(call, values))
+        found: dict[Key, Tensor] = {}
+        if not torch.is_grad_enabled():
+            found = self._by_jacobian(call, draws, dict(zip(keys, values, strict=True)))
+        rest = [key for key in keys if key not in found]
+        if rest:
+            found.update(zip(rest, self._by_derivative(call, draws, rest), strict=True))
+        return found
+
+    def _meet(self, seen: _Seen) -> None:
+        again = self._seen is not None and self._seen.is_same(seen)
+        self._repeats = self._repeats + 1 if again else 0
+        if not again:
+            self._seen, self._jacobian = seen, None
+
+    def _by_jacobian(
+        self, call: ModelCall, draws: Draws, values: Mapping[Key, Tensor]
+    ) -> dict[Key, Tensor]:
+        """Tangents of the keys that a Jacobian serves at less cost, if any."""
+        dense = {
+            key: value
+            for key, value in values.items()
+            if value.ndim and len(value) == call.num_data
+        }
+        rows = sum(value[0].numel() for value in dense.values())
+        count = draws.count or 1
+        calls = self._repeats + 1
+        pays = _ROW_COST * rows < count or rows <= _ROWS_PER_CALL * calls
+        if not dense or not (pays or self._jacobian is not None):
+            return {}
+        u = {
+            site: value.reshape(-1, call.latents.values[site].numel())
+            for site, value in draws.unconstrained().items()
+        }
+        moved = _moved(u, call.latents.values)
+        jacobian = self._jacobian
+        if jacobian is None or not jacobian.covers(list(dense), moved):
+            size = sum(at.numel() for at in moved.values())
+            numbers = sum(value.numel() for value in dense.values())
+            fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
+            if not fits and _ROW_COST * rows >= count:
+                return {}
+            if not fits:
+                columns = _columns(u, moved, call, count)
+                products = _from_blocks(
+                    call, dense, moved, count, lambda rows: columns.to(rows) @ rows.mT
+                )
+                return _shaped(products, dense, draws.count)
+            transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
+            rows_by_key = tuple(part.mT for part in transposed)
+            self._jacobian = jacobian = _Jacobian(tuple(dense), moved, rows_by_key)
+        columns = _columns(u, jacobian.chosen, call, count)
+        products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
+        return _shaped(products, dense, draws.count)
+
+    def _by_derivative(
+        self, call: ModelCall, draws: Draws, keys: Sequence[Key]
+    ) -> tuple[Tensor, ...]:
+        """Tangents by one derivative a draw."""
+        expansion, base = Expansion(call, keys), call.latents.values
+        again = draws.count is not None or self._repeats > 0
+        if self._forward_mode is None and (again or torch.is_grad_enabled()):
+            # More of the same is likely, which pays for finding out.
+            with torch.no_grad():
+                self._forward_mode = forward_mode_agrees(expansion, base)
+        forward_mode = bool(self._forward_mode)
+
+        def push(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return directional_derivative(expansion, base, direction, forward_mode)[1]
+
+        group = None
+        if draws.count is not None:
+            activations = call.graph(with_prior=False).activation_bytes
+            one = activations + call.latents.loc.nbytes
+            group = max(1, DEFAULT_BUDGET // (2 * one))
+        return draws.over_draws(push, draws.directions(), group)
+
+
+def expanded_keys(call: ModelCall) -> list[Key]:
+    """What of a call is expanded.
+
+    Args:
+        call: The call.
+
+    Returns:
+        Its output sites, deterministic sites and returned tensors.
+    """
+    keys: list[Key] = [("output", site.name) for site in call.sites]
+    for name, node in call.trace.nodes.items():
+        if is_deterministic(node) and node["value"].is_floating_point():
+            keys.append(("deterministic", name))
+    for i, leaf in enumerate(tree_flatten(call.trace.nodes["_RETURN"]["value"])[0]):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            keys.append(("return", str(i)))
+    return keys
+
+
+def _from_blocks(
+    call: ModelCall,
+    values: Mapping[Key, Tensor],
+    chosen: Mapping[str, Tensor],
+    count: int,
+    function: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """What a function makes of J's rows, (count, rows) a block, joined by key."""
+    if not chosen:
+        like = call.latents.loc
+        return [like.new_zeros(count, value.numel()) for value in values.values()]
+    outputs = _output_map(call, values, chosen)
+    parts: list[list[Tensor]] = [[] for _ in values]
+    factors = identity_factors(outputs)
+    for block in jacobian_blocks(outputs, factors, DEFAULT_BUDGET):
+        parts[block.site].append(function(block.rows.flatten(0, 1)))
+    return [torch.cat(part, dim=1) for part in parts]
+
+
+def _output_map(
+    call: ModelCall, values: Mapping[Key, Tensor], chosen: Mapping[str, Tensor]
+) -> OutputMap:
+    expansion, base = Expansion(call, list(values)), call.latents.values
+
+    def of_sites(
+        sites: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        found = expansion.read(call.run({**base, **sites}, rows))
+        return tuple(value.reshape(len(value), -1) for value in found)
+
+    return OutputMap(
+        base={site: base[site] for site in chosen},
+        chosen=chosen,
+        of_sites=of_sites,
+        reference=tuple(value.reshape(len(value), -1) for value in values.values()),
+        rows=call.data_rows(),
+        num_data=call.num_data,
+        activation_bytes=call.graph(with_prior=False).activation_bytes,
+    )
+
+
+def _moved(u: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions of the elements that any draw moves, by site; sites without are out."""
+    found = {}
+    for site, rows in u.items():
+        here = base[site].flatten()
+        is_moved = torch.zeros_like(here, dtype=torch.bool)
+        for some in rows.split(max(1, _COMPARED_AT_ONCE // here.numel())):
+            is_moved |= (some != here).any(0)
+        if bool(is_moved.any()):
+            found[site] = is_moved.nonzero().squeeze(-1)
+    return found
+
+
+def _columns(
+    u: Mapping[str, Tensor], chosen: Mapping[str, Tensor], call: ModelCall, count: int
+) -> Tensor:
+    """How far each draw moves the chosen elements, (K, S)."""
+    base = call.latents.values
+    parts = [
+        (u[site][:, at] - base[site].flatten()[at]).expand(count, -1)
+        for site, at in chosen.items()
+    ]
+    return torch.cat(parts, dim=1) if parts else call.latents.loc.new_zeros(count, 0)
+
+
+def _shaped(
+    products: Sequence[Tensor], values: Mapping[Key, Tensor], count: int | None
+) -> dict[Key, Tensor]:
+    leading = () if count is None else (count,)
+    return {
+        key: product.reshape(*leading, *value.shape)
+        for (key, value), product in zip(values.items(), products, strict=True)
+    }
+
+
+def _version(leaf: Any) -> int | None:
+    """How often a tensor was written to; None where that cannot be told."""
+    if not isinstance(leaf, Tensor):
+        return 0 if leaf is None or type(leaf) in _PLAIN else None
+    return None if leaf.is_inference() else leaf._version

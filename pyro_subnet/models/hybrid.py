@@ -1,0 +1,280 @@
+r"""The hybrid model: the subnet one latent site, every other weight a parameter.
+
+What a user writes once a posterior is there, to run MCMC or importance sampling over
+the subnet alone::
+
+    hybrid = posterior.hybrid_model()
+    mcmc = MCMC(hybrid.nuts(), 500, initial_params=hybrid.initial_params())
+    mcmc.run(x, y)
+    Predictive(hybrid, mcmc.get_samples())(x_test)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import NUTS
+from pyro.infer.mcmc.adaptation import BlockMassMatrix
+from torch import Tensor
+
+from pyro_subnet.exceptions import OptionError
+from pyro_subnet.gaussians.factored import Gaussian
+from pyro_subnet.models.linearized import LinearizedModel
+from pyro_subnet.models.subnet_normal import SubnetNormal
+from pyro_subnet.models.subnet_prior import GivenSites, SubnetPrior, SubnetSites
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.trace import Latents, Model, apart
+
+# The one latent site.
+SITE = "subnet"
+# Live models by the prefix of their entries in the param store.
+_OWNERS: WeakValueDictionary[str, HybridModel] = WeakValueDictionary()
+
+
+class HybridModel:
+    r"""The user's model as a function of its subnet.
+
+    One latent site, ``"subnet"``, of shape (S,): the chosen elements, unconstrained, in
+    packing order. Every site with other elements has its MAP in a ``pyro.param``,
+    constrained; the sites themselves are not shown to handlers. Observed and
+    deterministic sites, factors, plates and the return value are the user's.
+
+    Its log density is the user's model's in unconstrained space,
+
+    .. math:: \log p(y, \theta_S \mid \theta_{\setminus S}) =
+        \log p(y, \theta) + \log |d\theta / du|,
+
+    of which the log density of ``"subnet"`` is what the latent sites give.
+
+    Made by :meth:`AutoSubnetMultivariateNormal.hybrid_model
+    <pyro_subnet.AutoSubnetMultivariateNormal.hybrid_model>`. Two live hybrid models
+    never share an entry of the param store.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        subnet: The chosen elements.
+        gaussian: The posterior over them.
+        linearized: Whether outputs are first-order expansions about the MAP.
+
+    Attributes:
+        subnet: The chosen elements, with their names.
+        linearized: Whether outputs are linear in the subnet.
+        guide: Draws ``"subnet"`` from the Laplace posterior.
+        user_model: The user's model.
+        latents: Its latent sites at the MAP.
+
+    Source: Daxberger et al. (2021), eq. 6, arXiv 2010.14689.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        latents: Latents,
+        subnet: Subnet,
+        gaussian: Gaussian,
+        *,
+        linearized: bool = False,
+    ):
+        self.subnet = subnet
+        self.linearized = linearized
+        self.guide = HybridGuide(gaussian)
+        self.user_model = model
+        self.latents = latents
+        self._program: Model = LinearizedModel(model, latents) if linearized else model
+        self._prefix = _take_prefix(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args:
+            args: Positional arguments of the user's model.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the user's model returns.
+        """
+        sites = SubnetSites(self.latents, self.subnet, self._point_estimates())
+        prior = SubnetPrior(self.user_model, sites, args, kwargs)
+        theta = pyro.sample(SITE, prior)
+        with GivenSites(sites, theta) as given:
+            returned = self._program(*args, **kwargs)
+        if theta.ndim == 1:
+            prior.remember(theta, given.log_prior)
+        return returned
+
+    def initial_params(self, num_chains: int = 1) -> dict[str, Tensor]:
+        """Where MCMC may start: the MAP, for ``MCMC(initial_params=...)``.
+
+        Args:
+            num_chains: How many chains; several start at draws of the posterior.
+
+        Returns:
+            ``{"subnet": shape (S,)}``, or (num_chains, S) for several chains.
+
+        Raises:
+            OptionError: If the number is not positive.
+        """
+        if num_chains < 1:
+            raise OptionError(
+                f"`num_chains` must be positive; got {num_chains}. Pass that of MCMC."
+            )
+        posterior = self.guide.get_posterior()
+        if num_chains == 1:
+            return {SITE: posterior.loc.clone()}
+        return {SITE: posterior.sample(torch.Size([num_chains]))}
+
+    def nuts(self, **options: Any) -> NUTS:
+        """A NUTS kernel that knows the posterior's covariance.
+
+        Its mass matrix is the precision of the Laplace posterior, in which all
+        directions are alike as far as that posterior is right. So few steps make a
+        draw, and warming up need not find it. A plain ``NUTS(hybrid_model)`` works too.
+
+        Args:
+            options: Passed on to ``pyro.infer.NUTS``.
+
+        Returns:
+            The kernel, for ``MCMC``.
+        """
+        kernel = NUTS(
+            self, **{"full_mass": True, "adapt_mass_matrix": False, **options}
+        )
+        covariance = self.guide.get_posterior().covariance_matrix
+        kernel.mass_matrix_adapter = _LaplaceMassMatrix(covariance)
+        return kernel
+
+    def present_latents(self) -> Latents:
+        """The latent sites at the parameters, which may have been trained.
+
+        Returns:
+            The sites at the MAP itself where no parameter has left it.
+        """
+        with apart():
+            estimates = self._point_estimates()
+        values = dict(self.latents.values)
+        for name, estimate in estimates.items():
+            u = self.latents.transforms[name].inv(estimate.detach())
+            tolerance = torch.finfo(u.dtype).eps ** 0.5
+            if not torch.allclose(u, values[name], tolerance, tolerance):
+                values[name] = u
+        return replace(
+            self.latents, loc=torch.cat([u.flatten() for u in values.values()])
+        )
+
+    def _point_estimates(self) -> dict[str, Tensor]:
+        """Constrained values of the sites that are not chosen whole."""
+        counts, found = self.subnet.counts, {}
+        for name, u in self.latents.values.items():
+            if counts.get(name, 0) == u.numel():
+                continue
+            transform = self.latents.transforms[name]
+            found[name] = pyro.param(
+                f"{self._prefix}.{name}",
+                lambda transform=transform, u=u: transform(u).detach().clone(),
+                constraint=transform.codomain,
+                event_dim=len(transform.forward_shape(u.shape)),
+            )
+        return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has parameters of its own."""
+        self.__dict__.update(state)
+        self._prefix = _take_prefix(self)
+
+
+class HybridGuide:
+    """Draws the one latent site of a hybrid model from the Laplace posterior.
+
+    Args:
+        gaussian: The posterior over the subnet.
+    """
+
+    def __init__(self, gaussian: Gaussian):
+        self._gaussian = gaussian
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples ``"subnet"``.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{"subnet": shape (S,)}``.
+        """
+        return {SITE: pyro.sample(SITE, self.get_posterior())}
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
+        """The posterior over the subnet, unconstrained.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            A normal distribution over (S,).
+        """
+        return SubnetNormal(self._gaussian)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The MAP of the subnet.
+
+        Args:
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{"subnet": shape (S,)}``.
+        """
+        return {SITE: self._gaussian.loc.clone()}
+
+    def quantiles(
+        self, quantiles: Iterable[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Marginal quantiles of the subnet.
+
+        Args:
+            quantiles: Numbers in (0, 1).
+            args: Not used; as in every Pyro guide.
+            kwargs: Not used.
+
+        Returns:
+            ``{"subnet": shape (number of quantiles, S)}``.
+        """
+        loc, scale = self._gaussian.loc, self._gaussian.variance().sqrt()
+        levels = torch.tensor(list(quantiles), dtype=loc.dtype, device=loc.device)
+        levels = levels.unsqueeze(-1)
+        return {SITE: dist.Normal(loc, scale).icdf(levels)}
+
+
+class _LaplaceMassMatrix(BlockMassMatrix):
+    """Starts at the posterior's covariance as inverse mass matrix."""
+
+    def __init__(self, covariance: Tensor):
+        super().__init__()
+        self._covariance = covariance
+
+    def configure(self, *args: Any, **kwargs: Any) -> None:
+        """See ``BlockMassMatrix.configure``."""
+        super().configure(*args, **kwargs)
+        self.inverse_mass_matrix = {(SITE,): self._covariance}
+
+
+def _take_prefix(owner: HybridModel) -> str:
+    """A prefix of param-store keys that no other model has, and no entry either."""
+    keys, count = list(pyro.get_param_store().keys()), 0
+    while True:
+        prefix = f"hybrid_{count}" if count else "hybrid"
+        other = _OWNERS.get(prefix)
+        is_free = other is None or other is owner
+        if is_free and not any(key.startswith(f"{prefix}.") for key in keys):
+            _OWNERS[prefix] = owner
+            return prefix
+        count += 1

@@ -1,0 +1,216 @@
+r"""The user's model with its outputs expanded to first order about the MAP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_subnet.models.draws import Draws, rebuilt
+from pyro_subnet.models.expansion import Expander, Key
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.output_site import SiteDistribution
+from pyro_subnet.tracing.trace import (
+    Latents,
+    Model,
+    is_deterministic,
+    is_factor,
+    is_output,
+)
+
+
+class LinearizedModel:
+    r"""A Pyro model whose outputs are linear in its latent sites' unconstrained values.
+
+    .. math:: \eta_\text{lin}(x; \theta) = \eta(x; \hat\theta) + J(x)(\theta-\hat\theta)
+
+    Latent sites keep their priors. The network itself only ever runs at the MAP, so
+    batched latent values (``Predictive(parallel=True)``, vectorized particles) need no
+    batched layers.
+
+    Many draws cost one Jacobian and one product. So do many calls: where no gradients
+    are wanted, the Jacobian of a call that comes again with the same tensors is kept
+    until another call comes, if it takes no more than 256 MiB.
+
+    Args:
+        model: The user's model.
+        latents: Its latent sites at the MAP.
+        noise_scale: What the scale of normal observed sites is multiplied by.
+
+    Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
+    """
+
+    def __init__(self, model: Model, latents: Latents, noise_scale: float = 1.0):
+        self._noise_scale = noise_scale
+        self._model = model
+        self._latents = latents
+        self._expander = Expander()
+        # Parents of latent sites; found out in the first call.
+        self._parents: dict[str, frozenset[str]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the linearized model.
+
+        Args:
+            args: Positional arguments of the user's model.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the user's model returns, tensors expanded to first order.
+        """
+        call = ModelCall.read(self._model, self._latents, args, kwargs)
+        if self._parents is None:
+            self._parents = latent_parents(call)
+        draws = Draws(call, self._parents)
+        tangents = self._expander.tangents(call, draws)
+        factors = _log_factors(call, draws)
+        noise = self._noise_scale
+        with _LinearizedOutputs(call, draws, tangents, factors, noise):
+            returned = self._model(*args, **kwargs)
+        leaves, spec = tree_flatten(returned)
+        shifted = [
+            leaf + tangents["return", str(i)]
+            if ("return", str(i)) in tangents
+            else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return tree_unflatten(shifted, spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickling: without what is kept of the last call."""
+        return {**self.__dict__, "_expander": Expander()}
+
+
+class _LinearizedOutputs(Messenger):
+    """Runs the model at the MAP and puts first-order outputs in place of its own.
+
+    Latent sites are hidden: :class:`Draws` has shown them to the handlers outside. The
+    model's own code goes on with values at the MAP.
+    """
+
+    def __init__(
+        self,
+        call: ModelCall,
+        draws: Draws,
+        tangents: Mapping[Key, Tensor],
+        log_factors: Mapping[str, Tensor],
+        noise_scale: float,
+    ):
+        super().__init__()
+        self.call = call
+        self.draws = draws
+        self.tangents = tangents
+        self.log_factors = log_factors
+        self.log_noise = math.log(noise_scale)
+        self.latent_values = call.latents.constrain(call.latents.values)
+        self._own_values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = msg["name"]
+        if name in self.latent_values:
+            msg["value"] = self.latent_values[name]
+            msg["stop"] = True
+        elif is_deterministic(msg):
+            self._expand_deterministic(msg)
+        elif name in self.log_factors:
+            own = msg["fn"].log_factor.shape
+            factor = self.draws.spread(self.log_factors[name], own, len(own))
+            msg["fn"] = dist.Unit(factor)
+            msg["value"] = msg["fn"].sample()
+        elif is_output(name, msg, self.call.latents):
+            self._expand_output(msg)
+
+    def _expand_deterministic(self, msg: Message) -> None:
+        tangent = self.tangents.get(("deterministic", msg["name"]))
+        if tangent is None:
+            return
+        self._own_values[msg["name"]] = own = msg["value"]
+        fn = msg["fn"]
+        # In a plate the value may lack a batch dimension that the site has.
+        missing = len(fn.batch_shape) + fn.event_dim - own.ndim
+        shape = (1,) * missing + own.shape if self.draws.count else own.shape
+        value = own + self.draws.spread(tangent, shape, len(fn.batch_shape))
+        delta = dist.Delta(value, event_dim=fn.event_dim).mask(False)
+        batch_shape = torch.broadcast_shapes(fn.batch_shape, delta.batch_shape)
+        msg["value"] = value
+        msg["fn"] = delta.expand(batch_shape)
+
+    def _expand_output(self, msg: Message) -> None:
+        name, fn = msg["name"], msg["fn"]
+        site = next(site for site in self.call.sites if site.name == name)
+        taken = SiteDistribution.of(fn, site.node["value"])
+        own = site.family.outputs(taken.base)
+        tangent = self.tangents["output", name]
+        shape = taken.element_shape
+        pieces = tangent.split([part.shape[-1] for part in own.values()], dim=-1)
+        outputs = {}
+        for (part, value), piece in zip(own.items(), pieces, strict=True):
+            wide = (*shape, value.shape[-1])
+            batch_dim = len(shape) - taken.event_dim
+            outputs[part] = value + self.draws.spread(piece, wide, batch_dim)
+        if self.log_noise and site.family.distribution is torch.distributions.Normal:
+            outputs["log_scale"] = outputs["log_scale"] + self.log_noise
+        msg["fn"] = rebuilt(taken, site.family, outputs)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        # The handlers outside have seen the expanded value; the model's own code, run
+        # at the MAP, must not: what it computes from it is expanded by itself.
+        if msg["name"] in self._own_values:
+            msg["value"] = self._own_values[msg["name"]]
+
+
+def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
+    """Which latent sites the prior of each latent site depends on.
+
+    Args:
+        call: A call of the model.
+
+    Returns:
+        ``{site: its parents}``, for the sites that have any.
+    """
+    graph = call.graph()
+    found = {}
+    for term in graph.prior_terms:
+        if term.site is None or not term.log_density.requires_grad:
+            continue
+        others = {site: u for site, u in graph.leaves.items() if site != term.site}
+        if not others:
+            continue
+        gradients = torch.autograd.grad(
+            term.log_density,
+            list(others.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        parents = {
+            site
+            for site, gradient in zip(others, gradients, strict=True)
+            if gradient is not None
+        }
+        if parents:
+            found[term.site] = frozenset(parents)
+    return found
+
+
+def _log_factors(call: ModelCall, draws: Draws) -> dict[str, Tensor]:
+    """Log factors at the drawn values: a factor is a term of the prior, not an output.
+
+    Returns:
+        ``{site: log factor}``, with one leading axis for the draws if there are any.
+    """
+    names = [name for name, node in call.trace.nodes.items() if is_factor(node)]
+    if not names:
+        return {}
+
+    def log_factors(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        nodes = call.run(values).nodes
+        return {name: nodes[name]["fn"].log_factor for name in names}
+
+    return draws.over_draws(log_factors, draws.unconstrained())

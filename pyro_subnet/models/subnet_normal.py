@@ -1,0 +1,97 @@
+"""The subnet's Gaussian as a Pyro distribution."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from pyro_subnet.gaussians.factored import Gaussian
+
+
+class SubnetNormal(TorchDistribution):
+    """Multivariate normal over the subnet, in whatever form its precision is held.
+
+    Draws, log density and entropy need that form alone; the covariance, its factor and
+    the precision are computed when they are asked for, anew each time.
+
+    Args:
+        gaussian: The normal without torch's interface.
+        validate_args: As in every torch distribution.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012 - torch's own
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, gaussian: Gaussian, validate_args: bool | None = None):
+        self.gaussian = gaussian
+        super().__init__(torch.Size(), gaussian.loc.shape, validate_args=validate_args)
+
+    @property
+    def loc(self) -> Tensor:
+        """Mean, shape (S,)."""
+        return self.gaussian.loc
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape (S,)."""
+        return self.gaussian.loc
+
+    @property
+    def mode(self) -> Tensor:
+        """Mode, shape (S,)."""
+        return self.gaussian.loc
+
+    @property
+    def precision_matrix(self) -> Tensor:
+        """Inverse of the covariance, shape (S, S)."""
+        return self.gaussian.precision_matrix()
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance, shape (S, S)."""
+        return self.gaussian.covariance_matrix()
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Lower Cholesky factor of the covariance, shape (S, S)."""
+        return self.gaussian.scale_tril()
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances, shape (S,)."""
+        return self.gaussian.variance()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density.
+
+        Args:
+            value: Shape (..., S).
+
+        Returns:
+            Shape (...), in nats.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.gaussian.log_prob(value)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws, differentiable in ``loc``.
+
+        Args:
+            sample_shape: How many.
+
+        Returns:
+            Shape ``sample_shape + (S,)``.
+        """
+        noise = torch.randn(
+            self._extended_shape(sample_shape),
+            dtype=self.loc.dtype,
+            device=self.loc.device,
+        )
+        return self.gaussian.draw(noise)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats."""
+        return self.gaussian.entropy()

@@ -1,0 +1,233 @@
+"""The latent sites as functions of the subnet, and their density as its prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+
+from pyro_subnet.subnet import Subnet, place_elements
+from pyro_subnet.tracing.log_prior import prior_term
+from pyro_subnet.tracing.trace import Latents, Model, Node, run_model
+
+
+class SubnetSites:
+    """The user's latent sites as functions of the subnet.
+
+    Attributes:
+        latents: The sites.
+        subnet: The chosen elements.
+        chosen: Their positions within each site.
+        extra_dims: How many axes each site has more when unconstrained.
+    """
+
+    def __init__(
+        self, latents: Latents, subnet: Subnet, estimates: Mapping[str, Tensor]
+    ):
+        self.latents = latents
+        self.subnet = subnet
+        self.chosen = subnet.indices
+        self._estimates = estimates
+        self._base = latents.values
+        self._counts = [within.numel() for within in self.chosen.values()]
+        self._places = {name: place for place, name in enumerate(self.chosen)}
+        # A matrix of correlations has one axis less when unconstrained.
+        self.extra_dims = {
+            name: u.ndim - len(latents.transforms[name].forward_shape(u.shape))
+            for name, u in self._base.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all latent sites."""
+        return self.latents.layout.names
+
+    def unconstrained(self, name: str, theta: Tensor, event_dim: int) -> Tensor:
+        """Unconstrained value of a site.
+
+        Args:
+            name: Which.
+            theta: The subnet, shape (..., S).
+            event_dim: How many of the site's unconstrained axes are its event's.
+
+        Returns:
+            The site's shape, with the batch dimensions of ``theta`` left of its event
+            where it has chosen elements.
+        """
+        base = self._base[name]
+        if name in self._estimates:
+            base = self.latents.transforms[name].inv(self._estimates[name])
+        if name not in self.chosen:
+            return base
+        piece = theta.split(self._counts, dim=-1)[self._places[name]]
+        return place_elements(base, self.chosen[name], piece, event_dim)
+
+    def constrained(self, name: str, unconstrained: Tensor) -> Tensor:
+        """The value that the model sees.
+
+        Args:
+            name: Which site.
+            unconstrained: Its unconstrained value.
+
+        Returns:
+            Its value.
+        """
+        if name not in self.chosen:  # as it is: no digit is lost on the way
+            return self._estimates[name]
+        return self.latents.transforms[name](unconstrained)
+
+
+class SubnetPrior(dist.TorchDistribution):
+    r"""What the user's latent sites say about the subnet, others at their parameters.
+
+    The log density is the sum of theirs, in unconstrained space, so it is normalized
+    only up to what the other elements contribute. Draws are the elements that the
+    user's model draws.
+
+    Args:
+        model: The user's model.
+        sites: Its latent sites as functions of the subnet.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch's own interface
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(
+        self,
+        model: Model,
+        sites: SubnetSites,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ):
+        self._model, self._sites = model, sites
+        self._args, self._kwargs = args, kwargs
+        self._known: tuple[Tensor, Callable[[], Tensor]] | None = None
+        event_shape = torch.Size([sites.subnet.size])
+        super().__init__(torch.Size(), event_shape, validate_args=False)
+
+    def remember(self, value: Tensor, log_prior: Callable[[], Tensor]) -> None:
+        """Spares a run of the model: the present one has met the sites.
+
+        Args:
+            value: Shape (S,).
+            log_prior: Works out its log density, should it be asked for: all D elements
+                take part, which draws alone need not pay for.
+        """
+        self._known = (value, log_prior)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: SubnetPrior | None = None
+    ) -> SubnetPrior:
+        """The same, of many independent draws.
+
+        Args:
+            batch_shape: How many.
+            _instance: As in torch's own.
+
+        Returns:
+            A new distribution.
+        """
+        new = SubnetPrior(self._model, self._sites, self._args, self._kwargs)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, by a run of the user's model for each value not known.
+
+        Args:
+            value: Shape (..., S).
+
+        Returns:
+            Its batch shape, in nats.
+        """
+        if self._known is not None and value is self._known[0]:
+            found = self._known[1]()
+        else:
+            rows = [self._log_prior(row) for row in value.reshape(-1, value.shape[-1])]
+            found = torch.stack(rows).reshape(value.shape[:-1])
+        # `Predictive(parallel=True)` passes K draws without the axes of inner plates.
+        if self.batch_shape and found.numel() == self.batch_shape.numel():
+            return found.reshape(self.batch_shape)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws as the user's model does, by one run each.
+
+        Args:
+            sample_shape: How many.
+
+        Returns:
+            Shape ``sample_shape + batch_shape + (S,)``.
+        """
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            draws = [self._draw() for _ in range(shape[:-1].numel())]
+        return torch.stack(draws).reshape(shape)
+
+    def _draw(self) -> Tensor:
+        trace = run_model(self._model, self._args, self._kwargs, {}, {})
+        latents, parts = self._sites.latents, []
+        for name, within in self._sites.chosen.items():
+            u = latents.transforms[name].inv(trace.nodes[name]["value"])
+            parts.append(u.flatten()[within])
+        return torch.cat(parts)
+
+    def _log_prior(self, theta: Tensor) -> Tensor:
+        sites = self._sites
+        u = {name: sites.unconstrained(name, theta, 0) for name in sites.names}
+        values = {name: sites.constrained(name, u[name]) for name in u}
+        nodes = run_model(self._model, self._args, self._kwargs, values, {}).nodes
+        terms = [
+            prior_term(nodes[name], sites.latents.transforms[name], u[name])
+            for name in sites.names
+        ]
+        return torch.stack([term.log_density for term in terms]).sum()
+
+
+class GivenSites(Messenger):
+    """Gives the latent sites their values, and hides them.
+
+    Args:
+        sites: The latent sites.
+        theta: The subnet, shape (..., S).
+    """
+
+    def __init__(self, sites: SubnetSites, theta: Tensor):
+        super().__init__()
+        self._sites = sites
+        self._theta = theta
+        self._met: list[tuple[Node, int]] = []
+
+    def log_prior(self) -> Tensor:
+        """Log density of the sites that were met, in unconstrained space.
+
+        Returns:
+            A scalar, in nats; for a subnet without batch dimensions.
+        """
+        terms = []
+        for node, event_dim in self._met:
+            name = node["name"]
+            u = self._sites.unconstrained(name, self._theta, event_dim)
+            given = {**node, "value": self._sites.constrained(name, u)}
+            terms.append(prior_term(given, self._sites.latents.transforms[name], u))
+        return torch.stack([term.log_density for term in terms]).sum()
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name, sites = msg["name"], self._sites
+        if name not in sites.names or msg["is_observed"]:
+            return
+        event_dim = msg["fn"].event_dim + sites.extra_dims[name]
+        # Without the value: traces of many draws would hold all D elements of each.
+        self._met.append((dict(msg), event_dim))
+        u = sites.unconstrained(name, self._theta, event_dim)
+        msg["value"] = sites.constrained(name, u)
+        msg["stop"] = True

@@ -1,0 +1,1 @@
+"""Distributions of outputs, and of y, at new inputs."""

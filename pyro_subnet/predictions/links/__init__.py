@@ -1,0 +1,1 @@
+"""From a Gaussian over outputs to a distribution over y, one link a file."""

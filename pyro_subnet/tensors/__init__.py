@@ -1,0 +1,1 @@
+"""Work on tensors alone: factors in place, memory, modes set aside."""
