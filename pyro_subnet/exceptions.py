@@ -1,7 +1,7 @@
-"""Errors and warnings that the package raises, each also a builtin type.
+"""Errors and warnings, each also a builtin's.
 
-``except SubnetError`` catches everything that the package raises on purpose; the
-second base lets code that knows only ``ValueError`` and its kin catch it as well.
+``except SubnetError`` catches every error that the package raises on purpose. The
+second base class lets code that knows only ``ValueError`` and the like catch it too.
 """
 
 import sys
@@ -16,7 +16,7 @@ class SubnetError(Exception):
 
 @final
 class SelectionError(SubnetError, ValueError):
-    """Raised when a subnet cannot be picked: bad site, mask, positions or size."""
+    """Raised when a subnet cannot be chosen: bad site, mask, positions or size."""
 
 
 @final
@@ -46,7 +46,7 @@ class PrecisionError(SubnetError, RuntimeError):
 
 @final
 class MemoryLimitError(SubnetError, RuntimeError):
-    """Raised when the S x S factor would not fit in the memory there is."""
+    """Raised when the S x S factor would not fit in memory."""
 
 
 @final
@@ -75,7 +75,7 @@ class MonteCarloFisherWarning(SubnetWarning):
 
 @final
 class NoObservedSiteWarning(SubnetWarning):
-    """Given when the model observes nothing, so that the prior is all there is."""
+    """Given when the model observes nothing, so that only the prior curves."""
 
 
 @final
@@ -85,20 +85,15 @@ class NoOutputVarianceWarning(SubnetWarning):
 
 @final
 class NoKroneckerFactorsWarning(SubnetWarning):
-    """Given when no weight has Kronecker factors, so that all have a diagonal alone."""
+    """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 
 
-# Ours, and those whose decorators stand on our functions.
+# The package itself, and those whose decorators wrap its functions.
 _BETWEEN = ("pyro_subnet", "contextlib", "torch", "jaxtyping", "beartype")
 
 
 def warn(message: str, category: type[SubnetWarning]) -> None:
-    """Warns at the line of the user's that led here.
-
-    Args:
-        message: The rule, what came, the way out.
-        category: Which warning.
-    """
+    """Warns at the line of the user's code that led here."""
     level, frame = 1, sys._getframe(0)
     while _package_of(frame) in _BETWEEN and frame.f_back is not None:
         level, frame = level + 1, frame.f_back

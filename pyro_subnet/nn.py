@@ -1,4 +1,4 @@
-"""A pretrained ``torch.nn`` network as a Pyro module with priors on its weights."""
+"""Torch networks as Pyro modules, with priors on their weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
@@ -21,9 +21,10 @@ from pyro_subnet.exceptions import ModelError, OptionError
 Prior = Callable[[str, Tensor], Distribution]
 
 
+@final
 @dataclass(frozen=True)
 class _NormalPrior:
-    """Independent normal priors of one scale, centred at zero."""
+    """Independent zero-mean normal priors of one scale."""
 
     scale: float
 
@@ -32,18 +33,18 @@ class _NormalPrior:
         return dist.Normal(torch.zeros_like(scale), scale).to_event(parameter.ndim)
 
 
+@final
 class BayesianModule(PyroModule):
-    """A network whose trainable parameters are sample sites, named as they are.
+    """A network whose trainable parameters are sample sites of the same names.
 
-    Made by :func:`bayesianize`. Any ``torch.nn`` network serves: the sampled values
-    take the parameters' places for the time of a call. Tied parameters are one site;
-    buffers (the running statistics of norms) move and save with the module. The padding
-    row of an embedding, which torch never trains, keeps the network's value at every
-    draw.
+    Made by :func:`bayesianize` of any ``torch.nn`` network. The sampled values take the
+    parameters' places during a call. Tied parameters are one site; buffers, such as the
+    running statistics of norms, move and save with the module. The padding row of an
+    embedding, which torch never trains, keeps the network's value at every draw.
 
     Args:
         net: The network; copied.
-        prior: Distribution of each parameter from its name and value.
+        prior: Distribution of each parameter, from its name and value.
     """
 
     def __init__(self, net: nn.Module, prior: Prior):
@@ -73,21 +74,13 @@ class BayesianModule(PyroModule):
         }
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BayesianModule:
-        """Moves the priors along with the buffers, in ``.to`` and its kin."""
+        """Moves the priors with the buffers, as ``.to`` and similar methods do."""
         super()._apply(fn, recurse)
         self._priors = self._make_priors()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Samples the weights and runs the network with them.
-
-        Args:
-            args: Positional arguments of the network.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            What the network returns.
-        """
+        """Samples the weights, and runs the network with them."""
         weights = {}
         for site, names in self._names.items():
             weights.update(dict.fromkeys(names, self._weight(site)))
@@ -105,10 +98,10 @@ class BayesianModule(PyroModule):
         return value
 
     def pretrained_values(self) -> dict[str, Tensor]:
-        """The values that the parameters had in the network.
+        """The values in the network of the parameters that have a prior.
 
         Returns:
-            ``{parameter name: value}`` of the parameters that have a prior.
+            ``{parameter name: value}``.
         """
         values = dict(self.net.named_buffers(remove_duplicate=False))
         return {name: values[name] for name in self._names}
@@ -134,8 +127,8 @@ def bayesianize(
         posterior = guide.laplace_approximation(x, y)
 
     Args:
-        net: Any ``torch.nn`` network; it is copied, with its buffers and its mode, and
-            not changed. Its parameters with ``requires_grad=False`` stay constants.
+        net: Any ``torch.nn`` network; it is copied with its buffers and its mode, and
+            not changed. Parameters with ``requires_grad=False`` stay constants.
         prior_scale: Standard deviation of the independent normal priors.
         prior: In place of normal priors, a function from a parameter's name and value
             to a distribution over values of its shape.
@@ -161,13 +154,13 @@ def init_to_module(
 ) -> Callable[..., Any]:
     """Starts a guide at a network's weights, so that no training is needed.
 
-    A site takes the value of the parameter of its name. A site of a module that holds
-    the network under another name, such as ``"encoder.fc1.weight"``, takes that of the
-    longest name that it ends with and whose shape is its own.
+    A site takes the value of the parameter with its name. If the network is part of
+    another module, so that a site is called, say, ``"encoder.fc1.weight"``, the site
+    takes the value of the longest name that it ends with and whose shape it has.
 
     Args:
         net: A trained network, or what :func:`bayesianize` made of it.
-        fallback: How the other sites start, such as a latent noise scale.
+        fallback: Initializes all other sites, such as a latent noise scale.
 
     Returns:
         An ``init_loc_fn`` for any Pyro guide.
@@ -195,6 +188,7 @@ def init_to_module(
 
 
 def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
+    """The prior with all its dimensions those of the event; refuses another shape."""
     shape = prior.batch_shape + prior.event_shape
     if shape != parameter.shape:
         raise OptionError(
@@ -202,11 +196,12 @@ def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
             f"{tuple(parameter.shape)}; got {tuple(shape)}. Use "
             "`.expand(parameter.shape).to_event(parameter.ndim)`."
         )
-    # Without a plate, batch dimensions of a weight would pass for data.
+    # Batch dimensions of a weight, which has no plate, would be taken for data.
     return dist.Independent(prior, len(prior.batch_shape))
 
 
 def _padding_rows(net: nn.Module) -> dict[str, int]:
+    """The padding row of each trainable embedding's weight."""
     return {
         f"{path}.weight" if path else "weight": module.padding_idx
         for path, module in net.named_modules(remove_duplicate=False)
@@ -223,7 +218,7 @@ def _with_row(weight: Tensor, row: int, source: Tensor) -> Tensor:
 
 
 def _parameters_to_buffers(net: nn.Module) -> None:
-    """Keeps a network's values but leaves Pyro nothing of it to register or train."""
+    """Keeps a network's values, but no parameters for Pyro to register or train."""
     for module in net.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

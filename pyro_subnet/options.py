@@ -1,45 +1,49 @@
-"""What a user may ask of the fit, checked."""
+"""What a user may ask for, in one vocabulary, and the checks of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, final, get_args
 
-from pyro_subnet.curvature.ggn import Form
+from torch import Tensor
+
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.tracing.data import Data
 
+# Curvatures of the likelihood. All but the Hessian are sums over rows of the Jacobian.
 Curvature = Literal["ggn", "ggn-mc", "ef", "hessian"]
 Covariance = Literal["full", "diag", "kron"]
-CURVATURES: tuple[str, ...] = get_args(Curvature)
-_COVARIANCES: tuple[str, ...] = get_args(Covariance)
-_FORMS = ("auto", "primal", "dual")
+FullForm = Literal["auto", "primal", "dual"]
+# How a posterior's curvature is held: names of the forms in `gaussians/`.
+FormName = Literal["primal", "dual", "diagonal", "kronecker"]
+HeldAs = Literal[FormName, "auto"]  # "auto" until a sum has seen how many rows it has
+# The one form of each covariance that is not full.
+_FORMS: dict[Covariance, FormName] = {"diag": "diagonal", "kron": "kronecker"}
 
 
+@final
 @dataclass(frozen=True)
 class FitOptions:
-    """How a posterior's curvature is asked for.
+    """The curvature that a posterior is asked to have.
 
     Attributes:
         curvature: Which curvature of the likelihood.
-        covariance: Whether the Gaussian's covariance is full, or the reference one of a
-            diagonal or Kronecker-factored precision.
-        form: How a full one is held; ``"auto"``: as costs less.
+        covariance: Whether the Gaussian's covariance is full, or that of a diagonal or
+            a Kronecker-factored precision, to compare with.
+        form: How a full one is held; ``"auto"`` takes the cheaper.
 
     Raises:
-        OptionError: If one is not known, or they do not go together.
+        OptionError: If an option is unknown, or two exclude each other.
     """
 
     curvature: Curvature = "ggn"
     covariance: Covariance = "full"
-    form: Literal["auto", "primal", "dual"] = "auto"
+    form: FullForm = "auto"
 
     def __post_init__(self) -> None:
-        """Checks the options."""
         for name, allowed, default in (
-            ("curvature", CURVATURES, "the GGN"),
-            ("covariance", _COVARIANCES, "a full one"),
-            ("form", _FORMS, "the cheaper one"),
+            ("curvature", get_args(Curvature), "the GGN"),
+            ("covariance", get_args(Covariance), "a full one"),
+            ("form", get_args(FullForm), "the cheaper one"),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -59,36 +63,36 @@ class FitOptions:
             )
 
     @property
-    def kind_of_rows(self) -> Literal["ggn", "ggn-mc", "ef"]:
-        """The curvature, where it is one that sums over rows of the Jacobian."""
-        return "ggn" if self.curvature == "hessian" else self.curvature
-
-    @property
     def noise_power(self) -> int:
-        """The power of a normal noise scale that the curvature falls with.
+        """Power of a normal noise scale by which the curvature is divided.
 
-        The empirical Fisher squares the data's own residuals over the variance, whose
-        expectation no longer cancels one of the two.
+        It is 2, but 4 for ``"ef"``: the empirical Fisher squares the data's own
+        residuals over the variance, whose expectation no longer cancels one of the two
+        variances.
         """
         return 4 if self.curvature == "ef" else 2
 
     @property
-    def held_as(self) -> Form:
-        """How the sum over the data is to be held."""
-        return "diagonal" if self.covariance == "diag" else self.form
+    def held_as(self) -> HeldAs:
+        """The form asked for; ``"auto"`` is the cheaper of primal and dual."""
+        return _FORMS.get(self.covariance, self.form)
 
-    def needs_matrix(self, data: Data) -> bool:
-        """Whether an S x S matrix is sure to be needed, or may be.
 
-        Of a single call it is soon known how many rows there are: what ``"auto"`` then
-        chooses checks the memory itself.
+def check_positive(values: Tensor, name: str, default: str) -> None:
+    """Refuses factors that are not positive and finite; 1.0 stands for ``default``."""
+    flat = values.detach().flatten()
+    bad = (~(flat.isfinite() & (flat > 0))).nonzero().flatten()
+    if bad.numel():
+        found = [float(value) for value in flat[bad[:3]]]
+        raise OptionError(
+            f"`{name}` must be positive and finite; got "
+            f"{found[0] if len(flat) == 1 else found}. Pass 1.0 for {default}."
+        )
 
-        Args:
-            data: The training data.
 
-        Returns:
-            Whether its memory must be checked beforehand.
-        """
-        if self.covariance != "full" or self.form == "dual":
-            return False
-        return self.form == "primal" or not data.whole
+def check_num_samples(num_samples: int) -> None:
+    """Refuses a number of draws below 1."""
+    if num_samples < 1:
+        raise OptionError(
+            f"`num_samples` must be at least 1; got {num_samples}. Pass 1000 or so."
+        )

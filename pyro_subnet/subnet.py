@@ -1,4 +1,4 @@
-"""Which elements of the packed latent vector are random: positions, masks, names."""
+"""Which elements of the packed vector are random: positions, masks, names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyro_subnet.exceptions import SelectionError
 
 
+@final
 @dataclass(frozen=True)
 class Layout:
     """How the latent sites lie in the packed unconstrained vector of length D.
@@ -49,7 +51,7 @@ class Layout:
             site: Name of a latent site.
 
         Returns:
-            Its unconstrained shape.
+            The shape.
 
         Raises:
             SelectionError: If the site is not a latent site of the model.
@@ -79,7 +81,19 @@ class Layout:
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
+    def element(self, position: int) -> str:
+        """Name of the element at a position, such as ``"fc1.weight[3, 7]"``.
 
+        Args:
+            position: Position in the packed vector.
+
+        Returns:
+            The name.
+        """
+        return Subnet(self, torch.tensor([position])).names[0]
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Subnet:
     """The S chosen elements of a packed latent vector of length D.
@@ -100,17 +114,14 @@ class Subnet:
 
     @classmethod
     def from_positions(
-        cls,
-        layout: Layout,
-        positions: Tensor,
-        explained_variance: float | None = None,
+        cls, layout: Layout, positions: Tensor, explained_variance: float | None = None
     ) -> Subnet:
         """Checks positions in the packed vector and sorts them.
 
         Args:
             layout: Where the latent sites lie in the packed vector.
             positions: Integer positions, shape (S,), in any order.
-            explained_variance: See the class.
+            explained_variance: Share of the output variance, as the attribute.
 
         Returns:
             The subnet.
@@ -122,8 +133,21 @@ class Subnet:
         return cls(layout, flat, explained_variance)
 
     @classmethod
+    def whole(cls, layout: Layout, device: torch.device | str | None = None) -> Subnet:
+        """The subnet of every element, S = D.
+
+        Args:
+            layout: Where the latent sites lie in the packed vector.
+            device: Where the positions live.
+
+        Returns:
+            The subnet.
+        """
+        return cls(layout, torch.arange(layout.num_params, device=device))
+
+    @classmethod
     def from_sites(cls, layout: Layout, chosen: Mapping[str, Tensor]) -> Subnet:
-        """Builds a subnet from one mask or list of positions a site.
+        """Builds a subnet from a mask or a list of positions for each site.
 
         Args:
             layout: Where the latent sites lie in the packed vector.
@@ -180,15 +204,12 @@ class Subnet:
     @property
     def counts(self) -> dict[str, int]:
         """How many elements of each latent site are chosen, zeros included."""
-        chosen = self.indices
-        return {
-            site: chosen[site].numel() if site in chosen else 0
-            for site in self.layout.names
-        }
+        found = {site: within.numel() for site, within in self.indices.items()}
+        return dict.fromkeys(self.layout.names, 0) | found
 
     @property
     def names(self) -> list[str]:
-        """One readable name an element, such as ``"fc1.weight[3, 7]"``."""
+        """A readable name for each element, such as ``"fc1.weight[3, 7]"``."""
         return [
             name
             for site, within in self.indices.items()
@@ -222,25 +243,25 @@ class Subnet:
         """
         return packed.index_select(-1, self.flat)
 
-    def to(self, device: torch.device | str) -> Subnet:
-        """Moves the positions to a device.
+    def split(self, values: Tensor) -> dict[str, Float[Tensor, "... chosen"]]:
+        """Cuts values of the chosen elements into those of each site.
 
         Args:
-            device: Where to.
+            values: Shape (..., S).
 
         Returns:
-            An equal subnet there.
+            ``{site: shape (..., number of its chosen elements)}``, views, for the sites
+            that hold any, in the order of :attr:`indices`.
         """
-        return Subnet(self.layout, self.flat.to(device), self.explained_variance)
+        chosen = self.indices
+        counts = [within.numel() for within in chosen.values()]
+        return dict(zip(chosen, values.split(counts, dim=-1), strict=True))
 
     def __repr__(self) -> str:
-        """One line for the whole and one for each site that holds chosen elements."""
         head = f"Subnet: {self.size} of {self.num_params} weights ({self.fraction:.2%})"
         if self.explained_variance is not None:
-            head += (
-                f", {self.explained_variance:.2%} of the output variance on the "
-                "training inputs"
-            )
+            share = f"{self.explained_variance:.2%}"
+            head += f", {share} of the output variance on the training inputs"
         width = max(len(site) for site in self.layout.names)
         lines = [
             f"  {site:<{width}}  {count} of {math.prod(self.layout.shape(site))}"
@@ -256,21 +277,12 @@ def place_elements(
     values: Float[Tensor, "... chosen"],
     event_dim: int,
 ) -> Float[Tensor, "..."]:
-    """A site's values at draws of its chosen elements.
-
-    Args:
-        base: Value of the site, unconstrained.
-        within: Flat positions of the chosen elements.
-        values: Theirs, with any batch dimensions.
-        event_dim: How many axes of the site are its event's. As everywhere in Pyro,
-            batch dimensions stand left of those, in place of its own of length 1.
-
-    Returns:
-        The site's shape, broadcast against the batch dimensions; a new tensor.
-    """
+    """A new tensor: a site's values with elements ``within`` set to (batched) draws."""
     batch_shape = values.shape[:-1]
     wide = base.flatten().expand(*batch_shape, -1)
     value = wide.scatter(-1, within.expand_as(values), values.to(wide))
+    # As in Pyro, batch dimensions stand left of the event's, in place of dimensions of
+    # length 1 of the site's own.
     shape = torch.broadcast_shapes(base.shape, batch_shape + (1,) * event_dim)
     return value.reshape(shape)
 

@@ -158,7 +158,7 @@ def read_call(case: Case, subnet: list[int]) -> tuple[ModelCall, Subnet]:
     """The package's reading of a case, and a subnet of it."""
     guide = case.guide()
     guide(*case.args, **case.kwargs)
-    call = ModelCall.read(case.model, guide.latents, case.args, case.kwargs)
+    call = ModelCall.read(guide.at_map, case.args, case.kwargs)
     chosen = Subnet.from_positions(guide.latents.layout, torch.tensor(subnet))
     return call, chosen
 

@@ -1,60 +1,118 @@
-"""Holds the code to its conventions by reading it: layers, imports, errors, asserts.
+"""Holds the code to its conventions by reading it: rooms, imports, classes, asserts.
 
-The tables come first; a new module is one entry in ``LAYERS``. Each check is a function
-from a syntax tree to what it finds, and is itself tested on code that breaks its rule.
+The tables come first. Each check is a function from a syntax tree to what it finds, and
+is itself tested on code that breaks its rule.
 """
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-# A module may import modules of its own layer and of lower ones, without cycles. The
-# name of a folder stands for everything in it. "" is the package's __init__.py.
-LAYERS = {
-    "_version": 0,
-    "exceptions": 0,
-    "subnet": 1,
-    "tensors": 1,
-    "curvature": 2,
-    "options": 2,
-    "gaussians": 2,
-    "laplace": 2,
-    "files": 2,
-    "fit": 2,
-    "models": 2,
-    "predictions": 2,
-    "guides": 2,
-    "selection": 2,
-    "tracing": 2,
-    "nn": 3,
-    "comparison": 3,
-    "diagnostics": 3,
-    "export": 3,
-    "plotting": 3,
-    "": 4,
+# The rooms of the package, from the ground up: what each holds, and which rooms it may
+# import, beside all that these may import. A room is a folder, or a file at the top.
+# The first sentence of each folder's `__init__.py`, and the tables in CONTRIBUTING.md
+# and docs/layout.md, say the same.
+ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "_version": ("the version", ()),
+    "exceptions": ("errors and warnings, each also a builtin's", ()),
+    "subnet": ("which elements of the packed vector are random", ("exceptions",)),
+    "options": ("what a user may ask for, in one vocabulary", ("exceptions",)),
+    "tensors": (
+        "work on tensors alone: factors in place, memory, modes set aside",
+        ("exceptions",),
+    ),
+    "curvature": (
+        "derivatives: families, Jacobians, their sums, the prior",
+        ("tensors", "subnet", "options"),
+    ),
+    "gaussians": (
+        "the precision G + s P0 in its forms, and the Gaussian of each",
+        ("curvature",),
+    ),
+    "laplace": ("the posterior in numbers: state, evidence, tuning", ("gaussians",)),
+    "tracing": (
+        "one call of a Pyro model at the MAP, as a function of its subnet",
+        ("curvature",),
+    ),
+    "models": (
+        "Pyro models made of the user's: linearized, hybrid",
+        ("tracing", "gaussians"),
+    ),
+    "predictions": (
+        "distributions of outputs, and of y, at new inputs",
+        ("laplace", "tracing"),
+    ),
+    "fit": ("one pass over the data, and what it sums", ("laplace", "tracing")),
+    "files": (
+        "what is written and read, whole or not at all",
+        ("laplace", "tracing", "_version"),
+    ),
+    "selection": ("strategies that choose a subnet", ("fit",)),
+    "guides": (
+        "what users hold: the MAP guide, the posterior guide",
+        ("models", "predictions", "files", "selection"),
+    ),
+    "comparison": ("a subnet beside the full posterior", ("guides",)),
+    "diagnostics": (
+        "how far predictions and a posterior can be trusted",
+        ("comparison",),
+    ),
+    "export": ("posteriors and chains as ArviZ reads them", ("guides",)),
+    "plotting": ("pictures of predictions, posteriors and subnets", ("diagnostics",)),
+    "nn": ("torch networks as Pyro modules", ("exceptions",)),
+    "": ("the public names", ("export", "plotting", "nn")),
 }
-# Modules below this layer are functions of tensors: they never import Pyro.
-LOWEST_LAYER_WITH_PYRO = LAYERS["tracing"]
+# The first room whose files may import Pyro, with those above it.
+WITHOUT_PYRO = {
+    "_version",
+    "exceptions",
+    "subnet",
+    "options",
+    "tensors",
+    "curvature",
+    "gaussians",
+    "laplace",
+}
+MAX_TOP_FILES = 8
+# Files on the longest way along imports.
+MAX_CHAIN = 16
 # Libraries that one module alone may import.
 CONFINED_TO = {"arviz": "export.inference_data", "matplotlib": "plotting.style"}
 # Libraries that may be imported inside a function, so that the rest does without them.
 LAZILY_IMPORTED = {"matplotlib"}
-MAX_LINES = 400
+# Lines of a file that are neither blank nor prose: docstrings make a file no harder.
+MAX_LINES = 300
 COMPARISONS = {"allclose", "array_equal", "equal", "isclose"}
+# Private names of Pyro's on which its guides' users rely, and of torch's and
+# matplotlib's that nothing public tells.
+FOREIGN_PRIVATE = {
+    "_loc_scale",
+    "_setup_prototype",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_global_forward_pre_hooks",
+    "_pytree",
+    "_unscaled_dash_pattern",
+    "_validate_args",
+}
 EXITS = {"exit", "quit", "sys.exit", "os._exit"}
 
 PACKAGE = "pyro_subnet"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
-ALL_FILES = PACKAGE_FILES + [
-    path
-    for folder in ("tests", "tutorials", "benchmarks")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+ALL_FILES = [
+    *PACKAGE_FILES,
+    *TEST_FILES,
+    *sorted((ROOT / "tutorials").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
 ]
 
 Finding = tuple[int, str]
@@ -80,12 +138,18 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def layer(module: str) -> int:
-    """Layer of a module, which its first component decides."""
-    top = module.partition(".")[0]
-    if top not in LAYERS:
-        pytest.fail(f"Module {top!r} is in no layer. Add it to LAYERS in {__file__}")
-    return LAYERS[top]
+@cache
+def allowed(room: str) -> frozenset[str]:
+    """Rooms that a room may import, itself among them."""
+    if room not in ROOMS:
+        pytest.fail(f"{room!r} is in no room. Add it to ROOMS in {__file__}")
+    below = (allowed(other) for other in ROOMS[room][1])
+    return frozenset({room}).union(*below)
+
+
+def room_of(module: str) -> str:
+    """Room of a module: its first component."""
+    return module.partition(".")[0]
 
 
 def imported(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
@@ -125,15 +189,33 @@ def foreign_imports(tree: ast.AST) -> Iterator[Finding]:
 
 
 def upward_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[Finding]:
-    """Imports from a layer above, and libraries that the module may not use."""
+    """Imports from rooms above, and libraries that the module may not use."""
+    room = room_of(module)
     for line, target in own_imports(tree, module, is_package):
-        if layer(target) > layer(module):
-            yield line, f"{module} (layer {layer(module)}) imports {target or PACKAGE}"
+        if room_of(target) not in allowed(room):
+            yield line, f"{module} imports {target or PACKAGE}, which is no room below"
     for line, library in foreign_imports(tree):
-        if library == "pyro" and layer(module) < LOWEST_LAYER_WITH_PYRO:
-            yield line, f"{module} is below trace.py and imports pyro"
+        if library == "pyro" and room in WITHOUT_PYRO:
+            yield line, f"{module} is below tracing/ and imports pyro"
         if module != CONFINED_TO.get(library, module):
             yield line, f"{module} imports {library}"
+
+
+def open_classes(tree: ast.AST) -> Iterator[Finding]:
+    """Classes that are neither final, nor an interface, nor an exception's base."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+        bases = {ast.unparse(base).partition("[")[0] for base in node.bases}
+        is_interface = "Protocol" in bases or any(
+            "abstractmethod" in {ast.unparse(d) for d in method.decorator_list}
+            for method in ast.walk(node)
+            if isinstance(method, ast.FunctionDef)
+        )
+        is_error = bases & {"Exception", "UserWarning"}
+        if "final" not in decorators and not is_interface and not is_error:
+            yield node.lineno, f"class {node.name} is neither abstract nor @final"
 
 
 def imports_in_functions(tree: ast.AST) -> Iterator[Finding]:
@@ -212,13 +294,49 @@ def raises_without_match(tree: ast.AST) -> Iterator[Finding]:
             yield node.lineno, ast.unparse(node)
 
 
+def patches_of_the_package(tree: ast.AST) -> Iterator[Finding]:
+    """Parts of the package that a test replaces: it then tests what nobody runs."""
+    ours = {
+        alias.asname or alias.name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).partition(".")[0] == PACKAGE
+    }
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if node.func.attr not in {"setattr", "delattr", "setitem", "patch", "object"}:
+            continue
+        for arg in node.args[:1]:
+            text = ast.literal_eval(arg) if isinstance(arg, ast.Constant) else None
+            root = str(text or ast.unparse(arg)).partition(".")[0].partition("(")[0]
+            if root in ours | {PACKAGE}:
+                yield node.lineno, ast.unparse(node)
+
+
+def private_attributes(tree: ast.AST) -> Iterator[Finding]:
+    """Attributes of other objects that begin with an underscore, but known ones."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)):
+            continue
+        own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+        of_super = isinstance(node.value, ast.Call) and "super()" == ast.unparse(
+            node.value
+        )
+        if not (own or of_super or node.attr in FOREIGN_PRIVATE):
+            yield node.lineno, ast.unparse(node)
+
+
 PACKAGE_CHECKS: list[Check] = [
     imports_in_functions,
     asserts,
     hidden_nans,
     exits,
+    open_classes,
 ]
 EVERYWHERE_CHECKS: list[Check] = [dropped_comparisons, raises_without_match]
+TEST_CHECKS: list[Check] = [patches_of_the_package, private_attributes]
 
 
 def report(path: Path, findings: Iterator[Finding]) -> str:
@@ -231,14 +349,15 @@ def test_there_are_modules_to_check() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_the_layers(module: str) -> None:
+def test_imports_go_down_the_rooms(module: str) -> None:
     path = MODULES[module]
     found = upward_imports(parse(path), module, path.name == "__init__.py")
     assert not (text := report(path, found)), text
 
 
-def test_no_import_cycles() -> None:
-    graph = {
+def import_graph() -> dict[str, set[str]]:
+    """Modules of the package that each module imports."""
+    return {
         module: {
             target
             for _, target in own_imports(
@@ -247,10 +366,55 @@ def test_no_import_cycles() -> None:
         }
         for module, path in MODULES.items()
     }
+
+
+def test_the_longest_way_along_imports_is_short_and_no_circle() -> None:
+    graph = import_graph()
     try:
-        graphlib.TopologicalSorter(graph).prepare()
+        order = list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+    ways: dict[str, list[str]] = {}
+    for module in order:
+        longest = max((ways[target] for target in graph[module]), key=len, default=[])
+        ways[module] = [*longest, module]
+    way = max(ways.values(), key=len)
+    assert len(way) <= MAX_CHAIN, " <- ".join(way)
+
+
+def test_rooms_have_no_circle() -> None:
+    graph = {room: set(below) for room, (_, below) in ROOMS.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_at_the_top_stand_folders_and_few_files() -> None:
+    files = [path.name for path in (ROOT / PACKAGE).iterdir() if path.is_file()]
+    assert len(files) <= MAX_TOP_FILES, files
+    tops = {room_of(module) for module in MODULES}
+    assert tops == set(ROOMS)
+
+
+FOLDERS = sorted(room for room in ROOMS if room and (ROOT / PACKAGE / room).is_dir())
+
+
+@pytest.mark.parametrize("room", FOLDERS)
+def test_a_folder_says_what_it_holds_and_may_import(room: str) -> None:
+    holds, below = ROOMS[room]
+    text = MODULES[room].read_text(encoding="utf-8")
+    assert text.startswith(f'"""{holds[0].upper()}{holds[1:]}.')
+    assert f"May import {', '.join(below)}." in text
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/layout.md"])
+def test_the_pages_show_the_rooms_as_they_are(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^\| `(\w+)/?` \| (.+?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    expected = [
+        (room, holds, ", ".join(f"`{other}`" for other in below) or "nothing")
+        for room, (holds, below) in ROOMS.items()
+        if room not in {"", "_version"}
+    ]
+    assert found == expected
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=label)
@@ -265,9 +429,32 @@ def test_every_file_keeps_the_rule(check: Check, path: Path) -> None:
     assert not (text := report(path, check(parse(path)))), text
 
 
+@pytest.mark.parametrize("path", TEST_FILES, ids=label)
+@pytest.mark.parametrize("check", TEST_CHECKS)
+def test_tests_use_what_users_use(check: Check, path: Path) -> None:
+    assert not (text := report(path, check(parse(path)))), text
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: neither blank, nor comment, nor of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    prose = {
+        line
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return sum(
+        number not in prose and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in enumerate(text.splitlines(), start=1)
+    )
+
+
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=label)
 def test_modules_are_short(path: Path) -> None:
-    count = len(path.read_text(encoding="utf-8").splitlines())
+    count = lines_of_code(path)
     assert count < MAX_LINES, f"{label(path)}: {count} lines; split it by idea"
 
 
@@ -282,10 +469,23 @@ def test_modules_are_short(path: Path) -> None:
         (hidden_nans, "nan_to_num(x)"),
         (exits, "exit()"),
         (exits, "sys.exit(1)"),
+        (open_classes, "class A:\n    def f(self):\n        return 1"),
+        (open_classes, "@dataclass(frozen=True)\nclass A(B):\n    x: int"),
         (dropped_comparisons, "torch.allclose(a, b)"),
         (dropped_comparisons, "a.equal(b)"),
         (dropped_comparisons, "a == b"),
         (dropped_comparisons, "same = np.array_equal\nsame(a, b)"),
+        (
+            patches_of_the_package,
+            "from pyro_subnet.fit import sums\nmonkeypatch.setattr(sums, 'f', g)",
+        ),
+        (
+            patches_of_the_package,
+            "import pyro_subnet\nmonkeypatch.setattr(pyro_subnet.nn, 'f', g)",
+        ),
+        (patches_of_the_package, "mock.patch('pyro_subnet.nn.f')"),
+        (private_attributes, "assert guide._loc is loc"),
+        (private_attributes, "posterior.form._factor()"),
         (raises_without_match, "with pytest.raises(ValueError):\n    f()"),
         (raises_without_match, "with pytest.warns():\n    f()"),
     ],
@@ -300,9 +500,17 @@ def test_a_broken_rule_is_found(check: Check, code: str) -> None:
         (imports_in_functions, "import torch"),
         (imports_in_functions, "def f():\n    import matplotlib.pyplot as plt"),
         (exits, "stack.exit_callback()"),
+        (open_classes, "@final\n@dataclass\nclass A(B):\n    x: int"),
+        (open_classes, "class A(Protocol):\n    x: int"),
+        (open_classes, "class A(B):\n    @abstractmethod\n    def f(self): ..."),
         (dropped_comparisons, "assert torch.allclose(a, b)"),
         (dropped_comparisons, "assert_close(a, b)"),
         (dropped_comparisons, "with pytest.raises(ValueError, match='a'):\n    a == b"),
+        (
+            patches_of_the_package,
+            "import pyro_subnet\nmonkeypatch.setattr(psutil, 'virtual_memory', f)",
+        ),
+        (private_attributes, "self._x = super()._x + guide._loc_scale() + a.__name__"),
         (raises_without_match, "with pytest.raises(ValueError, match='a'):\n    f()"),
     ],
 )
@@ -318,8 +526,8 @@ def test_a_kept_rule_is_left_alone(check: Check, code: str) -> None:
         ("subnet", "from pyro_subnet import Subnet"),
         ("subnet", "import pyro_subnet"),
         ("subnet", "from . import tracing"),
-        ("subnet", "from .tracing.trace import read"),
-        ("tensors.memory", "import pyro.distributions as dist"),
+        ("curvature.ggn", "from ..tracing.trace import read"),
+        ("curvature.ggn", "import pyro.distributions as dist"),
         ("guides.map", "import matplotlib.pyplot as plt"),
         ("guides.map", "from arviz import InferenceData"),
     ],
@@ -342,5 +550,5 @@ def test_an_import_from_below_is_left_alone(module: str, code: str) -> None:
 
 
 def test_an_unknown_module_is_sent_to_the_table() -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"'utils' is in no layer\. Add it"):
-        layer("utils.more")
+    with pytest.raises(pytest.fail.Exception, match=r"'utils' is in no room\. Add it"):
+        allowed("utils")

@@ -135,13 +135,39 @@ def test_it_is_frozen(subnet: Subnet) -> None:
         subnet.flat = torch.arange(2)  # type: ignore[misc]
 
 
-def test_moving_keeps_everything(subnet: Subnet, device: torch.device) -> None:
-    explained = Subnet(subnet.layout, subnet.flat, 0.5)
-    moved = explained.to(device)
-    assert moved.flat.device.type == device.type
-    assert moved.names == subnet.names
-    assert moved.explained_variance == 0.5
-    assert moved.layout is subnet.layout
+def test_it_works_on_any_device(subnet: Subnet, device: torch.device) -> None:
+    other = Subnet(subnet.layout, subnet.flat.to(device), 0.5)
+    assert other.flat.device.type == device.type
+    assert other.names == subnet.names
+    assert other.counts == subnet.counts
+    assert other.explained_variance == 0.5
+    assert other.layout is subnet.layout
+    for site in LAYOUT.names:
+        assert_close(other.mask(site).cpu(), subnet.mask(site), **EQUAL)
+
+
+def test_whole_holds_every_element(device: torch.device) -> None:
+    everything = Subnet.whole(LAYOUT, device)
+    assert everything.flat.device.type == device.type
+    assert everything.flat.dtype == torch.int64
+    assert everything.flat.tolist() == list(range(23))
+    assert everything.names == slow_names()
+    assert everything.fraction == 1
+    assert everything.explained_variance is None
+    assert Subnet.whole(LAYOUT).flat.device.type == "cpu"
+
+
+def test_split_cuts_values_by_site(subnet: Subnet) -> None:
+    packed = torch.randn(3, 2, 23)
+    pieces = subnet.split(subnet.gather(packed))
+    assert list(pieces) == list(subnet.indices)  # a site without any is left out
+    whole = {site: v.reshape(3, 2, -1) for site, v in LAYOUT.unpack(packed).items()}
+    for site, within in subnet.indices.items():
+        assert_close(pieces[site], whole[site][..., within], **EQUAL)
+
+
+def test_every_element_has_its_name() -> None:
+    assert [LAYOUT.element(position) for position in range(23)] == slow_names()
 
 
 # ----------------------------------------------------------------------------------

@@ -159,7 +159,9 @@ def tune_prior(task: Task, meter: Meter) -> Answer:
     warm_up(task, model).tune_prior_precision()
     posterior = fitted(task, model)
     meter.time("fit", posterior.tune_prior_precision)
-    return {"log_determinant": posterior.log_det_precision(PRIOR_SCALES)}, {}
+    factors = PRIOR_SCALES.to(posterior.loc.device, torch.float64)
+    log_dets = posterior.form.log_det_function(len(factors))
+    return {"log_determinant": log_dets(factors)}, {}
 
 
 class TimedSelector:

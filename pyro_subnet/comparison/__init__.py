@@ -1,1 +1,4 @@
-"""A subnet beside the full posterior over all weights."""
+"""A subnet beside the full posterior.
+
+May import guides.
+"""

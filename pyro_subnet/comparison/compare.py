@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributions as td
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.comparison.table import SubnetComparison, SubnetComparisonRow
 from pyro_subnet.exceptions import OptionError, SelectionError
-from pyro_subnet.gaussians.factored import PrecisionGaussian
+from pyro_subnet.gaussians.factored import FactoredGaussian
 from pyro_subnet.guides.map import AutoSubnetLaplace
+from pyro_subnet.predictions.links.probit import probit
 from pyro_subnet.selection.base import resolve_size
 from pyro_subnet.selection.output_variance import (
-    DenseOutputs,
     Weighting,
     check_weighting,
     reference_data,
@@ -26,78 +27,19 @@ from pyro_subnet.selection.subspace import WhitenedGradients, full_gaussian
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import full_precision
-from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.output_site import OutputSite
-from pyro_subnet.tracing.trace import Latents
+from pyro_subnet.tracing.trace import Latents, ModelAtMAP
 
 Choice = Callable[..., Subnet]
-# Factor, L^-1 L^-T, Gram matrix, its eigenvectors, a basis and its products.
+# D x D matrices held at once: L, L^-1 L^-T, Gram matrix, its eigenvectors, a basis and
+# its products.
 _MATRICES = 8.0
 _SUBSPACE = "Subspace"
 _SOFTMAX = (td.Categorical, td.OneHotCategorical)
-_NORMAL = (td.Normal, td.LogNormal)  # of the logarithm, with the same divergence
-
-
-@dataclass(frozen=True)
-class SubnetComparisonRow:
-    """One subnet at one set of inputs.
-
-    Attributes:
-        selector: Name of the selector.
-        size: S, how many weights it has.
-        inputs: Name of the inputs.
-        kept_variance: Share of the full posterior's linearized predictive variance.
-        wasserstein: 2-Wasserstein distance to the full posterior over all weights,
-            unconstrained.
-        kl: Mean divergence of the predictive from the full posterior's, in nats a
-            datum; None for families that have no closed form here.
-    """
-
-    selector: str
-    size: int
-    inputs: str
-    kept_variance: float
-    wasserstein: float
-    kl: float | None
-
-
-@dataclass(frozen=True)
-class SubnetComparison:
-    """What :func:`~pyro_subnet.compare_subnets` finds; ``print`` shows the table.
-
-    Attributes:
-        rows: By selector, size and inputs, in the order given.
-        num_params: D, how many there are in all.
-    """
-
-    rows: tuple[SubnetComparisonRow, ...]
-    num_params: int
-
-    def table(self) -> str:
-        """The rows as plain text.
-
-        Returns:
-            A line for the heads, and one for each row.
-        """
-        cells = [("selector", "S", "inputs", "kept", "W2", "KL")]
-        for row in self.rows:
-            kl = "-" if row.kl is None else f"{row.kl:.4g}"
-            kept, distance = f"{row.kept_variance:.4f}", f"{row.wasserstein:.4g}"
-            cells.append((row.selector, str(row.size), row.inputs, kept, distance, kl))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                # Words to the left, numbers to the right.
-                cell.ljust(width) if column in {0, 2} else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        ]
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        """The table."""
-        return self.table()
+_NORMAL = (td.Normal, td.LogNormal)  # that of the logarithm has the same divergence
 
 
 @torch.inference_mode(False)
@@ -114,38 +56,40 @@ def compare_subnets(
 ) -> SubnetComparison:
     r"""How close subnets come to the full posterior, by selector, size and inputs.
 
-    With :math:`\Sigma = P^{-1}` over all D weights and :math:`\Sigma_S` that of the
-    subnet, :math:`P_{SS}^{-1}` with zeros around:
+    With :math:`\Sigma = P^{-1}` over all D weights, and :math:`\Sigma_S` the subnet's
+    :math:`P_{SS}^{-1}` with zeros around it, a row holds
 
-    - the share of linearized predictive variance that is kept,
+    - the share of linearized predictive variance that the subnet keeps,
       :math:`\sum_x \operatorname{tr} J \Sigma_S J^\top / \sum_x \operatorname{tr} J
       \Sigma J^\top`;
     - the 2-Wasserstein distance, whose square is :math:`\operatorname{tr} \Sigma +
       \operatorname{tr} \Sigma_S - 2 \operatorname{tr} (\Sigma^{1/2} \Sigma_S
-      \Sigma^{1/2})^{1/2}`: both have the MAP as their mean;
-    - :math:`\operatorname{KL}(p_\text{full} \| p_S)` of the predictives at each
-      datum, averaged: what is lost, in the full posterior's view, by predicting with
-      the subnet. For a normal, over the datum's outputs together, the noise at its
-      MAP (its own uncertainty is left out); for classes and Bernoulli, element by
-      element under the probit link (MacKay), :math:`\eta / \sqrt{1 + \pi v / 8}`; for
-      other families, None. Observed sites are added up; scales and masks are not used.
+      \Sigma^{1/2})^{1/2}`, since both have the MAP as their mean;
+    - the divergence :math:`\operatorname{KL}(p_\text{full} \| p_S)` of the predictives,
+      averaged over data points: what predicting with the subnet loses, if the full
+      posterior is right. For a normal it is taken over a data point's outputs together,
+      with the noise at its MAP (the noise's own uncertainty is left out); for classes
+      and Bernoulli, element by element under MacKay's probit link,
+      :math:`\eta / \sqrt{1 + \pi v / 8}`; for other families it is None. Observed sites
+      add up. Scales and masks are not used.
 
-    All with the model's own prior: tune its precision for each subnet, and judge by
-    held-out data, before a choice is made. Holds eight D x D matrices in float64 and
-    the Jacobian over all weights, N C D numbers a set of inputs. Costs about 4 D^3
-    operations, 4 D^2 S for each subnet, and for each set of inputs 4 D^2 N C and, with
-    ``subspace``, the eigenvectors of a matrix of side D or N C, whichever is smaller.
+    The prior is the model's own. Before choosing a subnet, tune the prior precision for
+    each candidate and compare on held-out data. The call holds eight D x D matrices in
+    float64, and for each set of inputs the Jacobian over all weights, N C D numbers. It
+    costs about 4 D^3 operations, 4 D^2 S for each subnet, and for each set of inputs
+    4 D^2 N C and, with ``subspace``, the eigenvectors of a matrix of side D or N C,
+    whichever is smaller.
 
     Args:
         guide: The guide at its MAP.
         args: The training data, as the model takes them.
         selectors: ``{name: selector}``, or a sequence, named by their classes.
-        sizes: Counts or shares, for each of which a selector with a field ``size`` is
-            made anew; None takes all as they are. Others are taken once.
+        sizes: Counts or shares; a selector with a field ``size`` is made anew for each
+            of them, and others are used once. None uses all as they are.
         inputs: ``{name: inputs}``, each in a form that :class:`PredictiveVariance
             <pyro_subnet.selection.PredictiveVariance>` takes; None for the training
             data alone.
-        weighting: Of the outputs in the share kept, as there.
+        weighting: Of the outputs in the share kept, as for ``PredictiveVariance``.
         subspace: Whether to add rows for the best subspace of each size
             (:class:`~pyro_subnet.selection.Subspace`), made for each set of inputs: no
             subnet keeps more.
@@ -158,7 +102,7 @@ def compare_subnets(
         OptionError: If there is no selector or no inputs, two share a name, or the
             weighting is unknown.
         MemoryLimitError: If matrices over all weights do not fit.
-        SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
+        SubnetError: If the model or a selector fails (:mod:`pyro_subnet.exceptions`).
 
     Source: Daxberger et al. (2021), section 4, arXiv 2010.14689, for the distance;
     Dowson and Landau (1982) for its closed form; MacKay (1992) for the link.
@@ -183,7 +127,8 @@ def compare_subnets(
         for name, selector in named.items()
         for choice in _resized(selector, sizes)
     ]
-    gaussian = full_gaussian(guide.user_model, latents, data)
+    at_map = ModelAtMAP(guide.user_model, latents)
+    gaussian = full_gaussian(at_map, data)
     full = _Full(gaussian)
     bound = sorted({subnet.size for _, subnet in chosen}) if subspace else []
     if subspace and sizes is not None:
@@ -191,16 +136,16 @@ def compare_subnets(
     found: dict[tuple[str, int], list[SubnetComparisonRow]] = {}
     for name, where in wanted.items():
         batches = reference_data(where, data)
-        gradients = WhitenedGradients.read(guide, batches, gaussian, weighting)
+        gradients = WhitenedGradients.read(at_map, batches, gaussian, weighting)
         outputs = [
-            DenseOutputs.read(guide.user_model, latents, batch)
-            for batch in batches.calls("Comparison")
+            _DenseOutputs.read(at_map, batch) for batch in batches.calls("Comparison")
         ]
         view = _Inputs(
             name, gradients, outputs, [gaussian.whiten(o.jac) for o in outputs]
         )
         for index, (selector, subnet) in enumerate(chosen):
-            basis = _subset_basis(gaussian, subnet)
+            # Columns of L^T E_S.
+            basis, _ = torch.linalg.qr(gaussian.precision_tril[subnet.flat].mT)
             row = _row(full, view, selector, basis)
             found.setdefault((selector, index), []).append(row)
         if bound:
@@ -227,7 +172,7 @@ def _named(selectors: Mapping[str, Choice] | Sequence[Choice]) -> dict[str, Choi
 
 
 def _resized(selector: Any, sizes: Sequence[int | float] | None) -> Iterator[Choice]:
-    """The selector at each size, or once if it has none."""
+    """The selector at each size, or once if it has no field ``size``."""
     sized = is_dataclass(selector) and any(f.name == "size" for f in fields(selector))
     if sizes is None or not sized or isinstance(selector, type):
         yield selector
@@ -246,44 +191,57 @@ def _subnet(choice: Choice, guide: AutoSubnetLaplace, data: Data) -> Subnet:
     return subnet
 
 
+@final
 class _Full:
-    r"""The full posterior as far as distances to it need it.
+    r"""The full posterior, as distances to it need it.
 
-    A Gaussian on the span of B is named by an orthonormal basis U of the columns of
-    :math:`L^\top B`: its covariance is :math:`L^{-\top} U U^\top L^{-1}`. With
-    :math:`K = L^{-1} L^{-\top}` the traces of the distance are those of K,
-    :math:`U^\top K U`, and the singular values of :math:`K U`.
+    A Gaussian on the span of B is given by an orthonormal basis U of the columns of
+    :math:`L^\top B`: its covariance is :math:`L^{-\top} U U^\top L^{-1}`.
     """
 
-    def __init__(self, gaussian: PrecisionGaussian):
+    def __init__(self, gaussian: FactoredGaussian):
         eye = torch.eye(gaussian.size, dtype=torch.float64, device=gaussian.loc.device)
         inverse = gaussian.whiten(eye)  # row i is L^-1 e_i: L^-T
         self.kernel = inverse.mT @ inverse
         self.trace = float(self.kernel.trace())
 
     def wasserstein(self, basis: Tensor) -> float:
+        # With K = L^-1 L^-T the traces of the distance are those of K and U^T K U, and
+        # the sum of the singular values of K U.
         product = self.kernel @ basis
         own = float((basis * product).sum())
         cross = float(torch.linalg.svdvals(product).sum())
         return math.sqrt(max(0.0, self.trace + own - 2 * cross))
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class _DenseOutputs:
+    """Outputs of one call: loc (N, C) and Jacobian over all weights, in float64."""
+
+    outputs: LinearizedOutputs
+    loc: Float[Tensor, "batch out"]
+    jac: Float[Tensor, "batch out params"]
+
+    @classmethod
+    def read(cls, at_map: ModelAtMAP, batch: Batch) -> _DenseOutputs:
+        call = ModelCall.read(at_map, *batch)
+        with torch.no_grad():
+            outputs = LinearizedOutputs.read(call, at_map.latents.everything)
+            like = at_map.latents.loc.to(torch.float64)
+            jac = torch.cat(list(outputs.rows(like)))
+            return cls(outputs, outputs.loc(like), jac)
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """What the rows of one set of inputs are made of."""
+    """What the rows of one set of inputs are computed from."""
 
     name: str
     gradients: WhitenedGradients
-    outputs: Sequence[DenseOutputs]
+    outputs: Sequence[_DenseOutputs]
     whitened: Sequence[Tensor]
-
-
-def _subset_basis(
-    gaussian: PrecisionGaussian, subnet: Subnet
-) -> Float[Tensor, "params subnet"]:
-    """Orthonormal basis of the columns of L^T E_S."""
-    basis, _ = torch.linalg.qr(gaussian.precision_tril[subnet.flat].mT)
-    return basis
 
 
 def _row(
@@ -307,24 +265,15 @@ def _row(
 
 
 def predictive_divergence(
-    outputs: DenseOutputs,
+    outputs: _DenseOutputs,
     f_var: Float[Tensor, "batch out out"],
     other_var: Float[Tensor, "batch out out"],
 ) -> Float[Tensor, " batch"] | None:
-    r"""KL(p || p') of predictives at each datum that differ in the outputs' covariance.
-
-    Args:
-        outputs: Outputs at the MAP, the mean of both.
-        f_var: Their covariance under p, shape (N, C, C).
-        other_var: That under p'.
-
-    Returns:
-        Shape (N,), nats; None if a site's family has no closed form here.
-    """
+    r"""KL(p || p') of predictives with one mean, (N,), nats; None: no closed form."""
     total = torch.zeros_like(outputs.loc[:, 0])
     start = 0
-    for site in outputs.sites:
-        parts = outputs.moved[site.name]
+    for site in outputs.outputs.sites:
+        parts = outputs.outputs.subnet_call.moved[site.name]
         per_datum = site.num_elements // len(outputs.loc)
         widths = [width * per_datum for width in site.widths(parts)]
         kind = site.family.distribution
@@ -332,17 +281,13 @@ def predictive_divergence(
             if "loc" in parts:
                 own = slice(start, start + per_datum)  # the loc is the first part
                 noise = _noise(site, len(outputs.loc))
-                first = f_var[:, own, own] + noise
-                total = total + _normal_divergence(
-                    first, other_var[:, own, own] + noise
-                )
+                both = [var[:, own, own] + noise for var in (f_var, other_var)]
+                total = total + _normal_divergence(*both)
         elif kind in _SOFTMAX or kind is td.Bernoulli:
             own = slice(start, start + widths[0])
             logits = outputs.loc[:, own].unflatten(1, (per_datum, -1))
-            scaled = [
-                _probit(logits, var.diagonal(dim1=1, dim2=2)[:, own])
-                for var in (f_var, other_var)
-            ]
+            variances = [v.diagonal(dim1=1, dim2=2)[:, own] for v in (f_var, other_var)]
+            scaled = [probit(logits, var.reshape(logits.shape)) for var in variances]
             if kind is td.Bernoulli:  # the logit of one against a logit of zero
                 scaled = [torch.cat([eta, 0.0 * eta], dim=-1) for eta in scaled]
             both = [eta.log_softmax(-1) for eta in scaled]
@@ -355,7 +300,7 @@ def predictive_divergence(
 
 
 def _noise(site: OutputSite, num_data: int) -> Tensor:
-    """Diagonal matrices of a normal's noise variance at the MAP, (N, M / N, M / N)."""
+    """A normal's noise variances at the MAP as diagonal matrices, a data point each."""
     base: Any = site.distribution.base
     scale = base.scale.detach().to(torch.float64)
     scale = scale.expand(site.distribution.element_shape)
@@ -363,15 +308,10 @@ def _noise(site: OutputSite, num_data: int) -> Tensor:
 
 
 def _normal_divergence(first: Tensor, second: Tensor) -> Tensor:
-    """KL of centred normals, by covariance."""
+    """KL of centred normals with these covariances."""
     factor = torch.linalg.cholesky(second)
     inside = torch.linalg.solve_triangular(
         factor, torch.linalg.cholesky(first), upper=False
     )
     log_ratio = inside.diagonal(dim1=1, dim2=2).log().sum(1)
     return 0.5 * (inside.square().sum((1, 2)) - first.shape[-1]) - log_ratio
-
-
-def _probit(logits: Tensor, variance: Tensor) -> Tensor:
-    """Logits that stand for the mean over a normal of this variance."""
-    return logits / (1 + math.pi / 8 * variance.reshape(logits.shape)).sqrt()

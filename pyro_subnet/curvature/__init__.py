@@ -1,1 +1,4 @@
-"""Curvature of the log posterior: likelihood, Jacobians, prior."""
+"""Derivatives: families, Jacobians, their sums, the prior.
+
+May import tensors, subnet, options.
+"""

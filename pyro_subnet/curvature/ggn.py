@@ -1,34 +1,139 @@
-r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the data of one call."""
+r"""Sums of :math:`J_n^\top \Lambda_n J_n` over the calls of a fit.
+
+A sum is held as the posterior's form will hold it: as an S x S matrix, as the rows it
+is the Gram matrix of, or as its diagonal. Kronecker factors are in ``kronecker.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.route import (
-    Route,
-    jacobian_blocks,
-    squared_columns,
-)
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
 from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.gaussians.dual_curvature import dual_pays
+from pyro_subnet.options import Curvature, FormName, HeldAs
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.triangular import add_gram_
-
-# How a curvature is asked for, and how it is held in the end.
-Form = Literal["auto", "primal", "dual", "diagonal"]
-Held = Literal["matrix", "rows", "diagonal"]
 
 # Blocks of fewer rows are put together before they are added: an update reads and
 # writes the whole triangle, which takes longer than the products of a few rows, and
 # every addition rounds (`add_gram_` says how far).
 _FEW_ROWS = 256
+# R x R matrices held at once: the kernel's factor C, and C + I during a solve.
+_KERNEL_MATRICES = 2
+
+
+@final
+class GGNSum(CurvatureSum):
+    r"""G as a matrix in its lower triangle, or as rows W with :math:`G = W^\top W`."""
+
+    def __init__(self, size: int, like: Tensor, form: HeldAs):
+        self.form = form
+        self._size = size
+        self._like = like
+        self._rows: list[Tensor] = []
+        self._total: Tensor | None = None
+
+    def meet(self, prior: PriorPrecision, kind: Curvature) -> None:
+        """See :meth:`CurvatureSum.meet`."""
+        has_rows = kind != "hessian"
+        if self.form == "primal" or (has_rows and prior.is_positive_diagonal):
+            return
+        if self.form == "dual":
+            coupled = "a prior that couples weights or does not curve"
+            found = coupled if has_rows else "an exact Hessian"
+            raise OptionError(
+                "`form='dual'` must have a Gauss-Newton curvature and a prior whose "
+                f"precision is a positive diagonal; got {found}. Pass `form='primal'`."
+            )
+        self.form = "primal"
+
+    def add(
+        self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
+    ) -> None:
+        """See :meth:`CurvatureSum.add`."""
+        if self.form == "auto":
+            # As soon as the rows cost more they turn into a matrix, and never back.
+            held = sum(len(rows) for rows in self._rows)
+            more = sum(factor.shape[0] * factor.shape[1] for factor in factors)
+            if not dual_pays(held + more, self._size, self._like.dtype):
+                self.form = "primal"
+        if self.form == "primal":
+            add_ggn_(self.matrix(), outputs, factors, budget)
+        else:
+            for block in jacobian_blocks(outputs, factors, budget):
+                self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
+
+    def matrix(self) -> Float[Tensor, "subnet subnet"]:
+        """The S x S buffer of the sum, whose lower triangle may be added to."""
+        if self._total is None:
+            check_factor_fits(self._size, self._like.dtype, self._like.device)
+            self._total = self._like.new_zeros(self._size, self._size)
+            for rows in self._rows:
+                add_gram_(self._total, rows.to(self._like))
+            self._rows = []
+        return self._total
+
+    def finish(self, scale: float) -> Summed:
+        """See :meth:`CurvatureSum.finish`."""
+        if self.form == "primal" or (self.form == "auto" and not self._rows):
+            matrix = self.matrix().mul_(scale)
+            # A positive semidefinite matrix is zero where its diagonal is.
+            return Summed("primal", matrix, not bool((matrix.diagonal() != 0).any()))
+        rows = self._rows or [self._like.new_zeros(0, self._size, dtype=torch.float64)]
+        joined = torch.cat(rows).mul_(scale**0.5)  # W^T W takes the scale itself
+        return Summed("dual", joined, not bool((joined != 0).any()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`CurvatureSum.tensors`."""
+        if self._total is not None:
+            return {"total": self._total}
+        # Rows stay in their blocks, so that what is added later rounds alike.
+        return {f"rows.{i}": rows for i, rows in enumerate(self._rows)}
+
+    def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`CurvatureSum.restore`."""
+        self.form = form
+        moved = {name: part.to(self._like.device) for name, part in tensors.items()}
+        self._total = moved.get("total")
+        count = sum(name.startswith("rows.") for name in moved)
+        self._rows = [moved[f"rows.{i}"] for i in range(count)]
+
+
+@final
+class DiagonalSum(CurvatureSum):
+    """The diagonal of G in float64, so that sums over many data keep their digits."""
+
+    form: FormName = "diagonal"
+
+    def __init__(self, size: int, like: Tensor):
+        self._total = like.new_zeros(size, dtype=torch.float64)
+
+    def add(
+        self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
+    ) -> None:
+        """See :meth:`CurvatureSum.add`."""
+        self._total = self._total + squared_columns(outputs, factors, budget)
+
+    def finish(self, scale: float) -> Summed:
+        """See :meth:`CurvatureSum.finish`."""
+        total = self._total * scale
+        return Summed("diagonal", total, not bool((total != 0).any()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`CurvatureSum.tensors`."""
+        return {"total": self._total}
+
+    def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`CurvatureSum.restore`."""
+        self._total = tensors["total"].to(self._total.device)
 
 
 def add_ggn_(
@@ -36,26 +141,16 @@ def add_ggn_(
     outputs: OutputMap,
     factors: Factors,
     budget: int,
-    route: Route | None = None,
 ) -> None:
-    r"""Adds :math:`\sum_n w_n J_n^\top \Lambda_n J_n` of one call, in place.
+    r"""Adds :math:`\sum_n w_n J_n^\top \Lambda_n J_n` of one call to a lower triangle.
 
-    Only the lower triangle is read and written.
-
-    Args:
-        ggn: The sum so far in its lower triangle, shape (S, S), nats per parameter
-            squared.
-        outputs: The subnet's outputs in this call.
-        factors: :math:`\sqrt{w_n} R_n` with :math:`R_n^\top R_n = \Lambda_n`, one
-            (M, r, c) tensor a site.
-        budget: Bytes of Jacobian and activations that may be held at once.
-        route: Forces a Jacobian route; by default the cheapest right one.
+    ``factors`` and ``budget`` are those of :meth:`CurvatureSum.add`.
 
     Source: Daxberger et al. (2021), eq. 4, arXiv 2010.14689.
     """
     few = ggn.new_empty(_FEW_ROWS, outputs.size)
     held = 0
-    for block in jacobian_blocks(outputs, factors, budget, route):
+    for block in jacobian_blocks(outputs, factors, budget):
         rows = block.rows.flatten(0, 1).to(ggn)
         if len(rows) >= _FEW_ROWS:
             add_gram_(ggn, rows)
@@ -68,137 +163,19 @@ def add_ggn_(
     add_gram_(ggn, few[:held])
 
 
-def ggn_diagonal(
-    outputs: OutputMap, factors: Factors, budget: int
-) -> Float[Tensor, " params"]:
-    r"""Diagonal of :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, without the matrix.
-
-    Args:
-        outputs: Outputs as a function of all D elements (or any subset).
-        factors: As for :func:`add_ggn_`.
-        budget: Bytes of Jacobian and activations that may be held at once.
-
-    Returns:
-        Shape (D,), float64: sums over many data keep their digits.
-    """
-    return squared_columns(outputs, factors, budget)
-
-
-class GGNSum:
-    r"""The sum :math:`\sum_n w_n J_n^\top \Lambda_n J_n`, in the form that is wanted.
-
-    Attributes:
-        form: Which: see :func:`~pyro_subnet.fit.sums.subnet_curvature`. ``"auto"``
-            becomes one of the others once that is decided.
-    """
-
-    def __init__(self, size: int, like: Tensor, form: Form):
-        self.form = form
-        self._size = size
-        self._like = like
-        self._rows: list[Tensor] = []
-        self._total: Tensor | None = None
-
-    def meet(self, prior: PriorPrecision, kind: str) -> None:
-        """Settles what the prior and the kind of curvature decide.
-
-        Args:
-            prior: P0.
-            kind: Of the curvature; ``"hessian"`` has no rows.
-
-        Raises:
-            OptionError: If rows are asked for, and these have none.
-        """
-        positive = not prior.coupled.numel() and bool((prior.diagonal > 0).all())
-        if self.form == "dual" and not (positive and kind != "hessian"):
-            found = (
-                "an exact Hessian"
-                if kind == "hessian"
-                else "a prior that couples weights or does not curve"
-            )
-            raise OptionError(
-                "`form='dual'` must have a Gauss-Newton curvature and a prior whose "
-                f"precision is a positive diagonal; got {found}. Pass `form='primal'`."
-            )
-        if self.form == "auto" and not (positive and kind != "hessian"):
-            self.form = "primal"
-
-    def add(self, outputs: OutputMap, factors: Factors, budget: int) -> None:
-        """Adds one call.
-
-        Args:
-            outputs: The subnet's outputs in this call.
-            factors: As for :func:`add_ggn_`.
-            budget: Bytes of Jacobian and activations that may be held at once.
-        """
-        if self.form == "auto":
-            held = sum(len(rows) for rows in self._rows)
-            more = sum(factor.shape[0] * factor.shape[1] for factor in factors)
-            if not dual_pays(held + more, self._size, self._like.dtype):
-                self.form = "primal"
-        if self.form == "diagonal":
-            squares = ggn_diagonal(outputs, factors, budget)
-            self._total = squares if self._total is None else self._total + squares
-        elif self.form == "primal":
-            add_ggn_(self.matrix(), outputs, factors, budget)
-        else:
-            for block in jacobian_blocks(outputs, factors, budget):
-                self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
-
-    def matrix(self) -> Tensor:
-        """The sum so far, to be added to in its lower triangle, shape (S, S).
-
-        Returns:
-            The buffer itself.
-
-        Raises:
-            MemoryLimitError: If it does not fit.
-        """
-        if self._total is None:
-            check_factor_fits(self._size, self._like.dtype, self._like.device)
-            self._total = self._like.new_zeros(self._size, self._size)
-            for rows in self._rows:
-                add_gram_(self._total, rows.to(self._like))
-            self._rows = []
-        return self._total
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sum so far, for files; with :attr:`form` it is all there is.
-
-        Returns:
-            ``{name: tensor}``, not copied. Rows stay in the blocks that they came in,
-            so that what is added later rounds alike.
-        """
-        if self._total is not None:
-            return {"total": self._total}
-        return {f"rows.{i}": rows for i, rows in enumerate(self._rows)}
-
-    def restore(self, form: Form, tensors: Mapping[str, Tensor]) -> None:
-        """Undoes :meth:`tensors`.
-
-        Args:
-            form: What :attr:`form` was.
-            tensors: What it gave; others are not read.
-        """
-        self.form = form
-        moved = {name: part.to(self._like.device) for name, part in tensors.items()}
-        self._total = moved.get("total")
-        count = sum(name.startswith("rows.") for name in moved)
-        self._rows = [moved[f"rows.{i}"] for i in range(count)]
-
-    def finish(self, scale: float) -> tuple[Tensor, Held]:
-        """The sum over all data.
-
-        Args:
-            scale: What the sum over the seen data is multiplied by.
-
-        Returns:
-            The sum, and how it is held.
-        """
-        if self.form == "diagonal":
-            total = self._like.new_zeros(self._size, dtype=torch.float64)
-            return (total if self._total is None else self._total) * scale, "diagonal"
-        if self.form == "primal" or (self.form == "auto" and not self._rows):
-            return self.matrix().mul_(scale), "matrix"
-        rows = self._rows or [self._like.new_zeros(0, self._size, dtype=torch.float64)]
-        return torch.cat(rows).mul_(scale**0.5), "rows"
+def dual_pays(num_rows: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether the dual form costs no more than the S x S factor, in all that counts."""
+    width = torch.finfo(dtype).bits // 8
+    # Memory: R S float64 numbers and R x R matrices, against S^2 numbers.
+    own_bytes = 8 * (num_rows * size + _KERNEL_MATRICES * num_rows**2)
+    in_memory = own_bytes <= width * size**2
+    # Float64 operations count twice against those of a float32 factor.
+    dearer = 8 // width
+    # A fit: R^2 S + R^3/3, against R S^2 + S^3/3; both times three, for whole numbers.
+    own_fit = dearer * (3 * num_rows**2 * size + num_rows**3)
+    fit = own_fit <= 3 * num_rows * size**2 + size**3
+    # Each draw or whitened row: 4 R S + 2 R^2, against S^2. This decides nearly always,
+    # at R about 0.22 S for a float64 factor and 0.12 S for a float32 one, where memory
+    # and fit have long been cheaper.
+    each_row = dearer * (4 * num_rows * size + 2 * num_rows**2) <= size**2
+    return in_memory and fit and each_row

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.directional import forward_mode_agrees
 from pyro_subnet.curvature.jacobian.general.per_datum import separates_by_datum
-from pyro_subnet.curvature.jacobian.output_map import OutputMap, forward_mode_agrees
-from pyro_subnet.tensors.grad_mode import differentiable
+from pyro_subnet.curvature.jacobian.output_map import OutputMap
+from pyro_subnet.tensors.modes import differentiable
 
-# What a direction keeps for a while, in activations of a run: its forward pass, two
-# backward.
+# Runs' worth of activations that a direction keeps: one pass forward, two backward.
 _PASSES = 4
-# Directions that are batched where the data, too, must be grouped to fit the budget.
+# Directions that are batched where the data must be grouped, too, to fit the budget.
 _FEW_DIRECTIONS = 8
 
 
@@ -25,12 +25,7 @@ def subtract_hessian_(
     r"""Subtracts :math:`\nabla_S^2 \sum_n f_n` from the lower triangle, in place.
 
     By Hessian-vector products, one for each chosen element: S times a few passes, where
-    the Gauss-Newton matrix takes one a class.
-
-    Args:
-        total: The sum so far, shape (S, S).
-        outputs: The map :math:`\theta_S \mapsto f`, one number a datum.
-        budget: Bytes of activations and gradients that may be held at once.
+    the Gauss-Newton matrix takes one a class. ``outputs`` are the numbers :math:`f_n`.
 
     Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
@@ -41,6 +36,7 @@ def subtract_hessian_(
             gradient = torch.zeros_like(theta)
             if value.requires_grad:
                 (gradient,) = torch.autograd.grad(value, theta, create_graph=True)
+        # Where f is linear in theta there is no graph left, and the Hessian is 0.
         if gradient.requires_grad:
             for start, rows in _rows(gradient, theta, _directions(part, budget)):
                 stop = start + len(rows)
@@ -48,7 +44,7 @@ def subtract_hessian_(
 
 
 def _rows(gradient: Tensor, theta: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows of the Hessian, some at a time, with the first one's position."""
+    """Groups of rows of the Hessian, each with the position of its first row."""
     size, batched = len(theta), True
     for start in range(0, size, count):
         stop = min(start + count, size)
@@ -58,7 +54,7 @@ def _rows(gradient: Tensor, theta: Tensor, count: int) -> Iterator[tuple[int, Te
             try:
                 yield start, _product(gradient, theta, basis, batched)
                 continue
-            except RuntimeError:  # what has no batching rule
+            except RuntimeError:  # an operation has no batching rule
                 batched = False
         products = [_product(gradient, theta, row, batched) for row in basis]
         yield start, torch.stack(products)
@@ -71,13 +67,13 @@ def _product(gradient: Tensor, theta: Tensor, v: Tensor, batched: bool) -> Tenso
 
 
 def _directions(part: OutputMap, budget: int) -> int:
-    """How many directions fit in the budget, for some data."""
+    """How many directions fit in the budget."""
     dense = 2 * part.num_touched * part.loc.element_size()
     return max(1, budget // (_PASSES * part.activation_bytes + dense))
 
 
 def _groups(outputs: OutputMap, budget: int) -> Iterator[OutputMap]:
-    """The data in groups that fit in the budget, if they can be separated."""
+    """The data in groups that fit in the budget, or all at once if coupled."""
     num_data = outputs.num_data
     needed = _PASSES * _FEW_DIRECTIONS * outputs.activation_bytes
     group = max(1, min(num_data, num_data * budget // max(1, needed)))

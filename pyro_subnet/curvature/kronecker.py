@@ -3,25 +3,25 @@ r"""Kronecker factors of the likelihood's curvature, one pair a weight matrix.
 A matrix W that maps inputs a to outputs enters the curvature as
 :math:`\sum_n \sum_{tu} a_{nt} a_{nu}^\top \otimes \delta_{nt}^\top \delta_{nu}`, with
 :math:`\delta_{nt}` the gradients of the rows of :math:`\sqrt{w_n} R_n \eta_n` at the
-layer's output, and positions t and u at which datum n uses W: one for a plain layer,
-many for a convolution, an axis of time, or a layer that is called several times. What
-is kept is KFAC's approximation of it, in its form "expand", which takes positions for
-further data:
+layer's output, and positions t and u at which data point n uses W: one for a plain
+layer, many for a convolution, an axis of time, or a layer that is called several times.
+It is approximated as in KFAC's form "expand", which counts positions as further data:
 
 .. math:: G_W \approx A \otimes B,\qquad
     A = \frac{\sum_{nt} w_n\, a_{nt} a_{nt}^\top}{\sum_{nt} w_n},\qquad
     B = \sum_{nt} \delta_{nt}^\top \delta_{nt}
 
-It is exact for one datum at one position, and where inputs and output gradients are
-unrelated. A layer's bias has :math:`a = 1`, so its block is B alone: exact at one
+It is exact for one data point at one position, and where inputs and output gradients
+are unrelated. A layer's bias has :math:`a = 1`, so its block is B alone: exact at one
 position. A vector that is added by a sum of its own, as in ``x @ w + b``, has its exact
 block, whatever its positions. All other elements have their exact diagonal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -29,54 +29,48 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.route import squared_columns
-from pyro_subnet.curvature.jacobian.structured.checks import (
-    MixtureCheck,
-    check_separation,
-)
 from pyro_subnet.curvature.jacobian.structured.grids import (
     FactoredUse,
     factored_uses,
     same_positions,
 )
-from pyro_subnet.curvature.jacobian.structured.recording import NotLayered, Recording
-from pyro_subnet.curvature.jacobian.structured.rows import cotangent_rows, of_group
-from pyro_subnet.curvature.jacobian.structured.squares import SquaredColumns, group_size
-from pyro_subnet.exceptions import MemoryLimitError, ModelError
+from pyro_subnet.curvature.jacobian.structured.recording import (
+    NotLayered,
+    Recording,
+    recordings,
+)
+from pyro_subnet.curvature.jacobian.structured.squares import (
+    SquaredColumns,
+    checked_gradients,
+    group_size,
+)
+from pyro_subnet.curvature.prior import DensityTerm, PriorPrecision, prior_diagonal
+from pyro_subnet.curvature.sums import CurvatureSum, Summed
+from pyro_subnet.exceptions import (
+    MemoryLimitError,
+    ModelError,
+    NoKroneckerFactorsWarning,
+    warn,
+)
+from pyro_subnet.options import FormName, HeldAs
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import at_least_float32
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock:
-    """Kronecker factors of one weight matrix, or of one vector that is added.
-
-    Attributes:
-        site: The site that holds it.
-        positions: Where its elements lie in the packed vector, shape (P, Q): axis 0
-            belongs to ``output``, axis 1 to ``input``. Q is 1 for a vector.
-        output: B, shape (P, P), nats / output squared, a **sum** over the data.
-        input: A, shape (Q, Q), input squared, a **mean** over the data; 1 for a vector.
-        weight: Sum of the weights that A is a mean under, over data and positions.
-    """
+    """Kronecker factors of one weight matrix, or of one vector that is added."""
 
     site: str
-    positions: Int[Tensor, "out in"]
-    output: Float[Tensor, "out out"]
-    input: Float[Tensor, "in in"]
-    weight: Float[Tensor, ""]
+    positions: Int[Tensor, "out in"]  # in the packed vector; "in" is 1 for a vector
+    output: Float[Tensor, "out out"]  # B, nats / output squared, a **sum**
+    input: Float[Tensor, "in in"]  # A, input squared, a **mean**; 1 for a vector
+    weight: Float[Tensor, ""]  # sum of the mean's weights, over data and positions
 
     def plus(self, other: KroneckerBlock) -> KroneckerBlock:
-        """The block of both one's data.
-
-        Args:
-            other: The same block, of other data.
-
-        Returns:
-            The block.
-
-        Raises:
-            ModelError: If it is not the same block.
-        """
+        """The block of the data of both; a ModelError if they are different blocks."""
         if not same_positions(self.positions, other.positions):
             raise ModelError(_changed(f"site {self.site!r} in other layers"))
         weight = self.weight + other.weight
@@ -90,59 +84,62 @@ class KroneckerBlock:
         )
 
 
-class KroneckerTotal:
-    """Sums Kronecker factors, and the diagonal of the rest, over calls of a model.
+@final
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """G over all D elements: Kronecker factors, and the exact diagonal elsewhere."""
 
-    Batches may be of any size: their sums give what one call on all data gives.
+    blocks: tuple[KroneckerBlock, ...]
+    diagonal: Float[Tensor, " params"]  # 0 at the elements of blocks, float64
 
-    Args:
-        num_params: D.
-        like: A tensor of the device and floating point type of the factors.
+    def scaled(self, factor: float) -> KroneckerFactors:
+        """The factors of a positive multiple of G."""
+        blocks = tuple(
+            replace(block, output=block.output * factor) for block in self.blocks
+        )
+        return KroneckerFactors(blocks, self.diagonal * factor)
 
-    Attributes:
-        diagonal: Diagonal at the elements in no block, 0 at the others, (D,), float64.
-        reason: Why a model does not fit the structured route; None if it does.
+    def ggn_diagonal(self) -> Float[Tensor, " params"]:
+        """Diagonal of G, from the factors where there are any, float64."""
+        full = self.diagonal.clone()
+        for block in self.blocks:
+            outer = block.output.diagonal().outer(block.input.diagonal())
+            full[block.positions] = outer.to(full)
+        return full
+
+
+@final
+class KroneckerSum(CurvatureSum):
+    """Kronecker factors over all D elements, and the diagonal of the rest.
+
+    Batches may be of any size: their sums are those of one call on all data.
     """
 
-    def __init__(self, num_params: int, like: Tensor):
-        self.diagonal = torch.zeros(num_params, dtype=torch.float64, device=like.device)
+    form: FormName = "kronecker"
+
+    def __init__(self, size: int, like: Tensor):
+        self.diagonal = torch.zeros(size, dtype=torch.float64, device=like.device)
+        # Why the model does not fit the structured route; None if it does.
         self.reason: str | None = None
         self._dtype = at_least_float32(like.dtype)
         self._blocks: list[_Sums] | None = None
 
-    def blocks(self, scale: float = 1.0) -> tuple[KroneckerBlock, ...]:
-        """The factors of what was added.
-
-        Args:
-            scale: What the sum over the data is multiplied by.
-
-        Returns:
-            One block a matrix or vector.
-        """
-        return tuple(sums.block(scale) for sums in self._blocks or [])
+    def read_prior(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> PriorPrecision:
+        """See :meth:`CurvatureSum.read_prior`; coupling of elements is left out."""
+        return PriorPrecision.of_diagonal(prior_diagonal(terms, leaves, budget))
 
     def add(
-        self,
-        outputs: OutputMap,
-        factors: Factors,
-        weights: Float[Tensor, " data"],
-        budget: int,
+        self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
     ) -> None:
-        """Adds the data of one call.
-
-        Costs the model's forward pass, a backward pass for every row of R, and
-        :math:`T (r P^2 + Q^2)` products a datum for each matrix used at T positions.
-
-        Args:
-            outputs: Outputs as a function of all D elements.
-            factors: R of each element, one (M, r, c) tensor a site.
-            weights: w of each datum, in the mean that A is, shape (N,).
-            budget: Bytes that a group of data may take; one is always done.
-
-        Raises:
-            ModelError: If weights enter other layers than in the calls before.
-            MemoryLimitError: If the factors do not fit in memory.
-        """
+        """See :meth:`CurvatureSum.add`."""
+        # Costs the forward pass, a backward pass for every row of R, and T (r P^2 +
+        # Q^2) products a data point for each P x Q matrix that is used at T positions.
         with torch.no_grad():
             before = self.diagonal.clone()
             try:
@@ -153,22 +150,58 @@ class KroneckerTotal:
                 self._blocks, self.reason = [], str(error)
                 self.diagonal = before + squared_columns(outputs, factors, budget)
 
+    def finish(self, scale: float) -> Summed:
+        """See :meth:`CurvatureSum.finish`; warns if there are no factors at all."""
+        blocks = tuple(sums.block(scale) for sums in self._blocks or [])
+        found = KroneckerFactors(blocks, self.diagonal * scale)
+        is_zero = not bool((found.ggn_diagonal() != 0).any())
+        if not blocks and self._blocks is not None:
+            warn(
+                "Kronecker factors need weights that enter layers, data on their first "
+                f"axis and uncoupled; got none ({self.reason or 'no such weight'}), so "
+                f"all {len(self.diagonal)} elements have their diagonal alone. Check "
+                "with `.eval()` and `F.linear`-like layers, or choose another "
+                "covariance.",
+                NoKroneckerFactorsWarning,
+            )
+        return Summed("kronecker", found, is_zero)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`CurvatureSum.tensors`."""
+        reason = (self.reason or "").encode()
+        found = {
+            "diagonal": self.diagonal,
+            "is_empty": torch.tensor(self._blocks is None),
+            "reason": torch.tensor(list(reason), dtype=torch.uint8),
+        }
+        for i, sums in enumerate(self._blocks or []):
+            for part in _PARTS:
+                found[f"{i}/{sums.site}/{part}"] = getattr(sums, part)
+        return found
+
+    def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`CurvatureSum.restore`."""
+        device = self.diagonal.device
+        self.diagonal = tensors["diagonal"].to(device)
+        self.reason = bytes(tensors["reason"].tolist()).decode() or None
+        parts: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            number, _, rest = name.partition("/")
+            if number.isdecimal():
+                site, _, part = rest.rpartition("/")
+                own = parts.setdefault(int(number), {"site": site})
+                own[part] = tensor.to(device)
+        if not bool(tensors["is_empty"]):
+            self._blocks = [_Sums(**parts[i]) for i in sorted(parts)]
+
     def _add_groups(
         self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
     ) -> None:
-        num_data = outputs.num_data
         group = group_size(outputs, budget)
-        whole = group == num_data
-        if not whole:
-            check_separation(outputs)
-        for start in range(0, num_data, group):
-            stop = min(start + group, num_data)
-            part = outputs.at(start, stop)
-            recording = Recording(part, whole=whole)
-            sliced = of_group(factors, num_data, start, stop)
-            found = _of_recording(
-                recording, sliced, weights[start:stop], self.diagonal, self._dtype
-            )
+        for start, recording, sliced in recordings(outputs, factors, group):
+            part = recording.outputs
+            own = weights[start : start + part.num_data]
+            found = _of_recording(recording, sliced, own, self.diagonal, self._dtype)
             self._include(found)
             if recording.tape.escaped:
                 rest = part.over(recording.tape.escaped)
@@ -188,9 +221,14 @@ class KroneckerTotal:
             sums.add_(more)
 
 
+# Tensors of the sums of a block.
+_PARTS = ("positions", "output", "input", "weight")
+
+
+@final
 @dataclass(eq=False)
 class _Sums:
-    """Sums over data and positions that the factors of a block are made of."""
+    """Sums over data and positions, from which the factors of a block are made."""
 
     site: str
     positions: Tensor
@@ -218,26 +256,22 @@ def _of_recording(
     diagonal: Tensor,
     dtype: torch.dtype,
 ) -> list[_Sums]:
-    """Sums of a group's data; adds to the diagonal what is in no block, in place."""
+    """Sums of a group's data; the diagonal of the rest is added in place."""
     num_data = recording.outputs.num_data
     blocks, rest = factored_uses(recording.columns(), num_data)
     squares = SquaredColumns(rest, recording.outputs)
     uses = [use for block in blocks for use in block]
     _check_fits(uses, dtype)
-    outputs = [_new_output(use, dtype) for use in uses]
-    check, row = MixtureCheck(recording, factors), 0
-    for site, factor in enumerate(factors):
-        cotangents = cotangent_rows(factor, num_data)
-        for deltas in recording.gradients(site, cotangents):
-            check.add(row, deltas)
-            row += 1
-            squares.add(diagonal, deltas)
-            for output, use in zip(outputs, uses, strict=True):
-                delta = deltas[use.column.edge]
-                if delta is not None:
-                    side = use.left(delta).to(dtype).transpose(0, 1).flatten(1)
-                    output.addmm_(side, side.mT)
-    check.finish()
+    heights = [len(use.rows) for use in uses]
+    outputs = [diagonal.new_zeros(p, p, dtype=dtype) for p in heights]
+    for deltas in checked_gradients(recording, factors):
+        squares.add(diagonal, deltas)
+        for output, use in zip(outputs, uses, strict=True):
+            delta = deltas[use.column.edge]
+            if delta is not None:
+                # B += sum_nt delta_nt^T delta_nt, with data and positions on one axis
+                side = use.left(delta).to(dtype).transpose(0, 1).flatten(1)
+                output.addmm_(side, side.mT)
     squares.finish(diagonal)
     of_use, found = iter(outputs), list[_Sums]()
     for block in blocks:
@@ -265,20 +299,17 @@ def _check_fits(uses: Sequence[FactoredUse], dtype: torch.dtype) -> None:
     )
 
 
-def _new_output(use: FactoredUse, dtype: torch.dtype) -> Tensor:
-    size = len(use.rows)
-    return torch.zeros(size, size, dtype=dtype, device=use.rows.device)
-
-
 def _use_sums(
     use: FactoredUse, output: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> _Sums:
+    """The sums of one use: its A before the division by the weights, and its B."""
     num_data, num_right, num_positions = use.right.shape
     side = use.right.new_empty(num_right, num_data, num_positions, dtype=dtype)
+    # sum_nt w_n a_nt a_nt^T, from the sides sqrt(w_n) a_nt
     root = weights.sqrt().to(dtype)[:, None]
     torch.mul(use.right.transpose(0, 1), root, out=side)
     side, masked = side.flatten(1), weights == 0
-    if bool(masked.any()):  # it does not count, even where its inputs are not finite
+    if bool(masked.any()):  # weight 0 counts for nothing, even where a is not finite
         side.view(num_right, num_data, -1)[:, masked] = 0.0
     return _Sums(
         use.column.site,

@@ -1,8 +1,4 @@
-r"""Which family an observed distribution is of: its outputs η and their information Λ.
-
-``families`` holds those in closed form, :mod:`~pyro_subnet.curvature.monte_carlo` takes
-any other that can be taken apart.
-"""
+"""Which family an observed distribution is of: its outputs η and information Λ."""
 
 from __future__ import annotations
 
@@ -20,16 +16,10 @@ _TRUSTED = ("torch.distributions.", "pyro.distributions.")
 
 
 def find_family(d: Distribution) -> Family:
-    """The family of an observed distribution.
+    """Returns the family of a distribution without wrappers, reading no values.
 
-    Reads no values, so that it may be called under ``torch.func`` transforms.
-
-    Args:
-        d: A distribution without ``Independent``, mask or expansion around it.
-
-    Returns:
-        The closed form if there is one; else a family whose information is summed over
-        the support, or estimated by Monte Carlo (``exact`` is False).
+    So it may be called under ``torch.func`` transforms. Without a closed form, its
+    information is summed over the support or a Monte Carlo estimate (not ``exact``).
 
     Raises:
         UnsupportedLikelihoodError: If the distribution cannot be taken apart.
@@ -56,6 +46,7 @@ def _keeps_density(kind: type[Distribution], known: type[Distribution]) -> bool:
     # A user's subclass of a transformed distribution may add transforms instead.
     if issubclass(known, TransformedDistribution):
         return False
+    # The first class in the order of resolution that defines `log_prob` decides.
     owner = next(parent for parent in kind.__mro__ if "log_prob" in vars(parent))
     return owner in known.__mro__ or _is_trusted(owner)
 

@@ -1,10 +1,7 @@
-r"""Fisher information of a family without a closed form, from scores of drawn labels.
+"""Fisher information of a family without a closed form, from scores of drawn labels.
 
-.. math:: \Lambda = \operatorname{E}_{y \sim p(y \mid \eta)}
-    \left[\nabla_\eta \log p \, \nabla_\eta \log p^\top\right]
-
-The expectation is a sum over the support where that is small, else a mean over draws.
-The distribution is taken apart by the arguments of its constructor, and built again at
+The expectation over labels is a sum over the support where that is small, else a
+mean over draws. The distribution is rebuilt from the arguments of its constructor at
 copies of η, one a draw, so that one backward pass gives every score.
 """
 
@@ -50,7 +47,7 @@ from pyro_subnet.exceptions import (
 )
 
 NUM_DRAWS = 4096
-"""Draws per datum: entries of Λ err by about sqrt(2 / 4096) = 2% with normal scores."""
+"""Draws per data point: Λ errs by about sqrt(2 / 4096) = 2% with normal scores."""
 
 _MAX_SUPPORT = 4096  # a support of this size costs as much as the draws
 _MAX_REDRAWS = 8
@@ -61,26 +58,15 @@ _SYNONYMS = (
     ("gate_logits", "gate"),
     ("scale_tril", "covariance_matrix", "precision_matrix"),
 )
-# A score's mean is told from zero by 8 standard errors, and by more than an event
-# contributes that is too rare to be seen in the draws.
+# A score's mean counts as nonzero beyond 8 standard errors and what events may add that
+# are too rare to be seen in the draws.
 _MEAN_ERRORS, _UNSEEN = 8.0, 0.01
 
 
 def sampled_family(d: Distribution) -> Family:
-    r"""The family of any distribution that its constructor's arguments describe.
-
-    Nothing is drawn here, so this works inside of ``torch.func`` transforms.
-
-    Args:
-        d: A distribution without wrappers.
-
-    Returns:
-        Its family, with η in the unconstrained space of each argument.
-
-    Raises:
-        UnsupportedLikelihoodError: If the arguments cannot be read, or may follow
-            latents in a way that η would not show.
-    """
+    """The family whose η are the constructor's arguments, unconstrained."""
+    # Nothing is drawn here, so this works inside of `torch.func` transforms. Arguments
+    # are refused that cannot be read, or may depend on latents without η showing it.
     if math.prod(d.event_shape) == 0:
         _refuse(d, "whose values are empty")
     parts, constants = [], []
@@ -103,15 +89,10 @@ def sampled_family(d: Distribution) -> Family:
 @final
 @dataclass(frozen=True)
 class Sampled(Information):
-    """Λ as a weighted mean of outer products of scores.
-
-    Attributes:
-        coordinates: How the distribution is built at η.
-        exact: Whether to sum over the support instead of draws.
-    """
+    """Λ as a weighted mean of outer products of scores."""
 
     coordinates: Coordinates
-    exact: bool
+    exact: bool  # whether to sum over the support instead of draws
 
     def root(self, d: Distribution, parts: tuple[str, ...]) -> Root:
         """See :meth:`Information.root`."""
@@ -133,13 +114,19 @@ class Sampled(Information):
                 weights = torch.full_like(log_prob, 1 / NUM_DRAWS)
                 moments = moments.add(scores, weights)
         moments.check_regular(d)
-        _warn(d, moments.relative_error())
+        warn(
+            f"The Fisher information of {type(d).__name__} has no closed form here: it "
+            f"is a mean over {NUM_DRAWS} draws a datum, with a relative error of about "
+            f"{moments.relative_error():.1%} for each datum. Observe one of the known "
+            "families to have it exactly.",
+            MonteCarloFisherWarning,
+        )
         return moments.second
 
     def _scores(
         self, d: Distribution, values: Tensor, parts: tuple[str, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Scores (n, *batch, c) and log densities (n, *batch) of n values a datum."""
+        """Scores (n, *batch, c) and log densities (n, *batch) at n labels each."""
         copies = values.shape[:1]
         with torch.enable_grad():
             outputs = {
@@ -147,25 +134,23 @@ class Sampled(Information):
                 for name, output in self.coordinates.outputs(d, parts).items()
             }
             log_prob = self._log_prob(d, values, outputs)
+            # Each copy of η enters one log density, so this gives all scores at once.
             found = torch.autograd.grad(
-                log_prob.sum(),
-                list(outputs.values()),
-                allow_unused=True,
-                materialize_grads=True,
+                log_prob.sum(), list(outputs.values()), materialize_grads=True
             )
         return torch.cat(found, dim=-1), log_prob.detach()
 
     def _log_prob(
         self, d: Distribution, values: Tensor, outputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Log density at copies of η, checked against the distribution's own."""
+        """Log density at copies of η, checked against that of ``d`` itself."""
         try:
             arguments = self.coordinates.arguments(d, outputs)
             log_prob = self.coordinates.distribution(**arguments).log_prob(values)
             own = d.log_prob(values).detach()
         except (LookupError, RuntimeError, TypeError, ValueError) as err:
             _refuse(d, f"which cannot be built and scored ({err})", err)
-        # What η loses on its way is small beside 1 nat; a wrong argument costs nats.
+        # Round-off on the way to η and back is far below what a wrong argument costs.
         rounding = torch.finfo(own.dtype).eps ** (1 / 3)
         agrees = log_prob.shape == own.shape and torch.allclose(
             log_prob.detach(), own, rtol=rounding, atol=rounding, equal_nan=True
@@ -178,19 +163,12 @@ class Sampled(Information):
 @final
 @dataclass(frozen=True)
 class _Moments:
-    """Weighted sums over scores s of one datum, batched, in float64.
+    """Weighted sums over the scores s of each data point, in float64."""
 
-    Attributes:
-        outputs: η, shape (*batch, c).
-        first: Of s, shape (*batch, c).
-        second: Of s sᵀ, shape (*batch, c, c).
-        fourth: Of s⁴ by element, shape (*batch, c).
-    """
-
-    outputs: Tensor
-    first: Tensor
-    second: Tensor
-    fourth: Tensor
+    outputs: Tensor  # η, shape (*batch, c)
+    first: Tensor  # of s, shape (*batch, c)
+    second: Tensor  # of s sᵀ, shape (*batch, c, c)
+    fourth: Tensor  # of s⁴ by element, shape (*batch, c)
 
     @classmethod
     def zero(cls, outputs: Mapping[str, Tensor]) -> _Moments:
@@ -221,7 +199,7 @@ class _Moments:
             )
 
     def relative_error(self) -> float:
-        """Standard error of the diagonal of Λ over Λ, root mean square."""
+        """Standard error of the diagonal of Λ over itself, root mean square."""
         square = self.second.diagonal(dim1=-2, dim2=-1)
         informed = square > 0
         if not bool(informed.any()):
@@ -229,16 +207,6 @@ class _Moments:
         relative = self.fourth[informed] / square[informed] ** 2 - 1
         # A score of constant size has no error, up to round-off.
         return math.sqrt(max(float(relative.mean()), 0.0) / NUM_DRAWS)
-
-
-def _warn(d: Distribution, relative_error: float) -> None:
-    warn(
-        f"The Fisher information of {type(d).__name__} has no closed form here: it is "
-        f"a mean over {NUM_DRAWS} draws a datum, with a relative error of about "
-        f"{relative_error:.1%} for each datum. Observe one of the known families to "
-        "have it exactly.",
-        MonteCarloFisherWarning,
-    )
 
 
 def _refuse(d: Distribution, reason: str, cause: Exception | None = None) -> NoReturn:
@@ -253,8 +221,8 @@ def _refuse(d: Distribution, reason: str, cause: Exception | None = None) -> NoR
 
 
 def _draw(d: Distribution, count: int) -> Tensor:
-    """Draws labels; an infinite one has probability zero and is drawn again."""
-    # Samplers by inversion give one in 2^24 draws in float32.
+    """Draws labels; infinite ones have probability zero and are drawn again."""
+    # Samplers by inversion give an infinity once in 2^24 draws in float32.
     dims = tuple(range(-len(d.event_shape), 0))
     try:
         values = d.sample(torch.Size((count,)))
@@ -271,11 +239,9 @@ def _draw(d: Distribution, count: int) -> Tensor:
 
 @contextmanager
 def _own_stream(state: Tensor) -> Iterator[None]:
-    """Seeds the draws by what they depend on, and leaves the global RNG as it was.
-
-    The same distribution gives the same Λ; other minibatches get other draws, so that
-    their errors average out.
-    """
+    """Seeds the draws by η, and gives the global random state back afterwards."""
+    # The same distribution gives the same Λ; other minibatches get other draws, so that
+    # their errors average out.
     seed = zlib.crc32(state.cpu().numpy().tobytes())
     on_gpu = state.device.type == "cuda"
     with torch.random.fork_rng(devices=[state.device] if on_gpu else []):
@@ -287,7 +253,7 @@ def _own_stream(state: Tensor) -> Iterator[None]:
 
 
 def _arguments(d: Distribution) -> dict[str, Any]:
-    """Arguments of the constructor by name, synonyms left out."""
+    """Arguments of the constructor by name, without synonyms."""
     signature = inspect.signature(type(d).__init__)
     found: dict[str, Any] = {}
     for name, parameter in list(signature.parameters.items())[1:]:
@@ -352,7 +318,7 @@ def _transform(d: Distribution, name: str, constraint: Constraint) -> Transform:
 
 
 def _support_size(d: Distribution) -> float:
-    """Number of values that a datum may have; infinite if they cannot be listed."""
+    """Number of values that a label may have; infinite if they cannot be listed."""
     if not d.has_enumerate_support:
         return math.inf
     try:

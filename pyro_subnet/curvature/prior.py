@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
@@ -16,32 +17,28 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.grad_mode import differentiable
+from pyro_subnet.tensors.modes import differentiable
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class DensityTerm:
-    """One term of the log prior, a differentiable scalar.
+    """One term of the log prior, a differentiable scalar."""
 
-    Attributes:
-        log_density: Sum over the site's elements, with its scale, mask and the
-            transform's Jacobian, as a function of the unconstrained leaves.
-        site: The latent site that it is the prior of; None for a factor.
-        elementwise: Whether, given the other sites, the elements of ``site`` are
-            independent, so that their Hessian is diagonal.
-    """
-
+    # Sum over the site's elements, with its scale, mask and the transform's Jacobian,
+    # as a function of the unconstrained leaves.
     log_density: Float[Tensor, ""]
-    site: str | None
-    elementwise: bool
+    site: str | None  # the latent site that it is the prior of; None for a factor
+    elementwise: bool  # whether the site's elements are independent given other sites
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class PriorPrecision:
     """P0 over the subnet: a diagonal, and dense columns where elements couple.
 
     Attributes:
-        diagonal: Shape (S,).
+        diagonal: Diagonal of P0, in 1 / parameter squared, shape (S,).
         coupled: Positions within the subnet that have a dense column, shape (k,).
         columns: Those columns, shape (S, k).
     """
@@ -50,8 +47,51 @@ class PriorPrecision:
     coupled: Int[Tensor, " coupled"]
     columns: Float[Tensor, "subnet coupled"]
 
+    @classmethod
+    def of_diagonal(cls, diagonal: Float[Tensor, " subnet"]) -> PriorPrecision:
+        """P0 of a prior that couples no elements.
+
+        Args:
+            diagonal: Its diagonal, shape (S,).
+
+        Returns:
+            P0.
+        """
+        nothing = torch.empty(0, dtype=torch.long, device=diagonal.device)
+        return cls(diagonal, nothing, diagonal.new_empty(len(diagonal), 0))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PriorPrecision:
+        """P0 from its tensors, the inverse of :meth:`tensors`.
+
+        Args:
+            tensors: What :meth:`tensors` returned, possibly among others.
+
+        Returns:
+            P0.
+        """
+        names = ("prior_diagonal", "prior_coupled", "prior_columns")
+        return cls(*(tensors[name] for name in names))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """P0 in tensors, for buffers and files.
+
+        Returns:
+            ``{name: tensor}``.
+        """
+        return {
+            "prior_diagonal": self.diagonal,
+            "prior_coupled": self.coupled,
+            "prior_columns": self.columns,
+        }
+
+    @property
+    def is_positive_diagonal(self) -> bool:
+        """Whether P0 is diagonal, with every entry positive."""
+        return not self.coupled.numel() and bool((self.diagonal > 0).all())
+
     def to(self, dtype: torch.dtype) -> PriorPrecision:
-        """The same in another floating point type.
+        """P0 in another floating point type.
 
         Args:
             dtype: The type.
@@ -64,7 +104,7 @@ class PriorPrecision:
         )
 
     def scaled(self, scale: float | Tensor) -> PriorPrecision:
-        """The precision multiplied by a scale.
+        """P0 multiplied by a scale.
 
         Args:
             scale: One number, or one for each element, shape (S,), where elements that
@@ -105,7 +145,8 @@ class PriorPrecision:
             scale: Factor of the prior precision, dimensionless.
         """
         lower.diagonal().add_(self.diagonal, alpha=scale)
-        # Left of the diagonal only what couples to no column, which covers the rest.
+        # P0 is symmetric. An entry of two coupled elements is taken below the diagonal
+        # of its column; row `position` takes those with elements that have no column.
         rows = self.columns.index_fill(0, self.coupled, 0.0)
         for k, position in enumerate(self.coupled.tolist()):
             below = slice(position + 1, None)
@@ -119,29 +160,14 @@ def prior_precision(
     subnet: Subnet,
     budget: int,
 ) -> PriorPrecision:
-    r"""P0 = :math:`-\nabla^2_S \log p(\theta)` at the leaves' values.
-
-    Args:
-        terms: The log prior, term by term, with its graph back to the leaves.
-        leaves: Unconstrained value of every latent site.
-        subnet: The chosen elements.
-        budget: Bytes that a group of Hessian columns may take.
-
-    Returns:
-        P0 over the subnet.
-    """
+    r"""P0 = :math:`-\nabla^2_S \log p(\theta)` at the values of the leaves."""
     with differentiable():
         gradients = _Gradients.of(terms, leaves)
     diagonal = subnet.gather(gradients.elementwise_curvature(leaves))
     chosen = subnet.indices
     sites = [site for site in subnet.layout.names if site in chosen]
-    is_coupled = torch.cat(
-        [
-            torch.full((chosen[site].numel(),), site in gradients.coupled)
-            for site in sites
-        ]
-    ).to(diagonal.device)
-    coupled = is_coupled.nonzero().squeeze(-1)
+    flags = [torch.full(chosen[s].shape, s in gradients.coupled) for s in sites]
+    coupled = torch.cat(flags).to(diagonal.device).nonzero().squeeze(-1)
     columns = diagonal.new_empty(subnet.size, coupled.numel())
     wanted = {site: chosen[site] for site in sites if site in gradients.coupled}
     start = 0
@@ -157,26 +183,13 @@ def prior_precision(
 def prior_diagonal(
     terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor], budget: int
 ) -> Float[Tensor, " params"]:
-    """Diagonal of P0 over all D elements.
-
-    Args:
-        terms: The log prior, term by term.
-        leaves: Unconstrained value of every latent site, in packing order.
-        budget: Bytes that a group of Hessian columns may take.
-
-    Returns:
-        Shape (D,).
-    """
+    """Diagonal of P0 over all D elements; the leaves stand in packing order."""
     with differentiable():
         gradients = _Gradients.of(terms, leaves)
     packed = gradients.elementwise_curvature(leaves)
-    pieces = dict(
-        zip(
-            leaves,
-            packed.split([leaf.numel() for leaf in leaves.values()]),
-            strict=True,
-        )
-    )
+    # Views of `packed`, so that writing to a piece fills its part of the diagonal.
+    split = packed.split([leaf.numel() for leaf in leaves.values()])
+    pieces = dict(zip(leaves, split, strict=True))
     for site in gradients.coupled:
         everything = torch.arange(leaves[site].numel(), device=packed.device)
         start = 0
@@ -188,9 +201,26 @@ def prior_diagonal(
     return packed
 
 
+def prior_gradient(
+    terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor], subnet: Subnet
+) -> Float[Tensor, " subnet"]:
+    r""":math:`\nabla_S \log p(\theta)` at the leaves in packing order, detached."""
+    live = [term.log_density for term in terms if term.log_density.requires_grad]
+    points = list(leaves.values())
+    packed: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in points]
+    if live:
+        with differentiable():
+            total = torch.stack([density.sum() for density in live]).sum()
+            packed = torch.autograd.grad(
+                total, points, retain_graph=True, materialize_grads=True
+            )
+    return subnet.gather(torch.cat([part.flatten() for part in packed])).detach()
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class _Gradients:
-    """First derivatives of the log prior, kept with their graph."""
+    """First derivatives of the log prior with their graph, and the coupled sites."""
 
     total: Mapping[str, Tensor]
     coupled: frozenset[str]
@@ -200,46 +230,33 @@ class _Gradients:
         cls, terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]
     ) -> _Gradients:
         total = {site: torch.zeros_like(leaf) for site, leaf in leaves.items()}
-        coupled = set()
+        coupled, points = set(), list(leaves.values())
         for term in terms:
             if not term.log_density.requires_grad:
                 continue
             found = torch.autograd.grad(
-                term.log_density,
-                list(leaves.values()),
-                create_graph=True,
-                allow_unused=True,
+                term.log_density, points, create_graph=True, allow_unused=True
             )
             for site, gradient in zip(leaves, found, strict=True):
                 if gradient is None:
                     continue
                 total[site] = total[site] + gradient
+                # A hyperparameter couples to the site whose prior it enters.
                 if not term.elementwise or site != term.site:
                     coupled.add(site)
         return cls(total, frozenset(coupled))
 
     def elementwise_curvature(self, leaves: Mapping[str, Tensor]) -> Tensor:
-        """Packed diagonal for the sites that couple to nothing; 0 for the others.
-
-        Their Hessian is diagonal, so its row sums, one backward pass, are it.
-
-        Args:
-            leaves: Unconstrained value of every latent site.
-
-        Returns:
-            Shape (D,), detached.
-        """
+        """Packed diagonal of P0, detached; 0 at sites that couple."""
+        # A diagonal Hessian has its row sums for a diagonal: one backward pass a site.
         parts = []
         for site, leaf in leaves.items():
             gradient = self.total[site]
             curvature = None
             if site not in self.coupled and gradient.requires_grad:
+                ones = torch.ones_like(gradient)
                 (curvature,) = torch.autograd.grad(
-                    gradient,
-                    leaf,
-                    torch.ones_like(gradient),
-                    retain_graph=True,
-                    allow_unused=True,
+                    gradient, leaf, ones, retain_graph=True, allow_unused=True
                 )
             zero = torch.zeros_like(leaf)
             parts.append((zero if curvature is None else -curvature).flatten())
@@ -252,7 +269,7 @@ def _hessian_rows(
     wanted: Mapping[str, Tensor],
     budget: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Rows of P0 for the wanted elements, in groups: {site: (rows, site size)}."""
+    """Groups of rows of P0 for the wanted elements: {site: (rows, site size)}."""
     if not wanted:
         return
     with differentiable():

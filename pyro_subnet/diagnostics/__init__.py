@@ -1,10 +1,12 @@
-"""How far predictions and a posterior can be trusted, in numbers.
+"""How far predictions and a posterior can be trusted.
 
-Of predictions: functions of tensors and distributions, whatever model they come from.
-Each is a few lines of torch with its source, rather than a dependency on torchmetrics
-or scikit-learn, whose numbers the tests hold them to. Of a posterior: functions of the
-posterior and, where they pass over it, the training data.
+Some judge predictions, whatever model they come from: functions of tensors and
+distributions, each a few lines of torch with its source rather than a dependency on
+torchmetrics or scikit-learn, against whose numbers the tests check them. Others judge a
+posterior, some with a pass over the training data.
 """
+
+# May import comparison.
 
 from pyro_subnet.comparison.kept_variance import kept_variance
 from pyro_subnet.diagnostics.calibration import (
@@ -36,10 +38,7 @@ from pyro_subnet.diagnostics.intervals import (
     pit_values,
     quantile,
 )
-from pyro_subnet.diagnostics.out_of_distribution import (
-    auroc,
-    out_of_distribution_auroc,
-)
+from pyro_subnet.diagnostics.out_of_distribution import auroc, out_of_distribution_auroc
 from pyro_subnet.diagnostics.risk_coverage import RiskCoverage, risk_coverage
 from pyro_subnet.diagnostics.scores import brier_score, negative_log_likelihood
 from pyro_subnet.diagnostics.stationarity import (

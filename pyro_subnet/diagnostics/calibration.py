@@ -1,13 +1,15 @@
-r"""Whether classes come true as often as they are promised.
+r"""Whether predicted classes come true as often as their probabilities promise.
 
 :math:`\operatorname{ECE} = \sum_b \tfrac{n_b}{n} |\operatorname{acc}_b -
 \operatorname{conf}_b|` over bins b of equal width. It is no proper score: a model that
-always predicts the classes' frequencies has none. Read it beside NLL or Brier.
+always predicts the classes' frequencies has an ECE of zero. Read it beside the negative
+log likelihood or the Brier score.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from pyro_subnet.diagnostics.probabilities import check_labels
 from pyro_subnet.exceptions import OptionError
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Reliability:
     """Confidence and accuracy in bins of confidence, of equal width.
@@ -51,15 +54,15 @@ def reliability(
     """Confidence in the most probable class against accuracy.
 
     Args:
-        probs: Shape (N, C).
-        labels: Shape (N,).
-        num_bins: How many bins.
+        probs: Class probabilities, shape (N, C).
+        labels: True classes, shape (N,).
+        num_bins: Number of bins.
 
     Returns:
-        The bins, for ``plot_reliability``; ``ece`` sums them up.
+        The bins, for ``plot_reliability``; its ``ece`` sums them up.
 
     Raises:
-        DataError: If the probabilities are none, or a label is outside [0, C).
+        DataError: If rows are no probabilities, or a label is outside [0, C).
         OptionError: If there is no bin.
 
     Source: Guo, Pleiss, Sun and Weinberger (2017), section 2, arXiv 1706.04599.
@@ -75,20 +78,20 @@ def expected_calibration_error(
     *,
     num_bins: int = 15,
 ) -> float:
-    """Top-label ECE: of the most probable class alone.
+    """Expected calibration error of the most probable class (top-label ECE).
 
     Args:
-        probs: Shape (N, C).
-        labels: Shape (N,).
-        num_bins: How many bins.
+        probs: Class probabilities, shape (N, C).
+        labels: True classes, shape (N,).
+        num_bins: Number of bins.
 
     Returns:
-        From 0 to 1. With few data in a bin it is biased upwards: compare models on the
-        same data and bins.
+        From 0 to 1. It is biased upwards if bins hold few data, so compare models on
+        the same data and bins.
 
     Raises:
         DataError: As for :func:`reliability`.
-        OptionError: As there.
+        OptionError: If there is no bin.
 
     Source: Naeini, Cooper and Hauskrecht (2015), "Obtaining well calibrated
     probabilities using Bayesian binning"; Guo et al. (2017), eq. 3, arXiv 1706.04599.
@@ -102,19 +105,19 @@ def classwise_calibration_error(
     *,
     num_bins: int = 15,
 ) -> float:
-    """Class-wise ECE: of each class's probability, averaged over classes.
+    """Calibration error of each class's probability, averaged over classes.
 
     Args:
-        probs: Shape (N, C).
-        labels: Shape (N,).
-        num_bins: How many bins.
+        probs: Class probabilities, shape (N, C).
+        labels: True classes, shape (N,).
+        num_bins: Number of bins.
 
     Returns:
         From 0 to 1. With many classes most probabilities are near zero, and so is this.
 
     Raises:
         DataError: As for :func:`reliability`.
-        OptionError: As there.
+        OptionError: If there is no bin.
 
     Source: Kull et al. (2019), arXiv 1910.12656; Nixon et al. (2019), arXiv
     1904.01685, as "static calibration error".
@@ -131,19 +134,7 @@ def classwise_calibration_error(
 def binned(
     confidence: Float[Tensor, " data"], hits: Bool[Tensor, " data"], num_bins: int
 ) -> Reliability:
-    """Sorts promises and what came of them into bins (a, b] of equal width.
-
-    Args:
-        confidence: Promised probability, shape (N,); 0 falls in the first bin.
-        hits: Whether it came true, shape (N,).
-        num_bins: How many bins.
-
-    Returns:
-        The bins.
-
-    Raises:
-        OptionError: If there is no bin.
-    """
+    """Sorts predictions into bins (a, b] of confidence; 0 falls in the first bin."""
     if num_bins < 1:
         raise OptionError(
             f"`num_bins` must be positive; got {num_bins}. Leave it out for 15."

@@ -3,8 +3,8 @@ r"""The continuous ranked probability score: a proper score in the unit of y.
 .. math:: \operatorname{CRPS}(F, y) = \int (F(z) - 1[y \le z])^2\, dz
     = E|Y - y| - \tfrac12 E|Y - Y'|
 
-It forgives outliers that the log density does not, and of a point it is the absolute
-error.
+An outlier costs less than under the log density. For a point prediction the score is
+the absolute error.
 
 Source: Gneiting and Raftery (2007), section 4.2, doi 10.1198/016214506000001437.
 """
@@ -25,14 +25,14 @@ def crps_normal(
     scale: Float[Tensor, "*data"],
     y: Float[Tensor, "*data"],
 ) -> Float[Tensor, "*data"]:
-    r"""Of normal predictions, in closed form.
+    r"""CRPS of normal predictions, in closed form.
 
     .. math:: \sigma \big( z (2 \Phi(z) - 1) + 2 \varphi(z) - \pi^{-1/2} \big),
         \qquad z = (y - \mu) / \sigma
 
     Args:
-        loc: Mean of y, shape (N, ...).
-        scale: Its standard deviation, noise included.
+        loc: Predicted mean of y, shape (N, ...).
+        scale: Predicted standard deviation of y, noise included.
         y: Observations.
 
     Returns:
@@ -47,26 +47,25 @@ def crps_normal(
     check_same_shape("scale", scale.shape, "y", y.shape)
     z = (y - loc) / scale
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
-    # 2 Φ(z) - 1
-    centred = torch.erf(z / math.sqrt(2))
+    centred = torch.erf(z / math.sqrt(2))  # 2 Φ(z) - 1
     return scale * (z * centred + 2 * density - 1 / math.sqrt(math.pi))
 
 
 def crps_from_draws(
     draws: Float[Tensor, " draws *data"], y: Float[Tensor, "*data"]
 ) -> Float[Tensor, "*data"]:
-    r"""Of the draws' own distribution, each of weight 1 / K.
+    r"""CRPS of the distribution that gives each of K draws the weight 1 / K.
 
     Args:
         draws: Of the predictive distribution, noise included, shape (K, N, ...).
         y: Observations, shape (N, ...).
 
     Returns:
-        Shape (N, ...), in the unit of y. Above the score of the distribution that they
-        are drawn from by :math:`\tfrac1{2K} E|Y - Y'|` on average. Costs a sort.
+        Shape (N, ...), in the unit of y: on average :math:`\tfrac1{2K} E|Y - Y'|` above
+        the score of the distribution that was drawn from. Costs a sort.
 
     Raises:
-        DataError: If the draws are of other data.
+        DataError: If draws and observations are of different data.
     """
     check_same_shape("draws", draws.shape[1:], "y", y.shape)
     count = len(draws)

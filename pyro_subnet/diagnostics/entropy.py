@@ -1,4 +1,4 @@
-r"""How much of the uncertainty about a class the posterior could still resolve.
+r"""Entropy of predicted classes, split into what more data could reduce and the rest.
 
 .. math:: \underbrace{H\big[E_\theta p(y \mid x, \theta)\big]}_{\text{total}} =
     \underbrace{E_\theta H\big[p(y \mid x, \theta)\big]}_{\text{aleatoric}} +
@@ -8,6 +8,7 @@ r"""How much of the uncertainty about a class the posterior could still resolve.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from pyro_subnet.diagnostics.probabilities import check_probabilities
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class EntropyDecomposition:
     """Entropies at each input, in nats, shape (N,).
@@ -23,7 +25,7 @@ class EntropyDecomposition:
     Attributes:
         total: Entropy of the predictive.
         aleatoric: Mean entropy under one draw of the weights.
-        epistemic: Mutual information of class and weights: the rest.
+        epistemic: Mutual information of class and weights, the difference.
     """
 
     total: Float[Tensor, " data"]
@@ -43,7 +45,7 @@ def predictive_entropy(
         Shape (...), in nats, from 0 to log C.
 
     Raises:
-        DataError: If they are no probabilities.
+        DataError: If rows are no probabilities.
     """
     check_probabilities(probs)
     return torch.special.entr(probs).sum(-1)
@@ -52,23 +54,23 @@ def predictive_entropy(
 def decompose_entropy(
     draws: Float[Tensor, "draws data classes"],
 ) -> EntropyDecomposition:
-    """Splits entropy into what data could resolve and what they could not.
+    """Splits predictive entropy into its aleatoric and its epistemic part.
 
     Args:
         draws: Class probabilities under draws of the weights, shape (K, N, C), such as
             ``posterior.sample_functions(K, x).softmax(-1)``.
 
     Returns:
-        The parts. Of few draws the epistemic one is too small on average, by about
+        The parts. With few draws the epistemic part is too small on average, by about
         :math:`(C - 1) / 2 K` nats where each draw is sure of a class, else by less.
 
     Raises:
-        DataError: If they are no probabilities.
+        DataError: If rows are no probabilities.
 
     Source: Depeweg et al. (2018), arXiv 1710.07283; Houlsby et al. (2011),
     eq. 2, arXiv 1112.5745.
     """
     each = predictive_entropy(draws).mean(0)
     total = torch.special.entr(draws.mean(0)).sum(-1)
-    # Not negative, since entropy is concave, but for round-off.
+    # Entropy is concave, so that only round-off can make the difference negative.
     return EntropyDecomposition(total, each, (total - each).clamp(min=0.0))

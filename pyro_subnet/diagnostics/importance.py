@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -19,14 +19,15 @@ from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.models.hybrid import SITE
 from pyro_subnet.tracing.trace import apart
 
-# A Pareto tail is not fitted to fewer weights, nor is smoothing of use.
+# Fewest weights to fit a Pareto tail to, and fewest draws for smoothing to be of use.
 _MIN_TAIL, _MIN_SAMPLES = 5, 25
-# Log weights that differ by less are equal, but for round-off.
+# Log weights that differ by less are equal up to round-off.
 _EQUAL = 1e-6
 # Vehtari et al. (2024), section 3.2.
 _GOOD, _OK = 0.5, 0.7
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class ImportanceCheck:
     r"""What importance sampling says about a posterior; ``print`` says it in words.
@@ -54,20 +55,16 @@ class ImportanceCheck:
 
     @property
     def max_k_hat(self) -> float:
-        r"""Largest k-hat with which this many draws are enough.
-
-        Returns:
-            :math:`\min(1 - 1/\log_{10} K,\; 0.7)`.
-        """
+        r"""Largest k-hat for K draws, :math:`\min(1 - 1/\log_{10} K,\; 0.7)`."""
         return min(1 - 1 / math.log10(len(self.log_weights)), _OK)
 
     @property
     def is_reliable(self) -> bool:
-        """Whether weighted draws stand for the exact posterior."""
+        """Whether weighted draws represent the exact posterior."""
         return self.k_hat < self.max_k_hat
 
     def posterior_samples(self) -> dict[str, Tensor]:
-        """Draws of the exact posterior: drawn anew, with replacement, by weight.
+        """Draws of the exact posterior: these draws resampled by weight.
 
         Returns:
             ``{"subnet": shape (K, S)}``, for ``Predictive(hybrid_model, ...)``.
@@ -77,20 +74,15 @@ class ImportanceCheck:
         return {SITE: self.draws[picked]}
 
     def __str__(self) -> str:
-        """The verdict."""
         count, ess = len(self.log_weights), self.effective_sample_size
         target = "linearized model" if self.linearized else "network"
-        numbers = (
-            f"k-hat {self.k_hat:.2f}, effective sample size {ess:.0f} of {count} draws"
-        )
+        exact = f"the exact posterior of the {target}"
         if self.k_hat < min(_GOOD, self.max_k_hat):
-            verdict = (
-                f"the Laplace posterior is close to the exact posterior of the {target}"
-            )
+            verdict = f"the Laplace posterior is close to {exact}"
         elif self.is_reliable:
             verdict = (
-                f"the Laplace posterior differs from the exact posterior of the "
-                f"{target}, but weighted draws correct it"
+                f"the Laplace posterior differs from {exact}, but weighted draws "
+                "correct it"
             )
         elif self.k_hat < _OK:
             verdict = (
@@ -99,11 +91,12 @@ class ImportanceCheck:
             )
         else:
             verdict = (
-                "the Laplace posterior misses much of the exact posterior of the "
-                f"{target}, and weights cannot correct it; run MCMC on the hybrid "
-                "model, choose fewer weights, or judge by held-out data"
+                f"the Laplace posterior misses much of {exact}, and weights cannot "
+                "correct it; run MCMC on the hybrid model, choose fewer weights, or "
+                "judge by held-out data"
             )
-        return f"{numbers}: {verdict}."
+        size = f"effective sample size {ess:.0f} of {count} draws"
+        return f"k-hat {self.k_hat:.2f}, {size}: {verdict}."
 
 
 def importance_check(
@@ -114,22 +107,22 @@ def importance_check(
     progress: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> ImportanceCheck:
-    r"""Holds the Laplace posterior against the exact posterior of the hybrid model.
+    r"""Compares the Laplace posterior with the exact posterior of the hybrid model.
 
-    Draws from the Laplace posterior q are weighted by
-    :math:`w_k = p(y, \theta_k) / q(\theta_k)`, and the largest weights are smoothed.
-    Runs the model once a draw. In many dimensions a mismatch that is small in each adds
-    up: with hundreds of weights a large k-hat is common where predictions are fine, so
-    read it as a bound on what weights can correct, and see held-out data beside it.
-    The prior is the model's own: a posterior under another prior precision
-    (``with_prior_precision``) is held against that.
+    Draws from the Laplace posterior q are weighted by :math:`w_k = p(y, \theta_k) /
+    q(\theta_k)`, and the largest weights are smoothed. The model runs once for each
+    draw. A mismatch that is small in each of many dimensions adds up: with hundreds of
+    weights k-hat is often large though predictions are good. A large k-hat says what
+    weighting cannot correct; judge predictions by held-out data. The prior is the
+    model's own, also if the posterior has another prior precision
+    (``with_prior_precision``).
 
     Args:
         posterior: The posterior.
         args: The training data, as the model takes them.
-        num_samples: K, how many draws.
-        linearized: Whether to hold it against the linearized model, which it is made
-            for, rather than the network.
+        num_samples: K, the number of draws.
+        linearized: Whether to compare with the linearized model, which the Laplace
+            posterior is made for, rather than the network.
         progress: Whether to show a progress bar.
         model_kwargs: Keyword arguments of the model.
 
@@ -152,10 +145,13 @@ def importance_check(
     kwargs = dict(model_kwargs or {})
     with torch.no_grad(), apart():
         draws = q.sample(torch.Size([num_samples]))
-        found = [
-            _log_joint(hybrid, theta, args, kwargs)
-            for theta in tqdm(draws, "Weights", disable=not progress)
-        ]
+        found = []
+        for theta in tqdm(draws, "Weights", disable=not progress):
+            given = poutine.condition(hybrid, data={SITE: theta})
+            with poutine.block():
+                trace = poutine.trace(given).get_trace(*args, **kwargs)
+                found.append(trace.log_prob_sum())
+        # log w_k = log p(y, theta_k) - log q(theta_k)
         raw = torch.stack(found).double() - q.log_prob(draws).double()
     if bool(raw.isnan().any()) or not bool(raw.isfinite().any()):
         raise NonFiniteError(
@@ -188,7 +184,7 @@ def pareto_smoothed(
         return raw - raw.logsumexp(0), -math.inf
     num_tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
     values, order = raw.sort()
-    # The smallest float, lest a cutoff of zero stand for no exceedance at all.
+    # At least the smallest float: weights above a cutoff of zero would be no tail.
     smallest = torch.full_like(values[0], math.log(torch.finfo(raw.dtype).tiny))
     cutoff = values[-num_tail - 1].maximum(smallest)
     is_tail = values > cutoff
@@ -206,17 +202,7 @@ def pareto_smoothed(
 
 
 def _pareto_quantiles(places: Tensor, k: float, sigma: float) -> Tensor:
+    """sigma ((1 - p)^-k - 1) / k, at places p."""
     if abs(k) < torch.finfo(places.dtype).eps:
         return -sigma * (-places).log1p()
     return sigma / k * torch.expm1(-k * (-places).log1p())
-
-
-def _log_joint(
-    hybrid: Callable[..., Any],
-    theta: Tensor,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Tensor:
-    given = poutine.condition(hybrid, data={SITE: theta})
-    with poutine.block():
-        return poutine.trace(given).get_trace(*args, **kwargs).log_prob_sum()

@@ -1,8 +1,8 @@
 r"""Calibration and sharpness of predictions of a number.
 
-"Sharpness subject to calibration": intervals must hold what they promise, and then the
-narrower the better. A :math:`1 - \alpha` central interval holds y exactly if its PIT
-value u has :math:`|2u - 1| \le 1 - \alpha`, so that coverage needs no quantile.
+"Sharpness subject to calibration": intervals must cover as often as they promise, and
+then the narrower the better. A :math:`1 - \alpha` central interval holds y exactly if
+its PIT value u has :math:`|2u - 1| \le 1 - \alpha`, so coverage needs no quantiles.
 
 Source: Gneiting, Balabdaoui and Raftery (2007), doi 10.1111/j.1467-9868.2007.00587.x.
 """
@@ -20,14 +20,15 @@ from torch import Tensor
 from pyro_subnet.diagnostics.probabilities import check_same_shape
 from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError
 
-_WIDEN, _HALVE = 60, 200  # steps that no interval of finite ends takes
+_WIDEN, _HALVE = 60, 200  # more steps than any interval with finite ends takes
 
 
 def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*data"]:
     r"""Probability integral transform, :math:`u_n = F_n(y_n)`.
 
-    Uniform on [0, 1] if the predictions are calibrated: heaped in the middle where they
-    are too wide, at the ends where they are too narrow. Of several outputs each alone.
+    The values are uniform on [0, 1] if the predictions are calibrated. They heap up in
+    the middle if predictions are too wide, at the ends if too narrow. Each of several
+    outputs counts by itself.
 
     Args:
         predictive: Continuous distribution of y at each input, batch shape (N,).
@@ -56,7 +57,7 @@ def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*da
 def pit_from_draws(
     draws: Float[Tensor, " draws *data"], y: Float[Tensor, "*data"]
 ) -> Float[Tensor, "*data"]:
-    """The same from draws of y: the share of them below the observation.
+    """Probability integral transform from draws: the share below the observation.
 
     Args:
         draws: Of the predictive distribution, noise included, shape (K, N, ...).
@@ -66,7 +67,7 @@ def pit_from_draws(
         Shape of y; draws equal to y count half.
 
     Raises:
-        DataError: If the draws are of other data.
+        DataError: If draws and observations are of different data.
     """
     check_same_shape("draws", draws.shape[1:], "y", y.shape)
     return ((draws < y).to(y) + 0.5 * (draws == y).to(y)).mean(0)
@@ -82,19 +83,19 @@ def interval_coverage(
         levels: Probabilities that the intervals promise, in [0, 1].
 
     Returns:
-        One share for each level: calibrated predictions have the levels themselves,
+        One share for each level. For calibrated predictions it is the level itself,
         with a standard error of ``(level * (1 - level) / N) ** 0.5``.
 
     Raises:
         OptionError: If a level is outside [0, 1].
-        DataError: If a PIT value is.
+        DataError: If a PIT value is outside [0, 1], or there is none.
     """
     _check_levels(levels)
-    if not pit.numel() or not bool(((pit >= 0) & (pit <= 1)).all()):
+    outside = ~((pit >= 0) & (pit <= 1))
+    if not pit.numel() or bool(outside.any()):
         raise DataError(
-            "`pit` must hold values in [0, 1], one at least; got "
-            f"{pit.numel()} values, of which {int((~((pit >= 0) & (pit <= 1))).sum())} "
-            "are outside. Pass what `pit_values` gives."
+            f"`pit` must hold values in [0, 1], one at least; got {pit.numel()} values,"
+            f" of which {int(outside.sum())} are outside. Pass what `pit_values` gives."
         )
     centred = (2 * pit.flatten() - 1).abs()
     wanted = torch.tensor(levels, dtype=pit.dtype, device=pit.device)
@@ -109,8 +110,8 @@ def mean_interval_width(predictive: Any, levels: Sequence[float]) -> Tensor:
         levels: Probabilities that the intervals promise, in [0, 1).
 
     Returns:
-        One width for each level, in units of y; the mean over inputs and outputs. By
-        bisection where the distribution has no quantile function.
+        One width for each level, in units of y: the mean over inputs and outputs. It is
+        found by bisection if the distribution has no quantile function.
 
     Raises:
         OptionError: If a level is outside [0, 1).
@@ -143,13 +144,13 @@ def quantile(predictive: Any, level: float) -> Tensor:
     marginal = _marginal(predictive)
     wanted = torch.full_like(marginal.mean, level)
     try:
-        found: Tensor = marginal.icdf(wanted)
+        return marginal.icdf(wanted)
     except NotImplementedError:
-        found = _bisected(marginal, wanted)
-    return found
+        return _bisected(marginal, wanted)
 
 
 def _bisected(marginal: Any, wanted: Tensor) -> Tensor:
+    """Quantiles by bisection, from an interval that is doubled until it holds them."""
     centre, width = marginal.mean, marginal.stddev
     low, high = centre - width, centre + width
     unbounded = ~(low.isfinite() & high.isfinite())
@@ -180,7 +181,7 @@ def _bisected(marginal: Any, wanted: Tensor) -> Tensor:
 
 
 def _marginal(predictive: Any) -> Any:
-    """Each output's own distribution, event dimensions among the batch's."""
+    """Each output's own distribution, with event dimensions moved into the batch."""
     while isinstance(predictive, td.Independent):
         predictive = predictive.base_dist
     if isinstance(predictive, td.MultivariateNormal):

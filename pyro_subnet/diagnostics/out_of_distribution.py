@@ -1,4 +1,4 @@
-"""Whether inputs of another kind can be told by the uncertainty at them."""
+"""Whether uncertainty tells inputs out of distribution from those inside."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ def auroc(
 ) -> float:
     r"""Area under the receiver operating characteristic.
 
-    The probability that a positive scores higher than a negative, ties counting half.
+    It is the probability that a positive scores higher than a negative; ties count
+    half.
 
     Args:
-        negatives: Scores of the inputs that should score low, such as those in
+        negatives: Scores of inputs that should score low, such as those in
             distribution, shape (N,).
-        positives: Scores of those that should score high, shape (M,).
+        positives: Scores of inputs that should score high, shape (M,).
 
     Returns:
-        From 0 to 1; 0.5 tells nothing. Costs a sort.
+        From 0 to 1; 0.5 is no better than chance. Costs a sort.
 
     Raises:
-        DataError: If there are none of a kind, or a score is NaN.
+        DataError: If either is empty, or a score is NaN.
 
     Source: Hanley and McNeil (1982), doi 10.1148/radiology.143.1.7063747.
     """
@@ -51,16 +52,16 @@ def out_of_distribution_auroc(
 
     Args:
         inside: Class probabilities at inputs in distribution, shape (N, C).
-        outside: The same at inputs out of it, shape (M, C).
+        outside: Class probabilities at inputs out of distribution, shape (M, C).
 
     Returns:
         From 0 to 1. For another score, such as mutual information, use :func:`auroc`.
 
     Raises:
-        DataError: If they are no probabilities.
+        DataError: If rows are no probabilities.
 
     Source: Hendrycks and Gimpel (2017), arXiv 1610.02136, for the task, with the
-    largest probability for a score; Lakshminarayanan et al. (2017), arXiv
-    1612.01474, for entropy.
+    largest probability as the score; Lakshminarayanan et al. (2017), arXiv 1612.01474,
+    for entropy.
     """
     return auroc(predictive_entropy(inside), predictive_entropy(outside))

@@ -1,4 +1,4 @@
-"""What class probabilities and labels must be."""
+"""Checks of class probabilities, labels and shapes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ from pyro_subnet.exceptions import DataError
 
 
 def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
-    """Refuses what is no distribution over classes, logits above all.
-
-    Args:
-        probs: Shape (..., C).
-
-    Raises:
-        DataError: If there is no datum, or an entry is negative or NaN, or a row does
-            not sum to one.
-    """
+    """Refuses rows that are no distribution over classes, such as logits."""
     if not probs.numel():
         raise DataError(
             "`probs` must hold at least one datum and one class; got shape "
@@ -39,15 +31,7 @@ def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
 def check_labels(
     probs: Float[Tensor, "data classes"], labels: Int[Tensor, " data"]
 ) -> None:
-    """Refuses probabilities that are none, and labels of no class.
-
-    Args:
-        probs: Shape (N, C).
-        labels: Shape (N,).
-
-    Raises:
-        DataError: If the probabilities are none, or a label is outside [0, C).
-    """
+    """Refuses rows that are no probabilities, and labels outside [0, C)."""
     check_probabilities(probs)
     check_same_shape("labels", labels.shape, "probs", probs.shape[:-1])
     count = probs.shape[-1]
@@ -61,17 +45,7 @@ def check_labels(
 def check_same_shape(
     name: str, shape: torch.Size, other: str, expected: torch.Size
 ) -> None:
-    """Refuses tensors of different data, which would broadcast.
-
-    Args:
-        name: The argument.
-        shape: Its shape.
-        other: The argument that it goes with.
-        expected: Shape of that.
-
-    Raises:
-        DataError: If the shapes differ, or there is no datum.
-    """
+    """Refuses tensors of different data, which would broadcast, or of none."""
     if shape != expected or not expected.numel():
         raise DataError(
             f"`{name}` must have a datum for each of `{other}`, and at least one; got "

@@ -1,8 +1,9 @@
-"""Selective prediction: the risk that is left when the least certain are passed on."""
+"""Selective prediction: the risk of the data answered, if the uncertain are not."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from pyro_subnet.diagnostics.probabilities import check_same_shape
 from pyro_subnet.exceptions import DataError
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class RiskCoverage:
     """Mean loss of the most certain data, against their share.
@@ -21,7 +23,7 @@ class RiskCoverage:
             distinct uncertainty, shape (T,).
         risk: Mean loss of those answered, shape (T,).
         aurc: Mean over n of the risk of the n most certain: the area under the curve.
-            Of data equally uncertain each is taken at their mean loss.
+            Data that are equally uncertain are each taken at their mean loss.
     """
 
     coverage: Float[Tensor, " thresholds"]
@@ -35,14 +37,15 @@ def risk_coverage(
     """Sorts data by uncertainty and averages the loss of the most certain.
 
     Args:
-        uncertainty: What a datum is passed on for, such as predictive entropy, (N,).
+        uncertainty: The score by which answers are withheld, such as predictive
+            entropy, shape (N,).
         loss: What an answer costs, such as ``(predicted != labels).double()``, (N,).
 
     Returns:
         The curve, for ``plot_risk_coverage``.
 
     Raises:
-        DataError: If there is no datum, or an uncertainty is NaN.
+        DataError: If there are no data, or an uncertainty is NaN.
 
     Source: El-Yaniv and Wiener (2010), "On the foundations of noise-free selective
     classification"; Geifman, Uziel and El-Yaniv (2019), arXiv 1805.08206, for the area.
@@ -55,7 +58,7 @@ def risk_coverage(
         )
     loss = loss.to(torch.float64)
     _, at, sizes = uncertainty.unique(return_inverse=True, return_counts=True)
-    # No threshold tells data of one uncertainty apart: each group counts as a whole.
+    # No threshold separates data of equal uncertainty: each group counts as a whole.
     grouped = torch.zeros(len(sizes)).to(loss).index_add(0, at, loss)
     answered = sizes.cumsum(0)
     risk = grouped.cumsum(0) / answered

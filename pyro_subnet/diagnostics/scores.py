@@ -1,7 +1,7 @@
-"""Proper scores of predictions, datum by datum.
+"""Proper scores of predictions, one for each data point.
 
-Each gives shape (N,): its mean is the score of the data, and
-``score.std() / len(score) ** 0.5`` the standard error of that.
+Each has shape (N,). Its mean is the score of the data, with the standard error
+``score.std() / len(score) ** 0.5``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def negative_log_likelihood(predictive: Any, y: Tensor) -> Float[Tensor, " data"
         y: Observations, shape (N, ...).
 
     Returns:
-        Shape (N,), nats. Of continuous y it is of a density, so it depends on the unit
-        of y and may be negative.
+        Shape (N,), nats. For continuous y it is that of a density: it depends on the
+        unit of y and may be negative.
 
     Raises:
-        DataError: If the distribution and y do not fit, or there is no datum.
+        DataError: If the distribution and y do not match, or there are no data.
 
     Source: Good (1952), "Rational decisions"; Gneiting and Raftery (2007), doi
     10.1198/016214506000001437.
     """
-    # A length of one broadcasts, but is one datum too few.
+    # A batch of length one would broadcast to more data.
     if not len(y) or tuple(predictive.batch_shape) != (len(y),):
         raise DataError(
             f"`predictive` must have batch shape ({len(y)},), one for each of `y`, and "
@@ -49,18 +49,18 @@ def brier_score(
 ) -> Float[Tensor, " data"]:
     r"""Squared distance from the label, :math:`\sum_c (p_{nc} - 1[y_n = c])^2`.
 
-    Brier's own, over all classes, from 0 to 2: of two classes it is twice the score
-    that looks at one of them.
+    This is Brier's own definition, over all classes, from 0 to 2. For two classes it is
+    twice the score that looks at one of them.
 
     Args:
-        probs: Shape (N, C).
-        labels: Shape (N,).
+        probs: Class probabilities, shape (N, C).
+        labels: True classes, shape (N,).
 
     Returns:
         Shape (N,).
 
     Raises:
-        DataError: If the probabilities are none, or a label is outside [0, C).
+        DataError: If rows are no probabilities, or a label is outside [0, C).
 
     Source: Brier (1950), "Verification of forecasts expressed in terms of
     probability"; as printed, without the mean.

@@ -1,1 +1,4 @@
-"""Posteriors and chains as ArviZ reads them."""
+"""Posteriors and chains as ArviZ reads them.
+
+May import guides.
+"""

@@ -1,4 +1,4 @@
-"""What a model says at draws of its subnet, as groups of named arrays."""
+"""Outputs of a model at draws of its subnet, as groups of named arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from types import ModuleType
-from typing import Any
+from typing import Any, final
 
 import pyro
 import torch
@@ -23,49 +23,32 @@ from pyro_subnet.export.subnet_values import site_elements
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import arguments
-from pyro_subnet.tracing.trace import Latents, Model
+from pyro_subnet.tracing.trace import ModelAtMAP
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class DrawnModel:
-    """The model whose draws are shown.
+    """The model whose draws are shown; it gives the elements outside the subnet."""
 
-    Attributes:
-        model: The user's model.
-        latents: Its latent sites; other elements than the chosen are taken from there.
-        subnet: The chosen elements.
-        linearized: Whether outputs are first-order expansions about ``latents``.
-        noise_scale: What normal noise is multiplied by in the linearized model.
-    """
-
-    model: Model
-    latents: Latents
+    at_map: ModelAtMAP
     subnet: Subnet
-    linearized: bool
-    noise_scale: float = 1.0
+    linearized: bool  # whether outputs are first-order expansions about the MAP
+    noise_factor: float = 1.0  # of normal noise scales, in the linearized model
 
 
+@final
 @dataclass(eq=False)
 class Groups:
-    """The groups made so far, of one model and one set of draws.
-
-    Attributes:
-        source: The model.
-        chains: How many chains the posterior's draws are cut into.
-        dims: Names of axes, by variable.
-        coords: Labels along axes, by their names.
-        sites: Latent sites to show; None for all that hold chosen elements.
-        found: The groups.
-        call: The call on the training data; set by :meth:`add_data`.
-    """
+    """The groups made so far, of one model and one set of draws."""
 
     source: DrawnModel
-    chains: int
-    dims: dict[str, Sequence[str]]
-    coords: dict[str, Any]
-    sites: Sequence[str] | None
+    chains: int  # that the posterior's draws are cut into
+    dims: dict[str, Sequence[str]]  # names of axes, by variable
+    coords: dict[str, Any]  # labels along axes, by their names
+    sites: Sequence[str] | None  # latent sites to show; None for all with elements
     found: dict[str, xarray.Dataset] = field(default_factory=dict)
-    call: ModelCall = field(init=False)
+    call: ModelCall = field(init=False)  # on the training data, by `add_data`
 
     def add(
         self,
@@ -75,43 +58,25 @@ class Groups:
         chains: int | None = None,
         **attrs: Any,
     ) -> None:
-        """Adds a group, if it has any variable.
-
-        Args:
-            name: Of the group.
-            variables: With draws on the first axis, unless they are data.
-            chains: How many chains; by default the posterior's.
-            attrs: What is known of the group.
-        """
+        """Adds a group unless it is empty. All but data have draws on axis 0."""
         if not variables:
             return
-        is_data = name.endswith("_data")
-        own: dict[str, Sequence[str]] = {**self.dims, **_elem_dims(self.source.subnet)}
-        coords = self.coords
-        if name.startswith("predictions"):
-            coords = {}
+        is_data, dims = name.endswith("_data"), dict(self.dims)
+        if name in {"posterior", "prior"}:
+            dims |= {site: [f"{site}_elem"] for site in self.source.subnet.layout.names}
         self.found[name] = dataset(
             {key: _array(value) for key, value in variables.items()},
             chains=None if is_data else chains or self.chains,
-            dims=own if name in {"posterior", "prior"} else self.dims,
-            coords=coords,
+            dims=dims,
+            coords={} if name.startswith("predictions") else self.coords,
             attrs=attrs,
         )
 
     def add_data(
         self, theta: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> OutputDraws:
-        """Adds the groups of the posterior's draws at the training data.
-
-        Args:
-            theta: The draws, chain by chain, shape (K, S).
-            args: Positional arguments of the model.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            The observed sites at the draws.
-        """
-        self.call = self._read(args, kwargs)
+        """Adds draws theta, (K, S), at the training data; the observed sites there."""
+        self.call = ModelCall.read(self.source.at_map, args, kwargs)
         self._add_elements("posterior", theta, self.chains)
         drawn = self._at_draws(self.call, theta)
         self.add("posterior_predictive", drawn.samples)
@@ -126,37 +91,20 @@ class Groups:
         return drawn
 
     def add_predictions(self, theta: Tensor, predictions_args: Any) -> None:
-        """Adds the groups of the posterior's draws at other inputs.
-
-        Args:
-            theta: The draws, as for :meth:`add_data`.
-            predictions_args: What one call of the model takes.
-        """
-        call = self._read(*arguments(predictions_args))
+        """Adds predictions at another call's arguments under draws theta, (K, S)."""
+        call = ModelCall.read(self.source.at_map, *arguments(predictions_args))
         self.add("predictions", self._at_draws(call, theta).samples)
         self.add("predictions_constant_data", _constant_data(call))
 
     def add_prior(self, count: int) -> None:
-        """Adds the groups of the prior's draws, in one chain.
-
-        Args:
-            count: How many.
-        """
+        """Adds that many draws of the prior, in one chain."""
         theta = draw_prior(self.call, self.source.subnet, count)
         self._add_elements("prior", theta, 1)
         samples = self._at_draws(self.call, theta).samples
         self.add("prior_predictive", samples, chains=1)
 
     def joined(self, arviz: ModuleType, **attrs: Any) -> Any:
-        """All groups, each with what is known of all.
-
-        Args:
-            arviz: The library.
-            attrs: What the caller knows.
-
-        Returns:
-            ArviZ's own container.
-        """
+        """All groups in ArviZ's own container, with the attributes common to all."""
         subnet = self.source.subnet
         known = {
             "created_at": datetime.now(timezone.utc).isoformat(),
@@ -177,19 +125,16 @@ class Groups:
         return container(arviz, groups, known)
 
     def _add_elements(self, name: str, theta: Tensor, chains: int) -> None:
-        source = self.source
-        elements = site_elements(source.latents, source.subnet, theta, self.sites)
+        latents, subnet = self.source.at_map.latents, self.source.subnet
+        elements = site_elements(latents, subnet, theta, self.sites)
         for site, part in elements.items():
-            labels = element_labels(part.positions.tolist(), part.shape)
-            self.coords[f"{site}_elem"] = labels
+            where = part.positions.tolist()
+            self.coords[f"{site}_elem"] = element_labels(where, part.shape)
         variables = {
             site: part.values if part.shape else part.values.squeeze(-1)
             for site, part in elements.items()
         }
         self.add(name, variables, chains=chains)
-
-    def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        return ModelCall.read(self.source.model, self.source.latents, args, kwargs)
 
     def _at_draws(self, call: ModelCall, theta: Tensor) -> OutputDraws:
         source = self.source
@@ -198,12 +143,8 @@ class Groups:
             source.subnet,
             theta,
             linearized=source.linearized,
-            noise_scale=source.noise_scale,
+            noise_factor=source.noise_factor,
         )
-
-
-def _elem_dims(subnet: Subnet) -> dict[str, Sequence[str]]:
-    return {site: [f"{site}_elem"] for site in subnet.layout.names}
 
 
 def _array(value: Tensor) -> NDArray[Any]:
@@ -214,7 +155,7 @@ def _array(value: Tensor) -> NDArray[Any]:
 
 
 def _constant_data(call: ModelCall) -> dict[str, Tensor]:
-    """Tensors of a call that come datum by datum and are not observed, by name."""
+    """Unobserved tensors of a call that have a row for each data point, by name."""
     lengths = {site.leading for site in call.sites}
     observed = [site.node["value"] for site in call.sites if site.node["is_observed"]]
     return {
@@ -227,27 +168,25 @@ def _constant_data(call: ModelCall) -> dict[str, Tensor]:
 
 
 def _by_parameter(call: ModelCall) -> Mapping[str, Any]:
-    model = call.model.forward if isinstance(call.model, nn.Module) else call.model
+    """Arguments of a call by the names of the model's parameters."""
+    model = call.at_map.model
+    model = model.forward if isinstance(model, nn.Module) else model
     try:
         bound = inspect.signature(model).bind(*call.args, **call.kwargs)
-    except (TypeError, ValueError):  # a callable whose signature does not tell
+    except (TypeError, ValueError):  # a callable without a usable signature
         numbered = {f"arg_{i}": value for i, value in enumerate(call.args)}
         return {**numbered, **call.kwargs}
     return bound.arguments
 
 
 def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors inside of mappings and sequences, as ``batch.x`` or ``args.0``."""
+    """Tensors inside mappings and sequences, named as ``batch.x`` or ``args.0``."""
     if isinstance(value, Tensor):
         yield name, value
-        return
-    items: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, tuple | list):
-        items = iter(enumerate(value))
-    for key, item in items:
-        yield from _named(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _named(item, f"{name}.{key}" if name else str(key))
 
 
 def _is_same(leaf: Tensor, value: Tensor) -> bool:

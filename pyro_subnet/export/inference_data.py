@@ -1,7 +1,6 @@
 """Posteriors as ArviZ reads them: draws of the subnet, of predictions, of densities.
 
-Needs the extra ``pyro-subnet[arviz]``; the package does without it until this module
-is asked for.
+Needs the extra ``pyro-subnet[arviz]``; the package imports this module on demand.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from torch import Tensor
 from pyro_subnet.exceptions import ModelError, OptionError
 from pyro_subnet.export.groups import DrawnModel, Groups
 from pyro_subnet.export.prior_draws import log_prior_at
+from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.models.hybrid import SITE, HybridModel
-from pyro_subnet.predictions.functions import check_num_samples, standard_normal
+from pyro_subnet.options import check_num_samples
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.grad_mode import outside_inference_mode
-from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.trace import preserved_rng
 
 Dims = Mapping[str, Sequence[str]]
@@ -52,27 +51,27 @@ def to_inference_data(
 
     Groups, for K draws :math:`\theta_k` of the subnet:
 
-    - ``posterior``: one variable a site, named as the site, of the elements that the
+    - ``posterior``: for each site a variable of its name, with the elements that the
       subnet moves, as the model sees them (constrained). Axes ``("chain", "draw",
       "<site>_elem")``, labelled ``"[3, 7]"``; a scalar site has no third one. Where a
-      constraint ties elements together (a simplex), all of those appear.
+      constraint ties elements together (a simplex), all of these appear.
     - ``sample_stats``: ``lp``, :math:`\log q(\theta_k)` of the Laplace posterior, and
       ``log_importance_ratio``, :math:`\log p(y, \theta_k) - \log q(\theta_k)`, which is
-      constant where the posterior is exact. The latter is left out if there is no data,
-      and if ``prior_scale`` or ``noise_scale`` is not 1: the posterior is then not one
-      of the model as it is written.
-    - ``log_likelihood``: :math:`\log p(y_n \mid \theta_k)`, datum by datum: an entry
-      for each element of an observed site's batch, or of its first axis where all are
-      its event's. Scales (``poutine.scale``, N/B of plates) do not enter; data that a
-      mask or a scale of zero leaves out count 0.
+      constant where the posterior is exact. The ratio is left out without data, and if
+      ``prior_factor`` or ``noise_factor`` is not 1, because the posterior is then not
+      that of the model as written.
+    - ``log_likelihood``: :math:`\log p(y_n \mid \theta_k)`, with an entry for each
+      element of an observed site's batch, or of its first axis where all axes are its
+      event's. Scales (``poutine.scale``, N/B of plates) do not enter; data that a mask
+      or a scale of zero leaves out count 0.
     - ``posterior_predictive``, ``observed_data``, and ``constant_data``: draws of y, y,
       and the other tensor arguments whose first axis is as long as the data.
     - ``prior``, ``prior_predictive``: the subnet's elements as the user's model draws
-      them, all others at the MAP, in one chain. ``prior_scale`` does not enter.
+      them, all others at the MAP, in one chain. ``prior_factor`` does not enter.
     - ``predictions``, ``predictions_constant_data``: y at ``predictions_args``.
 
-    No array of K times D numbers is made: K S, K times the data, and, for the network
-    itself, one set of D weights at a time.
+    No array of K times D numbers is made: memory is for K S numbers, K times the data,
+    and, for the network itself, one set of D weights at a time.
 
     Args:
         posterior: The posterior.
@@ -80,19 +79,19 @@ def to_inference_data(
             ``log_likelihood``.
         num_samples: K, over all chains.
         linearized: Whether all densities and predictions are those of
-            ``posterior.linearized_model``, as in the paper; otherwise the network's
-            own, one run a draw. The prior's too.
+            ``posterior.linearized_model``, as in the paper, the prior's too; otherwise
+            the network's own, with one run for each draw.
         predictions_args: Other inputs to predict at: a tensor, a tuple of arguments, a
             mapping of keyword arguments, or ``(args, kwargs)``.
         prior: Whether to draw the prior.
-        chains: How many chains the draws are cut into. They are independent, so
-            diagnostics of chains say only that.
+        chains: How many chains the draws are cut into. The draws are independent, and
+            diagnostics of chains show no more than that.
         coords: Labels along axes, by their names: ``{"site": ["a", "b"]}``.
             ``predictions`` take none: their rows are numbered.
         dims: Names of axes of y and arguments, by variable: ``{"y": ["site"]}``.
         sites: Latent sites to show; by default all that hold chosen elements.
-        seed: Draws from a random state of its own, which leaves the global one as it
-            was; by default the global one is drawn from.
+        seed: Seed of a random state of its own, which leaves the global one as it was;
+            by default the global one is used.
         kwargs: Keyword arguments of the model.
 
     Returns:
@@ -113,10 +112,8 @@ def to_inference_data(
             f"chains={chains} and num_samples={num_samples}. Pass "
             f"num_samples={max(1, num_samples // max(chains, 1)) * max(chains, 1)}."
         )
-    noise = posterior.noise_scale
-    source = DrawnModel(
-        posterior.user_model, posterior.latents, posterior.subnet, linearized, noise
-    )
+    noise = posterior.noise_factor
+    source = DrawnModel(posterior.at_map, posterior.subnet, linearized, noise)
     gaussian = posterior.gaussian
     with _random_numbers(seed):
         standard = standard_normal((num_samples, gaussian.size), gaussian.loc, None)
@@ -125,8 +122,8 @@ def to_inference_data(
         groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
         drawn = groups.add_data(theta, args, kwargs)
         stats = {"lp": log_q}
-        scales = posterior.prior_scale, noise
-        if drawn.log_likelihood and scales == (1.0, 1.0):
+        factors = posterior.prior_factor, noise
+        if drawn.log_likelihood and factors == (1.0, 1.0):
             log_prior = log_prior_at(groups.call, source.subnet, theta)
             stats["log_importance_ratio"] = drawn.total + log_prior - log_q
         groups.add("sample_stats", stats)
@@ -138,8 +135,8 @@ def to_inference_data(
         arviz,
         curvature=posterior.options.curvature,
         covariance=posterior.options.covariance,
-        prior_scale=json.dumps(posterior.prior_scale),
-        noise_scale=noise,
+        prior_factor=json.dumps(posterior.prior_factor),
+        noise_factor=noise,
         seed="global random state" if seed is None else seed,
     )
 
@@ -160,29 +157,29 @@ def from_hybrid_mcmc(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """MCMC on a hybrid model as ArviZ's ``InferenceData``, beside the Laplace one.
+    """MCMC on a hybrid model as ArviZ's ``InferenceData``, to compare with Laplace.
 
-    The groups, variables and labels of :func:`to_inference_data`, so that ArviZ draws
-    and compares both. ``sample_stats`` has ``lp``, the hybrid model's log density, if
-    there is data, and ``diverging``, if the kernel tells; each chain's acceptance rate
-    is an attribute of the group.
+    Groups, variables and labels are those of :func:`to_inference_data`, so that ArviZ
+    can plot and compare both. ``sample_stats`` has ``lp``, the hybrid model's log
+    density, if there are data, and ``diverging``, if the kernel reports it; each
+    chain's acceptance rate is an attribute of the group.
 
     Args:
         mcmc: A finished run on ``posterior.hybrid_model()``.
         posterior: The posterior, or the hybrid model itself.
         args: Training data, as the model takes them.
-        linearized: Which hybrid model the run was on; by default what a hybrid model
-            says, and False for a posterior, as for its ``hybrid_model``.
+        linearized: Whether the run was on a linearized hybrid model; by default as the
+            hybrid model says, and False for a posterior.
         predictions_args: As for :func:`to_inference_data`.
         prior: Whether to draw the prior: as many draws as there are of the posterior.
-        coords: As there.
-        dims: As there.
-        sites: As there.
-        seed: As there.
+        coords: As for :func:`to_inference_data`.
+        dims: As for :func:`to_inference_data`.
+        sites: As for :func:`to_inference_data`.
+        seed: As for :func:`to_inference_data`.
         kwargs: Keyword arguments of the model.
 
     Returns:
-        As there.
+        As :func:`to_inference_data`.
 
     Raises:
         OptionError: If the run has no draws of this subnet, or ``linearized`` is not
@@ -192,8 +189,7 @@ def from_hybrid_mcmc(
     """
     source = _source_of(posterior, linearized)
     by_chain = _subnet_draws(mcmc, source.subnet)
-    theta = by_chain.flatten(0, 1)
-    chains = len(by_chain)
+    theta, chains = by_chain.flatten(0, 1), len(by_chain)
     with _random_numbers(seed):
         groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
         drawn = groups.add_data(theta, args, kwargs)
@@ -216,7 +212,7 @@ def from_hybrid_mcmc(
 
 @contextmanager
 def _random_numbers(seed: int | None) -> Iterator[None]:
-    """Torch's random numbers from a seed, and as they were afterwards."""
+    """Seeds torch's random state for a while and restores it; None leaves it alone."""
     if seed is None:
         yield
         return
@@ -230,32 +226,26 @@ def _random_numbers(seed: int | None) -> Iterator[None]:
 def _source_of(
     posterior: AutoSubnetMultivariateNormal | HybridModel, linearized: bool | None
 ) -> DrawnModel:
+    """The model that a run was on, at its parameters' present values."""
     if not isinstance(posterior, HybridModel):
-        return DrawnModel(
-            posterior.user_model,
-            posterior.latents,
-            posterior.subnet,
-            bool(linearized),
-        )
+        return DrawnModel(posterior.at_map, posterior.subnet, bool(linearized))
     if linearized not in (None, posterior.linearized):
         raise OptionError(
             f"`linearized` must be the hybrid model's, {posterior.linearized}; got "
             f"{linearized}. Leave it out."
         )
-    latents = posterior.present_latents()
-    moved = not torch.equal(latents.loc, posterior.latents.loc)
+    at_map = posterior.at_parameters()
+    moved = not torch.equal(at_map.latents.loc, posterior.at_map.latents.loc)
     if moved and posterior.linearized:
         raise ModelError(
             "A linearized hybrid model must have its parameters at the MAP; got some "
             "that were trained. Fit a posterior anew at these values."
         )
-    return DrawnModel(
-        posterior.user_model, latents, posterior.subnet, posterior.linearized
-    )
+    return DrawnModel(at_map, posterior.subnet, posterior.linearized)
 
 
 def _subnet_draws(mcmc: MCMC, subnet: Subnet) -> Tensor:
-    """Draws by chain, (chains, draws, S)."""
+    """Draws of the subnet by chain, shape (chains, draws, S)."""
     samples = mcmc.get_samples(group_by_chain=True)
     draws: Tensor | None = samples.get(SITE)
     if draws is None or draws.shape[-1] != subnet.size:
@@ -270,7 +260,7 @@ def _subnet_draws(mcmc: MCMC, subnet: Subnet) -> Tensor:
 def _diagnostics(
     mcmc: MCMC, chains: int, draws: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Which draws diverged, and attributes: what the kernel tells of each chain."""
+    """Which draws diverged, and the chains' acceptance rates, if the kernel tells."""
     told = mcmc._diagnostics
     if any(chain is None for chain in told):
         told = [{}] * chains

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
 
 import pyro
 import torch
@@ -13,24 +14,26 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_subnet.curvature.jacobian.output_map import identity_factors
-from pyro_subnet.curvature.jacobian.route import jacobian_blocks
-from pyro_subnet.models.draws import constructor
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.output_site import OutputSite, SiteDistribution, site_weights
+from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.site_distribution import SiteDistribution
+from pyro_subnet.tracing.subnet_call import SubnetCall
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class OutputDraws:
-    """What a call says at K draws of the subnet, other elements at the MAP.
+    """Observed sites of a call at K draws of the subnet, other elements at the MAP.
 
     Attributes:
         samples: Of each output site, shape (K, *site shape).
-        log_likelihood: Of each site with data, datum by datum, in nats, (K, *data):
-            the axes of its batch, or the first one where all are its event's. Neither
-            scaled nor weighted; what a mask or a scale of zero leaves out counts 0.
-        total: Log likelihood as the model weighs it, over all sites with data, (K,).
+        log_likelihood: Of each site with data, in nats, shape (K, *data), by elements
+            of its batch, or of its first axis where all are its event's. Neither scaled
+            nor weighted; what a mask or a scale of zero leaves out counts 0.
+        total: Log likelihood as the model weights it, over all sites with data, (K,).
     """
 
     samples: Mapping[str, Tensor]
@@ -45,44 +48,16 @@ class OutputDraws:
         theta: Float[Tensor, "draws subnet"],
         *,
         linearized: bool,
-        noise_scale: float = 1.0,
+        noise_factor: float = 1.0,
     ) -> OutputDraws:
-        r"""Evaluates the observed sites at draws.
-
-        Linearized outputs cost one Jacobian of the chosen elements and one product;
-        the network itself runs once a draw, with one set of D weights at a time.
-
-        Args:
-            call: A call of the model.
-            subnet: The chosen elements.
-            theta: Draws of them, unconstrained.
-            linearized: Whether outputs are first-order expansions about the MAP.
-            noise_scale: What normal noise is multiplied by in the linearized model.
-
-        Returns:
-            Log densities and samples, which take the global random numbers.
-        """
+        r"""Log densities, and samples by the global random state, at draws theta."""
+        # Linearized outputs cost one Jacobian of the chosen elements and one product.
+        # The network itself runs once for each draw, with one set of D weights at a
+        # time.
         with pyro.validation_enabled(False):
             if linearized:
-                return _linearized(call, subnet, theta, math.log(noise_scale))
+                return _linearized(call, subnet, theta, math.log(noise_factor))
             return _sampled_network(call, subnet, theta)
-
-
-def values_at(
-    call: ModelCall, subnet: Subnet, theta: Float[Tensor, " subnet"]
-) -> dict[str, Tensor]:
-    """Unconstrained values of all latent sites at one draw.
-
-    Args:
-        call: A call of the model.
-        subnet: The chosen elements.
-        theta: Their values.
-
-    Returns:
-        ``{site: value}``, others than the chosen at the MAP.
-    """
-    packed = call.latents.loc.index_copy(0, subnet.flat, theta.to(call.latents.loc))
-    return call.latents.layout.unpack(packed)
 
 
 def _linearized(
@@ -107,7 +82,7 @@ def _sampled_network(call: ModelCall, subnet: Subnet, theta: Tensor) -> OutputDr
     }
     totals = []
     for row in theta:
-        nodes = call.run(values_at(call, subnet, row)).nodes
+        nodes = call.run(call.latents.values_with(subnet, row)).nodes
         total = theta.new_zeros(1).double()
         for site in call.sites:
             node = nodes[site.name]
@@ -130,23 +105,23 @@ def _shifts(
     call: ModelCall, subnet: Subnet, theta: Tensor
 ) -> dict[str, dict[str, Tensor]]:
     r""":math:`J (\theta_k - \hat\theta)` by site and parameter, (K, *elements, c)."""
-    graph = call.graph(with_prior=False)
-    moved, activations = call.moved_parts(graph, subnet), graph.activation_bytes
-    del graph
-    sites = [site for site in call.sites if moved[site.name]]
+    subnet_call = SubnetCall.of(call, subnet)
+    sites, moved = subnet_call.sites, subnet_call.moved
     if not sites:
         return {}
-    outputs = call.output_map(subnet, moved, activations)
-    steps = theta - call.latents.loc.index_select(0, subnet.flat).to(theta)
-    products: list[list[Tensor]] = [[] for _ in sites]
-    for block in jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET):
-        rows = block.rows.flatten(0, 1)
-        products[block.site].append(steps @ rows.to(steps).mT)
+    outputs = subnet_call.outputs()
+    steps = theta - outputs.loc.to(theta)
+    products = joined_rows(
+        jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET),
+        len(sites),
+        lambda rows: steps @ rows.flatten(0, 1).to(steps).mT,
+        dim=1,
+    )
     found = {}
-    for site, parts in zip(sites, products, strict=True):
+    for site, product in zip(sites, products, strict=True):
         widths = site.widths(moved[site.name])
         wide = (len(theta), *site.distribution.element_shape, sum(widths))
-        pieces = torch.cat(parts, dim=1).reshape(wide).split(widths, dim=-1)
+        pieces = product.reshape(wide).split(widths, dim=-1)
         found[site.name] = dict(zip(moved[site.name], pieces, strict=True))
     return found
 
@@ -154,28 +129,25 @@ def _shifts(
 def _shifted(
     site: OutputSite, shifts: Mapping[str, Tensor], log_noise: float
 ) -> Distribution:
-    """A site's family at shifted parameters, element by element, without masks."""
+    """A site's family at shifted parameters, elementwise and without masks."""
     taken, family = site.distribution, site.family
-    outputs = {
-        part: value.expand(*taken.element_shape, value.shape[-1])
-        for part, value in family.outputs(taken.base).items()
-    }
+    outputs = taken.outputs(family)
     for part, shift in shifts.items():
         outputs[part] = outputs[part] + shift
     if log_noise and family.distribution is torch.distributions.Normal:
         outputs["log_scale"] = outputs["log_scale"] + log_noise
-    return constructor(taken, family)(**family.parameters(taken.base, outputs))
+    return taken.plain_at(family, outputs)
 
 
 def _log_likelihood(site: OutputSite, fn: Distribution) -> tuple[Tensor, Tensor]:
-    """Log density of the data, by datum as it is, and in sum as it is weighed."""
+    """Log density of the data: by data point unweighted, and its weighted sum."""
     taken = site.distribution
     shape, event = taken.element_shape, taken.base.event_shape
     weights = site_weights(site.node, taken, without_plates=False).reshape(shape)
     live = weights != 0
     value = site.node["value"].expand(shape + event)
     if not bool(live.all()):
-        # What is masked may be NaN, which a weight of zero does not remove.
+        # Masked data may be NaN, which a weight of zero does not remove.
         inside = live.reshape(live.shape + (1,) * len(event))
         value = value.where(inside, fn.sample()[0])
     density = fn.log_prob(value).where(live, 0.0)

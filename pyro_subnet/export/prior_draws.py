@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.export.output_draws import values_at
-from pyro_subnet.models.linearized import latent_parents
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.log_prior import log_prior_terms, prior_term
@@ -20,27 +18,17 @@ from pyro_subnet.tracing.trace import is_factor, run_model
 def draw_prior(
     call: ModelCall, subnet: Subnet, count: int
 ) -> Float[Tensor, "count subnet"]:
-    """Draws the chosen elements as the user's model draws them.
-
-    A site whose prior depends on no other site is drawn by itself; if any other holds
-    chosen elements, the model runs once a draw. Other sites are drawn then too and let
-    go: these are draws of the elements' marginal prior.
-
-    Args:
-        call: A call of the model.
-        subnet: The chosen elements.
-        count: K.
-
-    Returns:
-        Unconstrained; one draw of the sites' elements is held at a time.
-    """
+    """K draws of the chosen elements' marginal prior, unconstrained, shape (K, S)."""
+    # A site whose prior depends on no other site is drawn by itself. If any other holds
+    # chosen elements, the model runs once for each draw, and its other sites are
+    # dropped.
     chosen = subnet.indices
-    runs = bool(set(chosen) & set(latent_parents(call)))
+    runs = bool(set(chosen) & set(call.latent_parents()))
     rows = []
     for _ in range(count):
         nodes = call.trace.nodes
         if runs:
-            nodes = run_model(call.model, call.args, call.kwargs, {}, {}).nodes
+            nodes = run_model(call.at_map.model, call.args, call.kwargs, {}, {}).nodes
         parts = []
         for name, within in chosen.items():
             node = nodes[name]
@@ -54,42 +42,33 @@ def draw_prior(
 def log_prior_at(
     call: ModelCall, subnet: Subnet, theta: Float[Tensor, "draws subnet"]
 ) -> Float[Tensor, " draws"]:
-    """Log density of all latent sites and factors, in unconstrained space.
-
-    Where no prior depends on a chosen site and there are no factors, only the sites
-    with chosen elements are evaluated anew; otherwise the model runs once a draw.
-
-    Args:
-        call: A call of the model.
-        subnet: The chosen elements.
-        theta: Draws of them; other elements are at the MAP.
-
-    Returns:
-        Nats, float64.
-    """
+    """Unconstrained log density of all latent sites and factors, (K,), in nats."""
+    # Where no prior depends on a chosen site and there are no factors, only the sites
+    # with chosen elements are evaluated anew. Otherwise the model runs once for each
+    # draw.
     nodes, latents = call.trace.nodes, call.latents
     chosen = set(subnet.indices)
-    parents = set[str]().union(*latent_parents(call).values())
+    parents = set[str]().union(*call.latent_parents().values())
     runs = bool(chosen & parents) or any(map(is_factor, nodes.values()))
     with pyro.validation_enabled(False):
         if runs:
             found = []
             for row in theta:
-                u = values_at(call, subnet, row)
+                u = latents.values_with(subnet, row)
                 terms = log_prior_terms(call.run(u), latents, u)
                 found.append(_sum([term.log_density for term in terms]))
             return torch.stack(found)
         rest = _terms(call, latents.values, set(latents.layout.names) - chosen)
         return torch.stack(
             [
-                _sum([*rest, *_terms(call, values_at(call, subnet, row), chosen)])
+                _sum([*rest, *_terms(call, latents.values_with(subnet, row), chosen)])
                 for row in theta
             ]
         )
 
 
 def _terms(call: ModelCall, u: Mapping[str, Tensor], sites: set[str]) -> list[Tensor]:
-    """Log densities of sites at other values than those of the reference run."""
+    """Log densities of sites at the values u, under the reference run's priors."""
     transforms = call.latents.transforms
     return [
         prior_term(

@@ -1,1 +1,4 @@
-"""What is written and read, whole or not at all."""
+"""What is written and read, whole or not at all.
+
+May import laplace, tracing, _version.
+"""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -22,10 +21,9 @@ from pyro_subnet.files.fingerprint import (
     site_records,
 )
 from pyro_subnet.files.safe_file import Content, read_file, write_file
-from pyro_subnet.fit.dispatch import FORM_MAKERS
-from pyro_subnet.fit.summary import FitSummary
-from pyro_subnet.guides.curvature import CurvatureGuide
+from pyro_subnet.gaussians.registry import FORMS
 from pyro_subnet.laplace.search import Tuning
+from pyro_subnet.laplace.state import PosteriorFacts, PosteriorState
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Layout, Subnet
 from pyro_subnet.tracing.trace import (
@@ -36,12 +34,11 @@ from pyro_subnet.tracing.trace import (
     refuse_training_mode,
 )
 
-Guide = TypeVar("Guide", bound=CurvatureGuide)
 KIND = "posterior"
 
-# The axes of every tensor of a file, a letter each. Axes of one name have one length: D
-# and S of the posterior, R rows, n sites, k weights whose priors couple, 5 numbers of
-# the summary.
+# The axes of every tensor of a file but those of its form, a letter each. Axes of one
+# name have one length: D and S of the posterior, k weights whose priors couple, 5
+# numbers of the summary.
 _AXES = {
     "loc": "D",
     "subnet_positions": "S",
@@ -50,25 +47,6 @@ _AXES = {
     "prior_columns": "Sk",
     "prior_gradient": "S",
     "fit_numbers": "5",
-}
-_BLOCK = re.compile(r"kronecker_block_\d+_")
-# Those that a form has besides. A new form is one entry here and in `FORM_MAKERS`.
-FORM_AXES = {
-    "primal": {"factor_and_ggn": "SS", "ggn_diagonal": "S"},
-    "dual": {"rows": "RS", "scaled_prior": "S", "kernel_tril": "RR"},
-    "diagonal": {"ggn_diagonal": "S", "precision": "S"},
-    "kronecker": {"kronecker_ggn": "D", "kronecker_prior": "D", "site_scales": "n"},
-}
-# Those of each Kronecker block, which has lengths p and q of its own.
-_BLOCK_AXES = {
-    "positions": "pq",
-    "output_vectors": "pp",
-    "output_values": "p",
-    "input_vectors": "qq",
-    "input_values": "q",
-    "weight": "",
-    "prior": "",
-    "site": "",
 }
 _KEYS = (
     "sites",
@@ -79,105 +57,75 @@ _KEYS = (
     "explained_variance",
     "tuning",
 )
-_INTEGER = ("subnet_positions", "prior_coupled", "positions", "site")
+# Tensors of whole numbers, by the end of their names.
+_INTEGER = ("subnet_positions", "prior_coupled", "_positions", "_site")
 _TUNING = ("tuning_scales", "tuning_objective")
 
 
-def save_posterior(guide: CurvatureGuide, path: str | os.PathLike[str]) -> None:
-    """Writes all that a posterior is, whole or not at all.
-
-    Args:
-        guide: The posterior.
-        path: Where to.
-
-    Raises:
-        CheckpointError: If it cannot be written.
-    """
-    tensors = {
-        "loc": guide.loc,
-        "subnet_positions": guide.subnet_positions,
-        **guide.form.tensors(),
-        **guide.summary.tensors(),
-    }
-    scale = guide.prior_scale
+def save_posterior(
+    state: PosteriorState, guide: AutoContinuous, path: str | os.PathLike[str]
+) -> None:
+    """Writes all that a posterior is, whole or not at all."""
+    facts, tensors = state.facts, state.tensors()
     content: Content = {
         "sites": site_records(guide),
-        "form": guide.form_name,
-        "prior_scale": (
-            {site: float(number) for site, number in scale.items()}
-            if isinstance(scale, Mapping)
-            else float(scale)
-        ),
-        "noise_scale": float(guide.noise_scale),
-        "options": asdict(guide.options),
-        "explained_variance": guide.explained_variance,
+        "form": facts.form,
+        "prior_scale": _plain(facts.prior_factor),
+        "noise_scale": float(facts.noise_factor),
+        "options": asdict(facts.options),
+        "explained_variance": facts.explained_variance,
         "tuning": None,
     }
-    if (tuning := guide.tuning) is not None:
+    if (tuning := facts.tuning) is not None:
         tensors.update(tuning_scales=tuning.scales, tuning_objective=tuning.objective)
         content["tuning"] = {
             "method": tuning.method,
             "best": float(tuning.best),
             "at_bound": bool(tuning.at_bound),
             "is_flat": bool(tuning.is_flat),
-            "by_site": (
-                None
-                if tuning.by_site is None
-                else {site: float(number) for site, number in tuning.by_site.items()}
-            ),
+            "by_site": None if tuning.by_site is None else _plain(tuning.by_site),
         }
     write_file(path, KIND, tensors, content)
 
 
 @torch.inference_mode(False)
 def load_posterior(
-    cls: type[Guide],
     path: str | os.PathLike[str],
     model: Model,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> Guide:
-    """Makes a posterior of what a file holds and of the model that it was fitted to.
-
-    Args:
-        cls: Of the posterior.
-        path: Where from.
-        model: The user's model, which runs once.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The posterior, on the device of the model's latent sites.
-
-    Raises:
-        CheckpointError: If the file is none of ours, truncated, altered, newer, or of
-            another model.
-        FileNotFoundError: If there is none.
-    """
+) -> tuple[AutoContinuous, PosteriorState]:
+    """A guide that one run of the model has set up, and the file's posterior."""
     tensors, content = read_file(path, KIND)
     _check_tensors(tensors, content)
     sites = content["sites"]
     prototype = _prototype(model, args, kwargs, sites, tensors["loc"])
     check_sites(site_records(prototype), sites)
     _, node = next(iter(prototype.prototype_trace.iter_stochastic_nodes()))
-    device = node["value"].device
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    # The posterior goes where the model's latent sites are.
+    moved = {name: tensor.to(node["value"].device) for name, tensor in tensors.items()}
     layout = Latents.from_guide(prototype, moved["loc"]).layout
-    new = cls(model, prototype)
-    new._register(
-        loc=moved["loc"], subnet_positions=_checked_subnet(layout, moved).flat
-    )
-    new._hold(
-        FORM_MAKERS[content["form"]](moved, layout), FitSummary.from_tensors(moved)
-    )
-    new.prior_scale = content["prior_scale"]
-    new.noise_scale = content["noise_scale"]
-    new.options = FitOptions(**content["options"])
-    new.explained_variance = content["explained_variance"]
+    _check_subnet(layout, moved["subnet_positions"])
+    tuning = None
     if content["tuning"] is not None:
         scales, objective = (tensors[name] for name in _TUNING)
-        new.tuning = Tuning(scales=scales, objective=objective, **content["tuning"])
-    return new
+        tuning = Tuning(scales=scales, objective=objective, **content["tuning"])
+    facts = PosteriorFacts(
+        content["form"],
+        FitOptions(**content["options"]),
+        content["prior_scale"],
+        content["noise_scale"],
+        content["explained_variance"],
+        tuning,
+    )
+    return prototype, PosteriorState.from_tensors(moved, facts, layout)
+
+
+def _plain(factor: float | Mapping[str, float]) -> float | dict[str, float]:
+    """One factor, or one for each site, as JSON holds them."""
+    if isinstance(factor, Mapping):
+        return {site: float(number) for site, number in factor.items()}
+    return float(factor)
 
 
 def _prototype(
@@ -187,7 +135,7 @@ def _prototype(
     sites: list[SiteRecord],
     loc: Tensor,
 ) -> AutoContinuous:
-    """A guide set up by one run of the model at the MAP, apart from everything."""
+    """A guide that one run of the model at the MAP sets up, apart from everything."""
     shapes = tuple(torch.Size(site["unconstrained"]) for site in sites)
     layout = Layout(tuple(site["name"] for site in sites), shapes)
     if layout.num_params != len(loc):
@@ -224,8 +172,7 @@ def _prototype(
     return guide
 
 
-def _checked_subnet(layout: Layout, tensors: Mapping[str, Tensor]) -> Subnet:
-    positions = tensors["subnet_positions"]
+def _check_subnet(layout: Layout, positions: Tensor) -> None:
     try:
         subnet = Subnet.from_positions(layout, positions)
     except SelectionError as error:
@@ -237,34 +184,23 @@ def _checked_subnet(layout: Layout, tensors: Mapping[str, Tensor]) -> Subnet:
             "The file's subnet positions must ascend; got others. Take another copy of "
             "the file."
         )
-    return subnet
-
-
-def _axes(form: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Names of the axes of each tensor that a form's file has."""
-    axes = {name: tuple(own) for name, own in {**_AXES, **FORM_AXES[form]}.items()}
-    blocks = {found.group() for found in map(_BLOCK.match, tensors) if found}
-    if form == "kronecker":
-        for block in blocks:
-            for part, own in _BLOCK_AXES.items():
-                axes[block + part] = tuple(block + letter for letter in own)
-    return axes
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], content: Content) -> None:
-    """Holds names, shapes and kinds of numbers to what a posterior has."""
+    """Checks names, shapes and kinds of numbers against what a posterior has."""
     if missing := [key for key in _KEYS if key not in content]:
         raise CheckpointError(
             f"The file must hold {', '.join(_KEYS)}; got none of {missing}. Take "
             "another copy of it."
         )
     form = content["form"]
-    if form not in FORM_MAKERS:
+    if form not in FORMS:
         raise CheckpointError(
-            f"The file's form must be one of {', '.join(map(repr, FORM_MAKERS))}; got "
+            f"The file's form must be one of {', '.join(map(repr, FORMS))}; got "
             f"{form!r}. Upgrade pyro_subnet."
         )
-    axes = _axes(form, tensors)
+    axes = {name: tuple(letters) for name, letters in _AXES.items()}
+    axes |= FORMS[form].axes_of(tensors)
     found = set(tensors) - set(_TUNING)
     if found != set(axes):
         raise CheckpointError(
@@ -273,8 +209,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], content: Content) -> None:
         )
     lengths = {"5": 5}
     for name, letters in axes.items():
-        part = _BLOCK.sub("", name)
-        shape, whole = tensors[name].shape, part in _INTEGER
+        shape, whole = tensors[name].shape, name.endswith(_INTEGER)
         fits = len(shape) == len(letters) and all(
             lengths.setdefault(letter, length) == length
             for letter, length in zip(letters, shape, strict=True)

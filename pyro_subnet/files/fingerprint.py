@@ -1,4 +1,4 @@
-"""What tells a model's latent sites, and data, from others: for files."""
+"""What tells a model's latent sites, and data, from others, for files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,7 @@ _WORDS = {
 
 
 def site_records(guide: AutoContinuous) -> list[SiteRecord]:
-    """A model's latent sites, in the order in which they are packed.
-
-    Args:
-        guide: A guide that was set up.
-
-    Returns:
-        Name, unconstrained and constrained shape, support and prior's dtype of each.
-    """
+    """Name, both shapes, support and prior's dtype of each latent site, as packed."""
     return [
         {
             "name": name,
@@ -48,15 +41,7 @@ def site_records(guide: AutoContinuous) -> list[SiteRecord]:
 
 
 def prior_kind(fn: Any, like: Tensor) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of a prior's draws.
-
-    Args:
-        fn: The prior.
-        like: Stands in for a draw of a prior that has none, such as an improper one.
-
-    Returns:
-        Both.
-    """
+    """Dtype and device of a prior's draws; those of ``like`` for an improper prior."""
     with preserved_rng():
         try:
             like = fn.sample()
@@ -66,15 +51,7 @@ def prior_kind(fn: Any, like: Tensor) -> tuple[torch.dtype, torch.device]:
 
 
 def check_sites(found: Sequence[SiteRecord], expected: Sequence[SiteRecord]) -> None:
-    """Holds a model's sites to those of a file.
-
-    Args:
-        found: The model's.
-        expected: The file's.
-
-    Raises:
-        CheckpointError: If they differ; it names the first site that does.
-    """
+    """Raises a CheckpointError that names the first site in which two models differ."""
     ours = {site["name"]: site for site in found}
     theirs = {site["name"]: site for site in expected}
     check_names(list(ours), list(theirs))
@@ -89,15 +66,7 @@ def check_sites(found: Sequence[SiteRecord], expected: Sequence[SiteRecord]) -> 
 
 
 def check_names(found: Sequence[str], expected: Sequence[str]) -> None:
-    """Holds the names of a model's sites to those of a file.
-
-    Args:
-        found: The model's, in order.
-        expected: The file's.
-
-    Raises:
-        CheckpointError: If they differ; it names the first site that does.
-    """
+    """Raises a CheckpointError if the sites or their order differ from the file's."""
     for name in expected:
         if name not in found:
             raise CheckpointError(
@@ -120,14 +89,7 @@ def check_names(found: Sequence[str], expected: Sequence[str]) -> None:
 
 
 def digest(*values: Any) -> str:
-    """A hash of tensors, arrays, numbers and strings in containers, dataclasses too.
-
-    Args:
-        values: Whatever; of an object of another kind only its class enters.
-
-    Returns:
-        SHA-256, in hexadecimal digits.
-    """
+    """SHA-256 of tensors, arrays, numbers and strings in containers and dataclasses."""
     total = hashlib.sha256()
     _feed(total, values)
     return total.hexdigest()
@@ -154,7 +116,7 @@ def _described(value: Any) -> str:
 
 
 def _feed(total: Any, value: Any) -> None:
-    """Adds a value to a hash; what it is and how long it is come first."""
+    """Adds a value to a hash, after its kind and length."""
     kind = type(value)
     if isinstance(value, Tensor):
         dense = value.detach().resolve_conj().resolve_neg()
@@ -182,4 +144,5 @@ def _feed(total: Any, value: Any) -> None:
         for name in names:
             _feed(total, getattr(value, name))
     else:
+        # Of an object of another kind only its class enters.
         total.update(f"object {kind.__module__}.{kind.__qualname__};".encode())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -22,7 +22,7 @@ from pyro_subnet.tracing.trace import Latents
 
 KIND = "fit"
 _WAY_OUT = "Put it back to resume, or delete the file to start over."
-# Where tensors stand that are not the sums'.
+# Names of the tensors that are not the sums'.
 _POSITIONS, _CPU_RNG, _CUDA_RNG = "subnet_positions", "rng_cpu", "rng_cuda"
 
 
@@ -37,9 +37,10 @@ class Sums(Protocol):
         """Undoes :meth:`state`."""
 
     def check_again(self, batch: Batch) -> None:
-        """Holds the model to what it said of the batch that was added last."""
+        """Checks the model's log likelihood of the batch that was added last."""
 
 
+@final
 @dataclass
 class FitCheckpoint:
     """A file that holds the sums of a fit after every so many batches.
@@ -47,15 +48,14 @@ class FitCheckpoint:
     Made by :meth:`open`.
 
     Attributes:
-        path: Where it is.
-        every: After how many batches it is written.
+        every: Number of batches after which it is written.
         identity: What the fit must have in common with the file.
-        rng_device: Whose random state is kept, for curvatures that draw labels; None
-            for others.
+        rng_device: Whose random state is kept, for curvatures that draw labels; else
+            None.
         subnet: The chosen subnet, as soon as there is one.
-        tensors: Of the sums, as the file had them.
-        content: Likewise, of what JSON holds; None in a fit that starts.
-        done: How many batches the file had summed.
+        tensors: Tensors of the sums, as the file had them.
+        content: What JSON holds of the sums; None in a fit that starts.
+        done: Number of batches that the file had summed.
         batches: The hash of those, each with all before it.
     """
 
@@ -63,11 +63,11 @@ class FitCheckpoint:
     every: int
     identity: Content
     rng_device: torch.device | None
-    subnet: Subnet | None
-    tensors: dict[str, Tensor]
-    content: Content | None
-    done: int
-    batches: str
+    subnet: Subnet | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    content: Content | None = None
+    done: int = 0
+    batches: str = field(default_factory=digest)
 
     @classmethod
     def open(
@@ -78,22 +78,7 @@ class FitCheckpoint:
         options: FitOptions,
         fit: tuple[Data, Any],
     ) -> FitCheckpoint:
-        """Reads the file if there is one, and holds the fit to it.
-
-        Args:
-            path: Where it is.
-            every: After how many batches it is written.
-            guide: At its MAP.
-            options: How the curvature is asked for.
-            fit: The data, and the selector.
-
-        Returns:
-            The checkpoint.
-
-        Raises:
-            OptionError: If ``every`` is not a positive count.
-            CheckpointError: If the file is damaged, or another fit's.
-        """
+        """Reads the file, if there is one, and compares it with the fit."""
         if every < 1:
             raise OptionError(
                 f"`checkpoint_every` must be a positive count of batches; got {every}. "
@@ -107,21 +92,11 @@ class FitCheckpoint:
             "MAP": digest(loc),
             "options": asdict(options),
             "num_data": None if data.num_data is None else int(data.num_data),
-            # Others are asked again, and must choose what they chose.
+            # Selectors without a pass are asked again, and must choose the same.
             "selector": digest(selector) if passes else None,
         }
         random = options.curvature == "ggn-mc"
-        new = cls(
-            path=path,
-            every=every,
-            identity=identity,
-            rng_device=loc.device if random else None,
-            subnet=None,
-            tensors={},
-            content=None,
-            done=0,
-            batches=digest(),
-        )
+        new = cls(path, every, identity, loc.device if random else None)
         if Path(path).exists():
             new._read(Latents.from_guide(guide, loc))
         return new
@@ -132,14 +107,7 @@ class FitCheckpoint:
         return self.subnet if self.identity["selector"] is not None else None
 
     def keep_subnet(self, subnet: Subnet) -> None:
-        """Takes the subnet of a fit that starts, and compares that of one that resumes.
-
-        Args:
-            subnet: The chosen one.
-
-        Raises:
-            CheckpointError: If the file's is another, or it cannot be written.
-        """
+        """Writes the subnet of a fit that starts; compares that of one that resumes."""
         if self.subnet is None:
             self.subnet = subnet
             self._write({}, None, 0, self.batches)
@@ -147,19 +115,7 @@ class FitCheckpoint:
             raise self._differs("`subnet`")
 
     def calls(self, data: Data, description: str, sums: Sums) -> Iterator[Batch]:
-        """Passes over the batches that are not summed yet, and writes the sums.
-
-        Args:
-            data: The data.
-            description: What the pass is for.
-            sums: What is added up between one batch and the next.
-
-        Yields:
-            Positional and keyword arguments of each call.
-
-        Raises:
-            CheckpointError: If the first batches are not those of the file.
-        """
+        """Yields the batches that are not summed yet; writes the sums in between."""
         if self.content is not None:
             sums.restore(self.tensors, self.content)
             self.tensors = self._rng_tensors()  # the sums hold the others
@@ -169,6 +125,7 @@ class FitCheckpoint:
         for batch in data.calls(description):
             count, hashed = count + 1, digest(hashed, batch)
             if count <= self.done:
+                # The file's last batch: all before it are hashed into its digest.
                 if count == self.done:
                     self._check_batches(hashed)
                     sums.check_again(batch)
@@ -228,11 +185,7 @@ class FitCheckpoint:
         self.done, self.batches = content["done"], content["batches"]
 
     def _write(
-        self,
-        tensors: dict[str, Tensor],
-        sums: Content | None,
-        done: int,
-        batches: str,
+        self, tensors: dict[str, Tensor], sums: Content | None, done: int, batches: str
     ) -> None:
         if self.subnet is None:
             raise CheckpointError(

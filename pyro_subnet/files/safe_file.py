@@ -1,7 +1,7 @@
 """Files of tensors and numbers that are written whole or not at all, and run no code.
 
-A safetensors file whose header also holds JSON and a SHA-256 of every other byte of the
-file: of its data, of the header, and of the padding in between.
+Each is a safetensors file whose header also holds JSON and a SHA-256 of every other
+byte of the file: of its data, of the header, and of the padding in between.
 """
 
 from __future__ import annotations
@@ -43,21 +43,8 @@ def write_file(
     tensors: Mapping[str, Tensor],
     content: Content,
 ) -> None:
-    """Writes a file whole, or leaves the one that is there.
-
-    It is written beside the target, synced to the disk, and then takes its place. A
-    process that is killed meanwhile leaves the target as it was, and may leave a file
-    that ends in ``.partial``.
-
-    Args:
-        path: Where to; a link is followed.
-        kind: What is in it; :func:`read_file` asks for the same.
-        tensors: Tensors by name, on any device; CPU ones are not copied.
-        content: What JSON can hold.
-
-    Raises:
-        CheckpointError: If it cannot be written.
-    """
+    """Writes tensors and JSON to a file whole, or leaves the one that is there."""
+    # A link is followed: the file that it points to is replaced.
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise CheckpointError(
@@ -74,6 +61,8 @@ def write_file(
         **content,
     }
     metadata = {_CONTENT: json.dumps(header), "sha256": _NO_DIGEST.decode()}
+    # Written beside the target and synced, then put in its place: a process that is
+    # killed meanwhile leaves the target as it was, and perhaps the partial file.
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
     try:
         try:
@@ -96,20 +85,7 @@ def write_file(
 def read_file(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[dict[str, Tensor], Content]:
-    """Reads a file that :func:`write_file` wrote, after checking every byte of it.
-
-    Args:
-        path: Where from.
-        kind: What must be in it.
-
-    Returns:
-        Its tensors, on the CPU and in memory of their own, and its content.
-
-    Raises:
-        CheckpointError: If it is no such file, is truncated or altered, holds something
-            else, or is of a newer version.
-        FileNotFoundError: If there is none.
-    """
+    """Tensors, on the CPU and not mapped, and content, after a check of every byte."""
     if Path(path).is_dir():
         raise CheckpointError(
             f"`path` must be that of a file; got the directory {os.fspath(path)!r}. "
@@ -153,7 +129,7 @@ def _check_kind(path: str | os.PathLike[str], kind: str, content: Content) -> No
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What safetensors takes: contiguous, and no two that share memory."""
+    """What safetensors takes: contiguous tensors, of which no two share memory."""
     held = set[int]()
     ready = {}
     for name, tensor in tensors.items():

@@ -1,1 +1,4 @@
-"""One pass over the data, and what it sums."""
+"""One pass over the data, and what it sums.
+
+May import laplace, tracing.
+"""

@@ -1,1 +1,4 @@
-"""The precision G + s P0 in its forms, and the Gaussian of each; no Pyro."""
+"""The precision G + s P0 in its forms, and the Gaussian of each.
+
+May import curvature.
+"""

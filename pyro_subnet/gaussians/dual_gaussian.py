@@ -30,7 +30,6 @@ formulation of the Kalman covariance equations", AIAA Journal 6, 1165, for B.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -39,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import PrecisionError
+from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.gaussians.dual_kernel import (
     PRIMAL_FORM,
     check_diagonal,
@@ -47,7 +47,6 @@ from pyro_subnet.gaussians.dual_kernel import (
     kernel_of_rows,
     scaled_columns,
 )
-from pyro_subnet.gaussians.factored import Gaussian
 from pyro_subnet.tensors.modes import full_precision
 from pyro_subnet.tensors.triangular import solve_rows_
 
@@ -100,21 +99,9 @@ class DualGaussian(Gaussian):
         factor_kernel_(kernel)
         return cls(loc, rows, prior_precision, kernel)
 
-    @property
-    def size(self) -> int:
-        """S, the number of dimensions."""
-        return int(self.loc.shape[-1])  # a tensor while torch.jit traces
-
     @full_precision()
     def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
-        r"""Turns standard normal noise into draws, :math:`\hat\theta + D^{-1/2} B z`.
-
-        Args:
-            noise: Standard normal, shape (..., S).
-
-        Returns:
-            Draws of the same shape; differentiable in ``noise`` and ``loc``.
-        """
+        r"""See :meth:`Gaussian.draw`: :math:`\hat\theta + D^{-1/2} B z`."""
         root, wide = self.prior_precision.rsqrt(), noise.to(self.rows.dtype)
         columns = self._products(wide * root)
         # z -> C^-T (C + I)^-1 A z
@@ -125,36 +112,28 @@ class DualGaussian(Gaussian):
         held_back = self._combinations(columns).reshape(noise.shape) * root
         return self.loc + ((wide - held_back) * root).to(self.loc.dtype)
 
-    def log_prob(
-        self, value: Float[Tensor, "*batch subnet"]
-    ) -> Float[Tensor, "*batch"]:
-        r"""Log density, from W and D, with d the distance from the mean.
+    def log_prob(self, value: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*b"]:
+        r"""See :meth:`Gaussian.log_prob`.
 
-        .. math:: \tfrac12 \log\det P - \tfrac12 (|W d|^2 + d^\top D d)
-            - \tfrac S2 \log 2\pi
-
-        Args:
-            value: Shape (..., S).
+        .. math:: q = |W d|^2 + d^\top D d,\qquad d = v - \hat\theta
 
         Returns:
-            Shape (...), in nats.
+            Shape (...).
         """
         centred = (value - self.loc).to(self.rows.dtype)
         with full_precision():
             from_data = (centred @ self.rows.mT).square().sum(-1)
         from_prior = (centred.square() * self.prior_precision).sum(-1)
-        constant = 0.5 * self.size * math.log(2 * math.pi)
-        quadratic = (from_data + from_prior).to(self.loc.dtype)
-        return self.half_log_det() - 0.5 * quadratic - constant
+        return self._quadratic_log_prob((from_data + from_prior).to(self.loc.dtype))
 
     def half_log_det(self) -> Float[Tensor, ""]:
-        r"""Returns :math:`\frac12 \log\det P`, half of D's and the sum over log C."""
+        """See :meth:`Gaussian.half_log_det`: half of D's, and the sum over log C."""
         from_prior = 0.5 * self.prior_precision.to(torch.float64).log().sum()
         from_data = self.kernel_tril.diagonal().log().sum()
         return (from_prior + from_data).to(self.loc.dtype)
 
     def variance(self) -> Float[Tensor, " subnet"]:
-        r"""Marginal variances, shape (S,), in float64 until they are returned.
+        r"""See :meth:`Gaussian.variance`; in float64 until they are returned.
 
         .. math:: \Sigma_{ii} = \frac{1 - |C^{-1} a_i|^2}{D_{ii}}
 
@@ -170,7 +149,10 @@ class DualGaussian(Gaussian):
         """
         diagonal = self.prior_precision.to(torch.float64)
         held_back = torch.cat(
-            [solved.square_().sum(1) for solved in map(self._solved, self._blocks())]
+            [
+                solved.square_().sum(1)
+                for solved in map(self._solved, column_blocks(self.size))
+            ]
         )
         left = 1 - held_back
         if not bool((left > 0).all()):
@@ -183,17 +165,7 @@ class DualGaussian(Gaussian):
 
     @full_precision()
     def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
-        r"""Maps rows j of a Jacobian to :math:`B^\top D^{-1/2} j`.
-
-        Inner products of the results are the projected covariances
-        :math:`J \Sigma J^\top`.
-
-        Args:
-            jac: Shape (..., S).
-
-        Returns:
-            Shape (..., S).
-        """
+        r"""See :meth:`Gaussian.whiten`: rows j become :math:`B^\top D^{-1/2} j`."""
         root = self.prior_precision.rsqrt()
         scaled = jac.to(self.rows.dtype) * root
         columns = self._products(scaled * root)
@@ -202,6 +174,11 @@ class DualGaussian(Gaussian):
         columns = torch.linalg.solve_triangular(self._shifted().mT, columns, upper=True)
         held_back = self._combinations(columns).reshape(jac.shape) * root
         return (scaled - held_back).to(jac.dtype)
+
+    def precision_diagonal(self) -> Float[Tensor, " subnet"]:
+        """See :meth:`Gaussian.precision_diagonal`."""
+        found = self.rows.square().sum(0) + self.prior_precision
+        return found.to(self.loc.dtype)
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         """Returns P, shape (S, S)."""
@@ -215,24 +192,16 @@ class DualGaussian(Gaussian):
         return self._covariance().to(self.loc.dtype)
 
     def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
-        r"""Lower factor of the covariance; the matrix and its factor are float64.
-
-        Returns:
-            Shape (S, S).
-        """
+        """Lower factor of the covariance, (S, S); both are made in float64."""
         return torch.linalg.cholesky(self._covariance()).to(self.loc.dtype)
 
     def _covariance(self) -> Tensor:
         """Σ in float64: D^-1/2 (I - A^T K^-1 A) D^-1/2."""
         root = self.prior_precision.to(torch.float64).rsqrt()
-        solved = torch.cat([self._solved(block) for block in self._blocks()])
+        solved = torch.cat([self._solved(block) for block in column_blocks(self.size)])
         covariance = (solved @ solved.mT).neg_()
         covariance.diagonal().add_(1.0)
         return covariance.mul_(root).mul_(root.unsqueeze(-1))
-
-    def _blocks(self) -> list[slice]:
-        """Groups of columns of W."""
-        return column_blocks(self.size)
 
     def _solved(self, block: slice) -> Tensor:
         """Rows C^-1 a_i for the columns a_i of A in a block, float64."""

@@ -23,15 +23,7 @@ _DIGITS = 100.0
 
 
 def check_diagonal(diagonal: Float[Tensor, " subnet"]) -> None:
-    """Refuses a diagonal that has no inverse root.
-
-    Args:
-        diagonal: The prior's precision, shape (S,).
-
-    Raises:
-        NonFiniteError: If an element is NaN or infinite.
-        PrecisionError: If an element is not a positive normal number.
-    """
+    """Refuses a diagonal, shape (S,), that has no inverse root."""
     size = len(diagonal)
     bad = (~diagonal.isfinite()).nonzero().squeeze(1)
     if bad.numel():
@@ -51,14 +43,7 @@ def check_diagonal(diagonal: Float[Tensor, " subnet"]) -> None:
 
 
 def column_blocks(size: int) -> list[slice]:
-    """Groups of columns that are scaled at once.
-
-    Args:
-        size: S.
-
-    Returns:
-        Slices that cover all of them, in order.
-    """
+    """Groups of columns, of S in all, that are scaled at once."""
     starts = range(0, size, _BLOCK_COLUMNS)
     return [slice(start, min(start + _BLOCK_COLUMNS, size)) for start in starts]
 
@@ -66,16 +51,7 @@ def column_blocks(size: int) -> list[slice]:
 def scaled_columns(
     rows: Float[Tensor, "rows subnet"], diagonal: Float[Tensor, " subnet"], block: slice
 ) -> Float[Tensor, "block rows"]:
-    r"""Some columns of :math:`A = W D^{-1/2}`, as rows.
-
-    Args:
-        rows: W, shape (R, S).
-        diagonal: D, shape (S,).
-        block: Which columns, n of them.
-
-    Returns:
-        A new matrix in float64, shape (n, R).
-    """
+    r"""Some columns of :math:`A = W D^{-1/2}`, as rows of a new matrix, float64."""
     root = diagonal[block].to(torch.float64).rsqrt()
     columns = torch.empty(
         len(root), len(rows), dtype=torch.float64, device=rows.device
@@ -86,7 +62,7 @@ def scaled_columns(
 def kernel_of_rows(
     rows: Float[Tensor, "rows subnet"], diagonal: Float[Tensor, " subnet"]
 ) -> Float[Tensor, "rows rows"]:
-    r"""The kernel :math:`A A^\top = W D^{-1} W^\top`, in float64.
+    r"""The kernel :math:`A A^\top = W D^{-1} W^\top`, float64, in the lower triangle.
 
     Costs R^2 S operations and R x 2048 numbers beside the result.
 
@@ -95,7 +71,7 @@ def kernel_of_rows(
         diagonal: D, shape (S,).
 
     Returns:
-        In the lower triangle, with zeros above, shape (R, R).
+        Zeros above the diagonal, shape (R, R).
     """
     count = len(rows)
     kernel = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
@@ -105,14 +81,7 @@ def kernel_of_rows(
 
 
 def check_kernel(kernel: Float[Tensor, "rows rows"]) -> None:
-    """Refuses NaN and infinity, which reach the diagonal as it sums squares.
-
-    Args:
-        kernel: Shape (R, R).
-
-    Raises:
-        NonFiniteError: If there is one.
-    """
+    """Refuses NaN and infinity, which reach the diagonal as it sums squares."""
     bad = (~kernel.diagonal().isfinite()).nonzero().squeeze(1)
     if bad.numel():
         raise NonFiniteError(
@@ -124,14 +93,14 @@ def check_kernel(kernel: Float[Tensor, "rows rows"]) -> None:
 
 
 def factor_kernel_(kernel: Float[Tensor, "rows rows"]) -> None:
-    """Replaces K by its factor C, in the lower triangle. No jitter is added.
+    """Replaces K, at least the identity but for round-off, by its factor C, in place.
 
     Args:
-        kernel: K, at least the identity but for round-off, shape (R, R), float64.
+        kernel: K in its lower triangle, shape (R, R), float64.
 
     Raises:
         NonFiniteError: If an entry is NaN or infinite.
-        PrecisionError: If it is too badly conditioned for float64.
+        PrecisionError: If it is too badly conditioned for float64. No jitter is added.
     """
     check_kernel(kernel)
     if not len(kernel):

@@ -1,4 +1,4 @@
-r"""What a Gaussian over the subnet is, and the one held as a factor of its precision.
+r"""The Gaussian that is held as one Cholesky factor of its precision.
 
 With :math:`P = L L^\top` the covariance :math:`\Sigma = L^{-\top} L^{-1}` is never
 formed: draws, log density, marginal and projected variances are triangular solves.
@@ -6,17 +6,22 @@ formed: draws, log density, marginal and projected variances are triangular solv
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.exceptions import NonFiniteError, PrecisionError
-from pyro_subnet.tensors.triangular import cholesky_, multiply_rows, solve_rows_
+from pyro_subnet.exceptions import NonFiniteError
+from pyro_subnet.gaussians.base import Gaussian, refuse_precision
+from pyro_subnet.tensors.triangular import (
+    cholesky_,
+    mirror_,
+    multiply_rows,
+    solve_rows_,
+)
 
 # Rows of the identity that are solved for, or rows of a matrix that are looked through,
 # at once: bounds the extra memory to S x 512 instead of S x S.
@@ -25,83 +30,9 @@ _BLOCK_ROWS = 512
 _MAX_EIGENVALUE_SIZE = 4096
 
 
-class Gaussian(ABC):
-    """A normal distribution over S dimensions, however its precision is held.
-
-    Attributes:
-        loc: Mean, shape (S,).
-    """
-
-    loc: Float[Tensor, " subnet"]
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """S, the number of dimensions."""
-
-    @abstractmethod
-    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
-        """Turns standard normal noise into draws.
-
-        Args:
-            noise: Standard normal, shape (..., S).
-
-        Returns:
-            Draws of the same shape; differentiable in ``noise`` and ``loc``.
-        """
-
-    @abstractmethod
-    def log_prob(
-        self, value: Float[Tensor, "*batch subnet"]
-    ) -> Float[Tensor, "*batch"]:
-        """Log density.
-
-        Args:
-            value: Shape (..., S).
-
-        Returns:
-            Shape (...), in nats.
-        """
-
-    @abstractmethod
-    def half_log_det(self) -> Float[Tensor, ""]:
-        """Half the log determinant of the precision."""
-
-    @abstractmethod
-    def variance(self) -> Float[Tensor, " subnet"]:
-        """Marginal variances, shape (S,)."""
-
-    @abstractmethod
-    def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
-        r"""Maps rows of a Jacobian to rows whose inner products are covariances.
-
-        Args:
-            jac: J, shape (..., S).
-
-        Returns:
-            W with :math:`W W^\top = J \Sigma J^\top`, shape (..., S).
-        """
-
-    @abstractmethod
-    def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
-        """P, shape (S, S)."""
-
-    @abstractmethod
-    def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
-        """The inverse of P, shape (S, S)."""
-
-    @abstractmethod
-    def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
-        """Lower Cholesky factor of the covariance, shape (S, S)."""
-
-    def entropy(self) -> Float[Tensor, ""]:
-        """Returns the differential entropy in nats."""
-        constant = 0.5 * self.size * (1.0 + math.log(2 * math.pi))
-        return constant - self.half_log_det()
-
-
+@final
 @dataclass(frozen=True, eq=False)
-class PrecisionGaussian(Gaussian):
+class FactoredGaussian(Gaussian):
     r"""The Gaussian :math:`N(\hat\theta_S, P^{-1})` with :math:`P = L L^\top`.
 
     Attributes:
@@ -113,51 +44,54 @@ class PrecisionGaussian(Gaussian):
     loc: Float[Tensor, " subnet"]
     precision_tril: Float[Tensor, "subnet subnet"]
 
-    @property
-    def size(self) -> int:
-        """S, the number of dimensions."""
-        return int(self.loc.shape[-1])  # a tensor while torch.jit traces
-
-    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
-        r"""Turns standard normal noise into draws, :math:`\hat\theta + L^{-\top} z`.
+    @classmethod
+    def of_(
+        cls,
+        loc: Float[Tensor, " subnet"],
+        precision: Float[Tensor, "subnet subnet"],
+    ) -> FactoredGaussian:
+        """The Gaussian of a dense precision, factored in place.
 
         Args:
-            noise: Standard normal, shape (..., S).
+            loc: Mean, shape (S,), cast to the dtype of P.
+            precision: P in both triangles, shape (S, S); overwritten.
 
         Returns:
-            Draws of the same shape; differentiable in ``noise`` and ``loc``.
+            The Gaussian; the strict upper triangle of its factor is zero.
+
+        Raises:
+            NonFiniteError: If an entry is NaN or infinite.
+            PrecisionError: If P is not positive definite.
         """
+        diagonal = precision.diagonal().clone()
+
+        def restore() -> None:
+            mirror_(precision.mT)
+            precision.diagonal().copy_(diagonal)
+
+        factor_precision_(precision, restore)
+        return cls(loc.to(precision), precision.tril_())
+
+    def draw(self, noise: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*batch s"]:
+        r"""See :meth:`Gaussian.draw`: :math:`\hat\theta + L^{-\top} z`."""
         columns = noise.reshape(-1, self.size).mT
         solved = torch.linalg.solve_triangular(
             self.precision_tril.mT, columns, upper=True
         )
         return self.loc + solved.mT.reshape(noise.shape)
 
-    def log_prob(
-        self, value: Float[Tensor, "*batch subnet"]
-    ) -> Float[Tensor, "*batch"]:
-        r"""Log density, from L alone.
-
-        .. math:: \sum_i \log L_{ii} - \tfrac12 |L^\top (v - \hat\theta)|^2
-            - \tfrac S2 \log 2\pi
-
-        Args:
-            value: Shape (..., S).
-
-        Returns:
-            Shape (...), in nats.
-        """
+    def log_prob(self, value: Float[Tensor, "*batch subnet"]) -> Float[Tensor, "*b"]:
+        r"""See :meth:`Gaussian.log_prob`: :math:`q = |L^\top (v - \hat\theta)|^2`."""
         centred = (value - self.loc).reshape(-1, self.size)
         whitened = multiply_rows(centred, self.precision_tril).reshape(value.shape)
-        constant = 0.5 * self.size * math.log(2 * math.pi)
-        return self.half_log_det() - 0.5 * whitened.square().sum(-1) - constant
+        return self._quadratic_log_prob(whitened.square().sum(-1))
 
     def half_log_det(self) -> Float[Tensor, ""]:
-        r"""Returns :math:`\frac12 \log\det P = \sum_i \log L_{ii}`."""
+        r"""See :meth:`Gaussian.half_log_det`: :math:`\sum_i \log L_{ii}`."""
         return self.precision_tril.diagonal().log().sum()
 
     def variance(self) -> Float[Tensor, " subnet"]:
-        r"""Marginal variances :math:`\operatorname{diag} \Sigma`, shape (S,).
+        r"""See :meth:`Gaussian.variance`.
 
         Costs S^3/3 operations and S x 512 numbers, not an S x S inverse. Not
         differentiable.
@@ -177,22 +111,16 @@ class PrecisionGaussian(Gaussian):
         return torch.cat(parts)
 
     def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
-        r"""Maps rows j of a Jacobian to :math:`L^{-1} j`.
-
-        Inner products of the results are the projected covariances
-        :math:`J \Sigma J^\top`.
-
-        Args:
-            jac: Shape (..., S).
-
-        Returns:
-            Shape (..., S).
-        """
+        r"""See :meth:`Gaussian.whiten`: rows j become :math:`L^{-1} j`."""
         columns = jac.reshape(-1, self.size).mT
         solved = torch.linalg.solve_triangular(
             self.precision_tril, columns, upper=False
         )
         return solved.mT.reshape(jac.shape)
+
+    def precision_diagonal(self) -> Float[Tensor, " subnet"]:
+        r"""See :meth:`Gaussian.precision_diagonal`: :math:`\sum_j L_{ij}^2`."""
+        return self.precision_tril.tril().square().sum(1)
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`P = L L^\top`, shape (S, S)."""
@@ -218,11 +146,17 @@ class PrecisionGaussian(Gaussian):
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
         return inverse.mT.flip(-2, -1).contiguous()
 
+    def extreme_precisions(self) -> tuple[float, float]:
+        """See :meth:`Gaussian.extreme_precisions`: squared singular values of L."""
+        self._check_eigenvalues_fit()
+        values = torch.linalg.svdvals(self.precision_tril.double().tril()).square()
+        return float(values.min()), float(values.max())
+
 
 def factor_precision_(
     precision: Float[Tensor, "subnet subnet"],
-    remedy: str,
     restore: Callable[[], object],
+    factor: float | Tensor | None = None,
 ) -> None:
     """Replaces a precision matrix by its Cholesky factor L, in the lower triangle.
 
@@ -231,9 +165,9 @@ def factor_precision_(
 
     Args:
         precision: P in its lower triangle, shape (S, S).
-        remedy: What the caller's user can do about a failure, one sentence.
         restore: Puts P back into the lower triangle, where a failed factorization has
             overwritten it and the message needs it.
+        factor: What the prior's precision was multiplied by, for the message.
 
     Raises:
         NonFiniteError: If an entry is NaN or infinite.
@@ -257,10 +191,7 @@ def factor_precision_(
         found = f"smallest eigenvalue {smallest:.3e}"
     else:
         found = f"its leading block of size {failed} is not positive definite"
-    raise PrecisionError(
-        f"Posterior precision at S={size} must be positive definite; got {found}. "
-        f"{remedy}"
-    )
+    refuse_precision(size, found, factor)
 
 
 def _rows_not_finite(lower: Tensor) -> Tensor:

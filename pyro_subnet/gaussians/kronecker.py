@@ -1,146 +1,365 @@
-"""The Kronecker form: factors for each weight matrix, diagonals for what has none."""
+r"""The Kronecker form: factors for each weight matrix, diagonals for what has none.
+
+With :math:`B = Q_B \Lambda_B Q_B^\top` and :math:`A = Q_A \Lambda_A Q_A^\top` the block
+of a weight matrix with prior precision p is
+
+.. math:: B \otimes A + s p I = (Q_B \otimes Q_A)
+    (\Lambda_B \otimes \Lambda_A + s p I) (Q_B \otimes Q_A)^\top
+
+so that the two decompositions, made once, serve every prior factor s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.fit.kronecker import KroneckerCurvature
-from pyro_subnet.gaussians.base import (
-    CurvatureForm,
-    PriorScale,
-    diagonal_alone,
-    prior_of,
-    prior_tensors,
+from pyro_subnet.curvature.kronecker import (
+    KroneckerBlock,
+    KroneckerFactors,
+    KroneckerSum,
 )
-from pyro_subnet.gaussians.kronecker_gaussian import KroneckerGaussian
-from pyro_subnet.gaussians.kronecker_precision import KroneckerPrecision
+from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.exceptions import ModelError, NonFiniteError, PrecisionError
+from pyro_subnet.gaussians.base import CurvatureForm, PriorFactor, check_precisions
+from pyro_subnet.gaussians.kronecker_gaussian import EigenBlock, KroneckerGaussian
+from pyro_subnet.options import FormName
 from pyro_subnet.subnet import Layout
 from pyro_subnet.tensors.modes import at_least_float32
 
-# Buffers of the factors, apart from those of the other forms.
-_PREFIX = "kronecker_"
+# Tensors of each block, in the order of its fields, and their axes.
+_BLOCK_AXES = {
+    "positions": "pq",
+    "output_vectors": "pp",
+    "output_values": "p",
+    "input_vectors": "qq",
+    "input_values": "q",
+    "weight": "",
+    "prior": "",
+    "site": "",
+}
+_BLOCK = re.compile(r"kronecker_block_(\d+)_")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class DecomposedBlock:
+    """A block of G in the eigenvectors of its Kronecker factors, and its prior.
+
+    Attributes:
+        positions: Where its elements lie in the packed vector, shape (P, Q).
+        output_vectors: Q_B, shape (P, P).
+        output_values: Eigenvalues of B, non-negative, shape (P,).
+        input_vectors: Q_A, shape (Q, Q).
+        input_values: Eigenvalues of A, non-negative, shape (Q,).
+        weight: Sum of the weights that A is a mean under, a scalar.
+        prior: p of its elements, at s = 1, a scalar in float64.
+        site: Number of its site in the layout, a scalar.
+    """
+
+    positions: Int[Tensor, "out in"]
+    output_vectors: Float[Tensor, "out out"]
+    output_values: Float[Tensor, " out"]
+    input_vectors: Float[Tensor, "in in"]
+    input_values: Float[Tensor, " in"]
+    weight: Float[Tensor, ""]
+    prior: Float[Tensor, ""]
+    site: Int[Tensor, ""]
+
+    @classmethod
+    def of(
+        cls, block: KroneckerBlock, prior: Tensor, layout: Layout
+    ) -> DecomposedBlock:
+        r"""Decomposes both factors; about :math:`9 (P^3 + Q^3)` operations."""
+        own = prior[block.positions]
+        low, high = float(own.min()), float(own.max())
+        if not high - low <= torch.finfo(block.output.dtype).eps ** 0.75 * abs(high):
+            raise ModelError(
+                "A prior must have one precision within a site for Kronecker factors; "
+                f"got {low:.6g} to {high:.6g} at site {block.site!r}. Give the site's "
+                "elements one prior scale, or choose a diagonal or full covariance."
+            )
+        output_values, output_vectors = _eigen(block.output, block.site)
+        input_values, input_vectors = _eigen(block.input, block.site)
+        return cls(
+            block.positions,
+            output_vectors,
+            output_values,
+            input_vectors,
+            input_values,
+            block.weight,
+            own.mean(),
+            torch.tensor(layout.names.index(block.site), device=own.device),
+        )
+
+    def factors(self, layout: Layout, forgetting: float) -> KroneckerBlock:
+        """The factors, of data whose weights are multiplied by a number."""
+        output = (self.output_vectors * self.output_values) @ self.output_vectors.mT
+        return KroneckerBlock(
+            layout.names[int(self.site)],
+            self.positions,
+            output * forgetting,
+            (self.input_vectors * self.input_values) @ self.input_vectors.mT,
+            self.weight * forgetting,
+        )
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class KroneckerForm(CurvatureForm):
-    """Eigenvectors of every factor, which serve every prior scale.
+    """Eigenvectors of every Kronecker factor of G, which serve every prior factor.
 
     Attributes:
-        factors: The factors of G, and the diagonal of P0.
+        layout: Where the sites lie in the packed vector.
+        blocks: The factors, decomposed.
+        diagonal: G at elements in no block, 0 at the others, shape (D,), float64.
         prior: P0's diagonal; what couples weights is left out.
-        site_scales: s of each site, shape (number of sites,), float64.
+        site_factors: s of each site, shape (number of sites,), float64.
     """
 
-    factors: KroneckerPrecision
+    layout: Layout
+    blocks: tuple[DecomposedBlock, ...]
+    diagonal: Float[Tensor, " params"]
     prior: PriorPrecision
-    site_scales: Tensor
+    site_factors: Float[Tensor, " sites"]
+
+    name: ClassVar[FormName] = "kronecker"
+    axes: ClassVar[Mapping[str, str]] = {
+        "kronecker_ggn": "D",
+        "kronecker_prior": "D",
+        "site_scales": "n",
+    }
 
     @classmethod
-    def decomposed(
-        cls, curvature: KroneckerCurvature, prior: PriorPrecision, layout: Layout
-    ) -> KroneckerForm:
-        """Decomposes the factors, at the model's own prior.
+    def axes_of(cls, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """See :meth:`CurvatureForm.axes_of`; each block has lengths of its own."""
+        found = super().axes_of(names)
+        for block in {match.group() for match in map(_BLOCK.match, names) if match}:
+            for part, axes in _BLOCK_AXES.items():
+                found[block + part] = tuple(block + axis for axis in axes)
+        return found
 
-        Args:
-            curvature: The factors.
-            prior: P0.
-            layout: Where the sites lie in the packed vector.
+    @classmethod
+    def new_sum(cls, size: int, like: Tensor) -> KroneckerSum:
+        """See :meth:`CurvatureForm.new_sum`."""
+        return KroneckerSum(size, like)
+
+    @classmethod
+    def of(
+        cls, ggn: KroneckerFactors, prior: PriorPrecision, layout: Layout
+    ) -> KroneckerForm:
+        """See :meth:`CurvatureForm.of`.
 
         Returns:
             The form.
 
         Raises:
             ModelError: If the prior's precision differs within a weight matrix.
-            NonFiniteError: If a factor is not finite.
-            PrecisionError: If the precision is not positive definite.
         """
-        factors = KroneckerPrecision.decompose(
-            curvature.blocks, curvature.diagonal, curvature.prior, layout
-        )
-        ones = torch.ones(len(layout.names), dtype=torch.float64)
-        form = cls(factors, diagonal_alone(prior), ones.to(factors.ggn.device))
-        return form.checked()
+        factors = prior.diagonal.new_ones(len(layout.names), dtype=torch.float64)
+        prior = PriorPrecision.of_diagonal(prior.diagonal.clone())
+        return cls._decomposed(ggn, prior, layout, factors)
+
+    @classmethod
+    def _decomposed(
+        cls,
+        ggn: KroneckerFactors,
+        prior: PriorPrecision,
+        layout: Layout,
+        site_factors: Tensor,
+    ) -> KroneckerForm:
+        wide = prior.diagonal.to(torch.float64)
+        blocks = tuple(DecomposedBlock.of(block, wide, layout) for block in ggn.blocks)
+        diagonal = ggn.diagonal.to(torch.float64)
+        return cls(layout, blocks, diagonal, prior, site_factors)._checked()
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], layout: Layout
     ) -> KroneckerForm:
-        """Undoes :meth:`tensors`.
-
-        Args:
-            tensors: What it gave; others are not read.
-            layout: Where the sites lie in the packed vector.
-
-        Returns:
-            The form.
-        """
-        own = {
-            name.removeprefix(_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(_PREFIX)
-        }
-        count = sum(name.endswith("_positions") for name in own)
-        factors = KroneckerPrecision.from_tensors(own, {"num_blocks": count}, layout)
-        return cls(factors, prior_of(tensors), tensors["site_scales"])
+        """See :meth:`CurvatureForm.from_tensors`."""
+        numbers = {int(match[1]) for match in map(_BLOCK.match, tensors) if match}
+        blocks = tuple(
+            DecomposedBlock(
+                *(tensors[f"kronecker_block_{k}_{part}"] for part in _BLOCK_AXES)
+            )
+            for k in sorted(numbers)
+        )
+        prior = PriorPrecision.from_tensors(tensors)
+        diagonal, site_factors = tensors["kronecker_ggn"], tensors["site_scales"]
+        return cls(layout, blocks, diagonal, prior, site_factors)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :meth:`CurvatureForm.tensors`."""
-        own = {_PREFIX + name: value for name, value in self.factors.tensors().items()}
-        return {**own, "site_scales": self.site_scales, **prior_tensors(self.prior)}
+        blocks = {
+            f"kronecker_block_{k}_{part}": getattr(block, part)
+            for k, block in enumerate(self.blocks)
+            for part in _BLOCK_AXES
+        }
+        return {
+            "kronecker_ggn": self.diagonal,
+            "kronecker_prior": self.prior.diagonal.double(),
+            **blocks,
+            "site_scales": self.site_factors,
+            **self.prior.tensors(),
+        }
 
     def gaussian(self, loc: Tensor) -> KroneckerGaussian:
         """See :meth:`CurvatureForm.gaussian`."""
-        wide = loc.to(at_least_float32(loc.dtype))
-        return self.factors.gaussian(wide, self.site_scales)
+        loc = loc.to(at_least_float32(loc.dtype))
+        blocks = tuple(
+            EigenBlock(
+                block.positions,
+                block.output_vectors.to(loc),
+                block.input_vectors.to(loc),
+                self._eigenvalues(block, self.site_factors).to(loc),
+            )
+            for block in self.blocks
+        )
+        rest, precision = self._rest(self.site_factors)
+        return KroneckerGaussian(loc, blocks, rest, precision.to(loc))
 
     def rescaled(
-        self, prior_scale: PriorScale, likelihood_scale: float = 1.0
+        self, prior_factor: PriorFactor, likelihood_factor: float = 1.0
     ) -> KroneckerForm:
         """See :meth:`CurvatureForm.rescaled`; D operations."""
-        layout, factors = self.factors.layout, self.factors
-        scales = torch.as_tensor(prior_scale, dtype=torch.float64)
-        if scales.ndim:  # one a weight, the same within a site
-            starts = torch.tensor(list(layout.offsets.values()), device=scales.device)
-            scales = scales[starts]
-        scales = scales.expand(len(layout.names)).to(self.site_scales).clone()
-        if likelihood_scale != 1.0:
-            factors = factors.with_likelihood_scaled(likelihood_scale)
-        return KroneckerForm(factors, self.prior, scales).checked()
+        new = replace(self, site_factors=self._by_site(prior_factor))
+        if likelihood_factor != 1.0:
+            blocks = tuple(
+                replace(block, output_values=block.output_values * likelihood_factor)
+                for block in self.blocks
+            )
+            new = replace(
+                new, blocks=blocks, diagonal=self.diagonal * likelihood_factor
+            )
+        return new._checked()
 
     def updated(
-        self, more: KroneckerCurvature, forgetting: float, prior_scale: PriorScale
+        self,
+        more: KroneckerFactors,
+        prior_factor: PriorFactor,
+        *,
+        forgetting: float = 1.0,
+        likelihood_factor: float = 1.0,
     ) -> KroneckerForm:
-        """See :meth:`CurvatureForm.updated`; decomposes the new factors."""
-        factors = self.factors.updated(more.blocks, more.diagonal, forgetting)
-        return replace(self, factors=factors).rescaled(prior_scale)
+        """See :meth:`CurvatureForm.updated`; decomposes the new factors.
 
-    def log_det_function(self, num_scales: int) -> Callable[[Tensor], Tensor]:
-        """See :meth:`CurvatureForm.log_det_function`; D logarithms a scale."""
-        return self.factors.log_det_precision
+        Returns:
+            The form.
+
+        Raises:
+            ModelError: If the new data's blocks are not the same.
+        """
+        more = more.scaled(likelihood_factor)
+        if len(more.blocks) != len(self.blocks):
+            raise ModelError(
+                f"New data must have the same {len(self.blocks)} Kronecker blocks; got "
+                f"{len(more.blocks)}. Pass data that take the same way through the "
+                "layers."
+            )
+        blocks = tuple(
+            known.factors(self.layout, forgetting).plus(new)
+            for known, new in zip(self.blocks, more.blocks, strict=True)
+        )
+        diagonal = forgetting * self.diagonal + more.diagonal.to(self.diagonal)
+        return KroneckerForm._decomposed(
+            KroneckerFactors(blocks, diagonal),
+            self.prior,
+            self.layout,
+            self._by_site(prior_factor),
+        )
+
+    def log_det_function(self, num_factors: int) -> Callable[[Tensor], Tensor]:
+        """See :meth:`CurvatureForm.log_det_function`; D logarithms a factor."""
+
+        def log_dets(factors: Tensor) -> Tensor:
+            found = []
+            for factor in factors.detach().flatten():
+                s = factor.to(self.site_factors).expand(len(self.layout.names))
+                parts = [self._eigenvalues(block, s) for block in self.blocks]
+                parts.append(self._rest(s)[1])
+                found.append(torch.stack([part.log().sum() for part in parts]).sum())
+            return torch.stack(found).reshape(factors.shape)
+
+        return log_dets
 
     def ggn(self) -> Tensor:
         """See :meth:`CurvatureForm.ggn`."""
         like = self.prior.diagonal
         found = self.gaussian(torch.zeros_like(like)).precision_matrix()
-        sizes = torch.tensor(self.factors.layout.sizes, device=like.device)
-        own = self.site_scales.repeat_interleave(sizes).to(like) * like
-        return found - own.diag()
+        return found - (self._each(self.site_factors).to(like) * like).diag()
 
-    def checked(self) -> KroneckerForm:
-        """The form, if its precision is positive definite.
-
-        Returns:
-            Itself.
-
-        Raises:
-            PrecisionError: If it is not.
-        """
+    def _checked(self) -> KroneckerForm:
+        """The form, if its precision is positive definite."""
         self.gaussian(self.prior.diagonal)
         return self
+
+    def _eigenvalues(self, block: DecomposedBlock, site_factors: Tensor) -> Tensor:
+        r""":math:`\Lambda_B \otimes \Lambda_A + s p`, (P, Q), float64."""
+        ggn = block.output_values.double().outer(block.input_values.double())
+        values = ggn + site_factors.index_select(0, block.site.reshape(1)) * block.prior
+        self._check(values, block.positions)
+        return values
+
+    def _rest(self, site_factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the elements in no block, and P there, float64."""
+        free = torch.ones_like(self.diagonal, dtype=torch.bool)
+        for block in self.blocks:
+            free[block.positions] = False
+        rest = free.nonzero().squeeze(-1)
+        prior = self._each(site_factors)[rest] * self.prior.diagonal.double()[rest]
+        precision = self.diagonal[rest] + prior
+        self._check(precision, rest)
+        return rest, precision
+
+    def _check(self, values: Tensor, positions: Tensor) -> None:
+        flat, names = positions.flatten(), self.layout.names
+        starts = torch.tensor(list(self.layout.offsets.values())[1:])
+
+        def site(place: int) -> str:
+            number = int((starts <= int(flat[place])).sum())
+            return f"site {names[number]!r}"
+
+        check_precisions(values, self.layout.num_params, site)
+
+    def _each(self, site_factors: Tensor) -> Tensor:
+        """s of each element, from that of its site."""
+        sizes = torch.tensor(self.layout.sizes, device=site_factors.device)
+        return site_factors.repeat_interleave(sizes)
+
+    def _by_site(self, prior_factor: PriorFactor) -> Tensor:
+        """s of each site, from one of all or from that of each element."""
+        factors = torch.as_tensor(prior_factor, dtype=torch.float64)
+        if factors.ndim:  # the same within a site
+            starts = list(self.layout.offsets.values())
+            factors = factors[torch.tensor(starts, device=factors.device)]
+        factors = factors.expand(len(self.layout.names))
+        return factors.to(self.site_factors).clone()
+
+
+def _eigen(factor: Tensor, site: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; what round-off alone could have made is 0."""
+    if not bool(factor.isfinite().all()):
+        raise NonFiniteError(
+            f"Kronecker factors must be finite; got NaN or inf at site {site!r}. Check "
+            "the model's outputs and inputs at the MAP."
+        )
+    values, vectors = torch.linalg.eigh(factor.to(torch.float64))
+    round_off = len(factor) * torch.finfo(factor.dtype).eps * float(values[-1])
+    if float(values[0]) < -round_off:
+        raise PrecisionError(
+            f"A Kronecker factor must be positive semidefinite; got smallest "
+            f"eigenvalue {float(values[0]):.3e} at site {site!r}, the largest being "
+            f"{float(values[-1]):.3e}. Run the model in float64."
+        )
+    # Else the sign of the round-off would decide whether a direction that neither the
+    # data nor the prior curve has a variance.
+    values = values.where(values > round_off, 0.0)
+    # Row-major, as a file gives them back: products round by the layout.
+    return values.to(factor), vectors.to(factor).contiguous()

@@ -6,22 +6,23 @@ with orthogonal Q and diagonal :math:`\Lambda`; no matrix over the block is form
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.gaussians.factored import Gaussian
+from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.tensors.memory import check_factor_fits
 
 # Rows whose products with a block's eigenvectors are held at once.
 _BLOCK_ELEMENTS = 2**24
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class EigenBlock:
     """A block of the precision in the eigenvectors of its Kronecker factors.
@@ -39,52 +40,25 @@ class EigenBlock:
     values: Float[Tensor, "out in"]
 
     def from_eigen(self, rows: Float[Tensor, "*b out in"]) -> Tensor:
-        """Rows in eigen coordinates, times Q_B and Q_A.
-
-        Args:
-            rows: Shape (..., P, Q).
-
-        Returns:
-            The same shape.
-        """
+        """Rows in eigen coordinates, (..., P, Q), times Q_B and Q_A."""
         return self.output_vectors @ rows @ self.input_vectors.mT
 
     def to_eigen(self, rows: Float[Tensor, "*b out in"]) -> Tensor:
-        """The inverse of :meth:`from_eigen`.
-
-        Args:
-            rows: Shape (..., P, Q).
-
-        Returns:
-            The same shape.
-        """
+        """The inverse of :meth:`from_eigen`."""
         return self.output_vectors.mT @ rows @ self.input_vectors
 
     def diagonal(self, values: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Diagonal of the matrix with other eigenvalues and these eigenvectors.
-
-        Args:
-            values: The eigenvalues, shape (P, Q).
-
-        Returns:
-            Shape (P, Q).
-        """
+        """Diagonal of the matrix with other eigenvalues and these eigenvectors."""
         squares = self.output_vectors.square(), self.input_vectors.square()
         return squares[0] @ values @ squares[1].mT
 
     def dense(self, values: Float[Tensor, "out in"]) -> Float[Tensor, "size size"]:
-        """The matrix with other eigenvalues and these eigenvectors.
-
-        Args:
-            values: The eigenvalues, shape (P, Q).
-
-        Returns:
-            Shape (P Q, P Q).
-        """
+        """The matrix with other eigenvalues and these eigenvectors, (P Q, P Q)."""
         vectors = torch.kron(self.output_vectors, self.input_vectors)
         return (vectors * values.flatten()) @ vectors.mT
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class KroneckerGaussian(Gaussian):
     r"""The Gaussian :math:`N(\hat\theta, P^{-1})` with P in blocks and a diagonal.
@@ -101,21 +75,13 @@ class KroneckerGaussian(Gaussian):
     positions: Int[Tensor, " rest"]
     precision: Float[Tensor, " rest"]
 
-    @property
-    def size(self) -> int:
-        """D, the number of dimensions."""
-        return int(self.loc.shape[-1])  # a tensor while torch.jit traces
-
     def draw(self, noise: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch d"]:
-        r"""Turns standard normal noise into draws.
+        r"""See :meth:`Gaussian.draw`.
 
         .. math:: \hat\theta + (Q_B \otimes Q_A) \Lambda^{-1/2} z
 
-        Args:
-            noise: Standard normal, shape (..., D).
-
         Returns:
-            Draws of the same shape; differentiable in ``noise`` and ``loc``.
+            Draws.
         """
 
         def spread(block: EigenBlock, z: Tensor) -> Tensor:
@@ -123,63 +89,41 @@ class KroneckerGaussian(Gaussian):
 
         return self.loc + self._mapped(noise, spread, self.precision.rsqrt())
 
-    def log_prob(
-        self, value: Float[Tensor, "*batch params"]
-    ) -> Float[Tensor, "*batch"]:
-        r"""Log density.
-
-        Args:
-            value: Shape (..., D).
-
-        Returns:
-            Shape (...), in nats.
-        """
+    def log_prob(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*b"]:
+        """See :meth:`Gaussian.log_prob`."""
 
         def whitened(block: EigenBlock, rows: Tensor) -> Tensor:
             return block.to_eigen(rows) * block.values.sqrt()
 
         rows = self._mapped(value - self.loc, whitened, self.precision.sqrt())
-        constant = 0.5 * self.size * math.log(2 * math.pi)
-        return self.half_log_det() - 0.5 * rows.square().sum(-1) - constant
+        return self._quadratic_log_prob(rows.square().sum(-1))
 
     def half_log_det(self) -> Float[Tensor, ""]:
-        r"""Returns :math:`\frac12 \log\det P`, a sum over eigenvalues."""
+        r"""See :meth:`Gaussian.half_log_det`: :math:`\frac12 \sum \log \Lambda`."""
         parts = [block.values.log().sum() for block in self.blocks]
         return 0.5 * torch.stack([*parts, self.precision.log().sum()]).sum()
 
     def variance(self) -> Float[Tensor, " params"]:
-        r"""Marginal variances :math:`\operatorname{diag} \Sigma`.
-
-        Costs as much as one draw.
-
-        Returns:
-            Shape (D,).
-        """
-        found = torch.empty_like(self.loc)
-        found[self.positions] = self.precision.reciprocal()
-        for block in self.blocks:
-            found[block.positions] = block.diagonal(block.values.reciprocal())
-        return found
+        """See :meth:`Gaussian.variance`; costs as much as one draw."""
+        return self._diagonal(torch.reciprocal)
 
     def whiten(self, jac: Float[Tensor, "*rows params"]) -> Float[Tensor, "*rows d"]:
-        r"""Maps rows of a Jacobian to coordinates of unit variance.
+        r"""See :meth:`Gaussian.whiten`.
 
         .. math:: j \mapsto \Lambda^{-1/2} (Q_B \otimes Q_A)^\top j
 
-        Inner products of the results are the projected covariances
-        :math:`J \Sigma J^\top`.
-
-        Args:
-            jac: Shape (..., D).
-
         Returns:
-            Shape (..., D).
+            Rows of unit variance.
         """
 
         def scaled(block: EigenBlock, rows: Tensor) -> Tensor:
             return block.to_eigen(rows) * block.values.rsqrt()
 
         return self._mapped(jac, scaled, self.precision.rsqrt())
+
+    def precision_diagonal(self) -> Float[Tensor, " params"]:
+        """See :meth:`Gaussian.precision_diagonal`."""
+        return self._diagonal(lambda values: values)
 
     def precision_matrix(self) -> Float[Tensor, "params params"]:
         """Returns P as a dense matrix, shape (D, D)."""
@@ -193,6 +137,20 @@ class KroneckerGaussian(Gaussian):
     def scale_tril(self) -> Float[Tensor, "params params"]:
         """Returns the lower Cholesky factor of the covariance, shape (D, D)."""
         return torch.linalg.cholesky(self.covariance_matrix())
+
+    def extreme_precisions(self) -> tuple[float, float]:
+        """See :meth:`Gaussian.extreme_precisions`."""
+        parts = [block.values.flatten() for block in self.blocks]
+        values = torch.cat([*parts, self.precision])
+        return float(values.min()), float(values.max())
+
+    def _diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Diagonal of a function of P, by its eigenvalues, shape (D,)."""
+        found = torch.empty_like(self.loc)
+        found[self.positions] = function(self.precision)
+        for block in self.blocks:
+            found[block.positions] = block.diagonal(function(block.values))
+        return found
 
     def _mapped(
         self,

@@ -1,1 +1,4 @@
-"""What users hold: the MAP guide and the posterior guide."""
+"""What users hold: the MAP guide, the posterior guide.
+
+May import models, predictions, files, selection.
+"""

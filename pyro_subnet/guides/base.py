@@ -1,57 +1,41 @@
-"""The Pyro side of the posterior: from values of the subnet to those of all sites."""
+"""What both guides share: the user's model, its sites at the MAP, and copies.
+
+``AutoGuide.__getstate__`` sets the model of the guide that is being pickled to None;
+these guides stay alive.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError
-from pyro_subnet.gaussians.factored import Gaussian
-from pyro_subnet.guides.copies import copied, portable_state, sharing
-from pyro_subnet.models.subnet_normal import SubnetNormal
-from pyro_subnet.subnet import Layout, Subnet, place_elements
-from pyro_subnet.tracing.trace import Latents, Model
+from pyro_subnet.subnet import Layout
+from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
-# What the guide's own set-up found out about the model's sites.
-_PROTOTYPE = (
-    "prototype_trace",
-    "_prototype_frames",
-    "_unconstrained_shapes",
-    "_cond_indep_stacks",
-    "latent_dim",
-)
-Posterior = TypeVar("Posterior", bound="SubnetGuide")
+Guide = TypeVar("Guide", bound="AutoAtMAP")
+# The model may hold anything, and a guide list is held by weak reference.
+_LEFT_BEHIND = ("_model", "_user_model", "master")
 
 
-class SubnetGuide(AutoContinuous):
-    """A guide whose auxiliary site is the subnet: other elements sit at the MAP.
-
-    Subclasses say what the Gaussian is.
+class AutoAtMAP(AutoContinuous):
+    """A guide that knows the user's model, and where its latent sites sit.
 
     Attributes:
         loc: The MAP, packed, shape (D,), unconstrained.
-        subnet_positions: The chosen elements' positions in it, shape (S,).
-        explained_variance: As in :class:`~pyro_subnet.subnet.Subnet`.
     """
 
     loc: Tensor
-    subnet_positions: Tensor
-    explained_variance: float | None
-
-    def __init__(self, model: Model, prototype: AutoContinuous):
-        super().__init__(model)
-        self._user_model = (model,)
-        for name in _PROTOTYPE:
-            setattr(self, name, getattr(prototype, name))
+    _user_model: tuple[Model] | None
 
     @property
     @abstractmethod
-    def gaussian(self) -> Gaussian:
-        """The Gaussian over the subnet, without Pyro's interface."""
+    def _way_back(self) -> str:
+        """How an unpickled guide of this kind gets its model back, one sentence."""
 
     @property
     def user_model(self) -> Model:
@@ -62,29 +46,20 @@ class SubnetGuide(AutoContinuous):
         """
         if self._user_model is None:
             raise ModelError(
-                "A posterior must know its model for this; got one that was unpickled, "
-                "and a pickle leaves the model behind. Give it back with "
-                "`posterior.with_model(model)`."
+                f"`{type(self).__name__}` must know its model for this; got one that "
+                f"was unpickled, and a pickle leaves the model behind. {self._way_back}"
             )
         return self._user_model[0]
 
-    def with_model(self: Posterior, model: Model) -> Posterior:
-        """The same posterior with a model, which a pickle leaves behind.
-
-        Args:
-            model: The model that the posterior was fitted to.
-
-        Returns:
-            A new guide that shares this one's tensors.
-        """
-        new = sharing(self)
-        new.__dict__.update(_model=(model,), _user_model=(model,))
-        return new
-
     @property
     def latents(self) -> Latents:
-        """The latent sites at the MAP."""
+        """The latent sites at the present ``loc``."""
         return Latents.from_guide(self, self.loc)
+
+    @property
+    def at_map(self) -> ModelAtMAP:
+        """The user's model at the present ``loc``."""
+        return ModelAtMAP(self.user_model, self.latents)
 
     @property
     def layout(self) -> Layout:
@@ -92,64 +67,40 @@ class SubnetGuide(AutoContinuous):
         shapes = self._unconstrained_shapes
         return Layout(tuple(shapes), tuple(shapes.values()))
 
-    @property
-    def subnet(self) -> Subnet:
-        """The chosen elements."""
-        return Subnet(self.layout, self.subnet_positions, self.explained_variance)
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
-        """The posterior over the subnet, unconstrained.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
-
-        Returns:
-            A normal distribution over (S,).
-        """
-        return SubnetNormal(self.gaussian)
-
-    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        gaussian = self.gaussian
-        return gaussian.loc, gaussian.variance().sqrt()
-
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The MAP of every latent site, constrained, in tensors of their own.
 
         Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+            args: Any; not read.
+            kwargs: Any; not read.
 
         Returns:
             ``{site: value of the site's shape}``.
         """
-        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
+        return {
+            name: value.detach().clone()
+            for name, value in super().median(*args, **kwargs).items()
+        }
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Sites with their unconstrained values, from values of the subnet.
+    def _sharing(self: Guide) -> Guide:
+        """A copy that shares tensors, model, and what is known of it."""
+        shared = (*self.buffers(), *self.parameters(), self.prototype_trace)
+        return self._copied({id(part): part for part in shared})
 
-        A site without chosen elements keeps its own shape: plates broadcast it without
-        copying it for every draw.
-
-        Yields:
-            Prototype nodes and unconstrained values.
-        """
-        chosen = self.subnet.indices
-        counts = [within.numel() for within in chosen.values()]
-        pieces = dict(zip(chosen, latent.split(counts, dim=-1), strict=True))
-        base = self.latents.values
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            value = base[name]
-            if name in chosen:
-                event_dim = site["fn"].event_dim + value.ndim - site["value"].ndim
-                piece = pieces[name]
-                value = place_elements(value, chosen[name], piece, event_dim)
-            yield site, value
+    def _copied(self: Guide, memo: dict[int, Any]) -> Guide:
+        """A deep copy that shares the model, and is a member of no guide list."""
+        new: Guide = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for name in ("_model", "_user_model"):
+            new.__dict__[name] = self.__dict__[name]
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickling: without the model, and without touching this guide."""
-        return portable_state(self)
+        left = {name: None for name in _LEFT_BEHIND if name in self.__dict__}
+        return {**self.__dict__, **left}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SubnetGuide:
+    def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         """A copy that shares the model."""
-        return copied(self, memo)
+        return self._copied(memo)

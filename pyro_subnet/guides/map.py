@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, final
 from weakref import WeakValueDictionary
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
-from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.exceptions import (
+    ModelError,
+    NoObservedSiteWarning,
+    NoOutputVarianceWarning,
+    OptionError,
+    SelectionError,
+    warn,
+)
 from pyro_subnet.files.resume import FitCheckpoint
-from pyro_subnet.fit.dispatch import curvature_of
-from pyro_subnet.fit.sums import whole_subnet
-from pyro_subnet.guides.copies import copied, portable_state
+from pyro_subnet.fit.sums import FitSums, SubnetCurvature
+from pyro_subnet.gaussians.registry import form_of
+from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
-from pyro_subnet.options import Covariance, Curvature, FitOptions
-from pyro_subnet.selection import LargestVariance, Mask
+from pyro_subnet.laplace.state import PosteriorState
+from pyro_subnet.options import Covariance, Curvature, FitOptions, FullForm
+from pyro_subnet.selection.largest_variance import LargestVariance
+from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import at_least_float32, full_precision
 from pyro_subnet.tracing.data import Data
-from pyro_subnet.tracing.trace import Latents, Model
+from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
 SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
 
@@ -34,7 +42,8 @@ SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
 _OWNERS: WeakValueDictionary[str, AutoSubnetLaplace] = WeakValueDictionary()
 
 
-class AutoSubnetLaplace(AutoContinuous):
+@final
+class AutoSubnetLaplace(AutoAtMAP):
     r"""A MAP guide whose Laplace approximation covers a subnet of the weights.
 
     Swapped in for :class:`pyro.infer.autoguide.AutoLaplaceApproximation`::
@@ -87,6 +96,11 @@ class AutoSubnetLaplace(AutoContinuous):
     "A scalable Laplace approximation for neural networks", for ``"kron"``.
     """
 
+    _way_back = (
+        "Save the posterior, or make the guide anew with "
+        "`init_loc_fn=init_to_value(values=loaded.median())`."
+    )
+
     def __init__(
         self,
         model: Model,
@@ -95,7 +109,7 @@ class AutoSubnetLaplace(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         curvature: Curvature = "ggn",
         covariance: Covariance = "full",
-        form: Literal["auto", "primal", "dual"] = "auto",
+        form: FullForm = "auto",
     ):
         self.options = FitOptions(curvature, covariance, form)
         self._selector = _selector(subnet)
@@ -106,26 +120,6 @@ class AutoSubnetLaplace(AutoContinuous):
             )
         self._user_model = (model,)
         super().__init__(model, init_loc_fn)
-
-    @property
-    def user_model(self) -> Model:
-        """The model, as the user wrote it.
-
-        Raises:
-            ModelError: If the guide was unpickled, which leaves the model behind.
-        """
-        if self._user_model is None:
-            raise ModelError(
-                "A guide must know its model for this; got one that was unpickled, and "
-                "a pickle leaves the model behind. Save the posterior, or make the "
-                "guide anew with `init_loc_fn=init_to_value(values=loaded.median())`."
-            )
-        return self._user_model[0]
-
-    @property
-    def latents(self) -> Latents:
-        """The latent sites at the present ``loc``."""
-        return Latents.from_guide(self, self.loc)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -167,8 +161,8 @@ class AutoSubnetLaplace(AutoContinuous):
         """The point estimate, as a distribution over the packed vector.
 
         Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+            args: Any; not read.
+            kwargs: Any; not read.
 
         Returns:
             A Delta at ``loc``, event shape (D,).
@@ -178,19 +172,6 @@ class AutoSubnetLaplace(AutoContinuous):
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.loc, torch.zeros_like(self.loc)
 
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The point estimate of every latent site, in tensors of their own.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
-
-        Returns:
-            ``{site: value of the site's shape}``, constrained.
-        """
-        return {name: v.clone() for name, v in super().median(*args, **kwargs).items()}
-
     def quantiles(
         self, quantiles: Iterable[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -198,8 +179,8 @@ class AutoSubnetLaplace(AutoContinuous):
 
         Args:
             quantiles: Numbers in [0, 1].
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+            args: Any; not read.
+            kwargs: Any; not read.
 
         Returns:
             ``{site: shape (number of quantiles, *site shape)}``.
@@ -309,18 +290,24 @@ class AutoSubnetLaplace(AutoContinuous):
     ) -> AutoSubnetMultivariateNormal:
         # The guide may be trained on: the posterior keeps a copy of its MAP.
         latents = Latents.from_guide(self, self.loc.detach().clone())
-        model, dtype = self.user_model, at_least_float32(latents.loc.dtype)
+        at_map = ModelAtMAP(self.user_model, latents)
         subnet = (file and file.chosen) or self._choose(latents, data)
         resumed = file is not None and file.done > 0  # the matrix is there already
-        if self.options.needs_matrix(data) and not resumed:
+        if _needs_matrix(self.options, data) and not resumed:
+            dtype = at_least_float32(latents.loc.dtype)
             check_factor_fits(subnet.size, dtype, latents.loc.device)
         if file is not None:
             file.keep_subnet(subnet)
-        curvature = curvature_of(
-            model, latents, subnet, data, self.options, checkpoint=file
-        )
-        posterior = AutoSubnetMultivariateNormal.from_curvature(
-            self, model, latents.loc, subnet, curvature, options=self.options
+        sums = FitSums(at_map, subnet, data, self.options)
+        label = "Curvature"
+        batches = data.calls(label) if file is None else file.calls(data, label, sums)
+        curvature = sums.over(batches)
+        _warn_about(curvature)
+        form = form_of(curvature.likelihood, curvature.prior, latents.layout)
+        posterior = AutoSubnetMultivariateNormal(
+            at_map.model,
+            self,
+            PosteriorState(latents.loc, subnet, form, curvature.summary, self.options),
         )
         if file is not None:
             file.remove()
@@ -328,7 +315,7 @@ class AutoSubnetLaplace(AutoContinuous):
 
     def _choose(self, latents: Latents, data: Data) -> Subnet:
         if self._selector is None:
-            return whole_subnet(latents)
+            return latents.everything
         subnet = self._selector(self, data)
         if not isinstance(subnet, Subnet):
             raise SelectionError(
@@ -338,13 +325,29 @@ class AutoSubnetLaplace(AutoContinuous):
             )
         return subnet
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickling: without the model, and without touching this guide."""
-        return portable_state(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoSubnetLaplace:
-        """A copy that shares the model."""
-        return copied(self, memo)
+def _needs_matrix(options: FitOptions, data: Data) -> bool:
+    """Whether an S x S matrix is sure to be needed, or may be."""
+    # Of a single call it is soon known how many rows there are: what "auto" then
+    # chooses checks the memory itself.
+    return options.held_as == "primal" or (options.held_as == "auto" and not data.whole)
+
+
+def _warn_about(curvature: SubnetCurvature) -> None:
+    if not curvature.has_outputs:
+        warn(
+            "The model has no observed site, so the posterior is the prior's curvature "
+            "alone. If a likelihood is hidden by `poutine.block`, pass the full model.",
+            NoObservedSiteWarning,
+        )
+    elif curvature.likelihood.is_zero:
+        warn(
+            "The subnet moves no output at any training input: there the predictive "
+            "is the MAP's. Its weights may still matter on other inputs; choose more "
+            "weights, or another selector such as `LargestGradient`, to have variance "
+            "on these.",
+            NoOutputVarianceWarning,
+        )
 
 
 def _selector(subnet: SubnetChoice) -> Callable[..., Subnet] | None:

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, final
 
+import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_subnet.exceptions import (
-    NoObservedSiteWarning,
-    NoOutputVarianceWarning,
-    OptionError,
-    warn,
-)
+from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.exceptions import OptionError
 from pyro_subnet.files.checkpoint import load_posterior, save_posterior
-from pyro_subnet.fit.dispatch import (
-    FitCurvature,
-    curvature_of,
-    form_of,
-    updated_form,
-)
-from pyro_subnet.guides.copies import sharing
-from pyro_subnet.guides.predictive import PredictiveGuide
-from pyro_subnet.laplace.evidence import site_scales
-from pyro_subnet.laplace.tuning import tune_noise, tune_prior, tune_site_priors
-from pyro_subnet.options import FitOptions
+from pyro_subnet.fit.sums import subnet_curvature
+from pyro_subnet.gaussians.base import CurvatureForm, Gaussian
+from pyro_subnet.gaussians.registry import FORMS
+from pyro_subnet.guides.base import AutoAtMAP
+from pyro_subnet.laplace.search import Tuning
+from pyro_subnet.laplace.state import PosteriorState, SiteFactors
+from pyro_subnet.laplace.summary import FitSummary
+from pyro_subnet.laplace.tuning import check_tuning
+from pyro_subnet.models.hybrid import HybridModel
+from pyro_subnet.models.linearized import LinearizedModel
+from pyro_subnet.models.subnet_normal import SubnetNormal
+from pyro_subnet.options import FitOptions, check_num_samples
+from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.held_out import tune_by_nll
-from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
+from pyro_subnet.predictions.outputs import OutputGaussian
+from pyro_subnet.predictions.raw_logits import with_raw_logits
+from pyro_subnet.subnet import Subnet, place_elements
+from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
+from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.trace import Model
 
+# What a guide's own set-up found out about the model's sites.
+_PROTOTYPE = (
+    "prototype_trace",
+    "_prototype_frames",
+    "_unconstrained_shapes",
+    "_cond_indep_stacks",
+    "latent_dim",
+)
 
-class AutoSubnetMultivariateNormal(PredictiveGuide):
+
+@final
+class AutoSubnetMultivariateNormal(AutoAtMAP):
     r"""Laplace posterior of a subnet, as a guide over the user's own sites.
 
     Made by :meth:`AutoSubnetLaplace.laplace_approximation
@@ -46,50 +60,459 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
 
     Nothing here changes a posterior: tuning and updates give a new one.
 
+    Args:
+        model: The user's model.
+        prototype: A guide that was set up on it.
+        state: The posterior in numbers; its tensors become the guide's buffers.
+
     Attributes:
         loc: The MAP, packed, shape (D,), unconstrained.
-        prior_scale: What the model's prior precision is multiplied by, over the
-            subnet: a number, or one for each site named.
-        noise_scale: What the model's normal noise is multiplied by.
-        options: How the curvature was asked for.
-        tuning: How a scale was chosen, in a posterior that tuning has given.
+        subnet_positions: The chosen elements' positions in it, shape (S,).
     """
 
-    @classmethod
-    def from_curvature(
-        cls,
-        prototype: AutoContinuous,
-        model: Model,
-        loc: Tensor,
-        subnet: Subnet,
-        curvature: FitCurvature,
-        *,
-        options: FitOptions,
-    ) -> AutoSubnetMultivariateNormal:
-        """Factors a precision and makes the guide.
+    subnet_positions: Tensor
+    _way_back = "Give it back with `posterior.with_model(model)`."
+
+    def __init__(self, model: Model, prototype: AutoContinuous, state: PosteriorState):
+        super().__init__(model)
+        self._user_model = (model,)
+        for name in _PROTOTYPE:
+            setattr(self, name, getattr(prototype, name))
+        self._hold(state)
+
+    def _hold(self, state: PosteriorState) -> None:
+        """Takes a state in place of the one there is."""
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in state.tensors().items():
+            self.register_buffer(name, tensor)
+        self._facts = state.facts
+
+    def _with(self, state: PosteriorState) -> AutoSubnetMultivariateNormal:
+        new = self._sharing()
+        new._hold(state)
+        return new
+
+    # What it is
+
+    @property
+    def state(self) -> PosteriorState:
+        """The posterior in numbers, without Pyro; shares the guide's tensors."""
+        tensors = dict(self._buffers)
+        return PosteriorState.from_tensors(tensors, self._facts, self.layout)
+
+    @property
+    def subnet(self) -> Subnet:
+        """The chosen elements."""
+        explained = self._facts.explained_variance
+        return Subnet(self.layout, self.subnet_positions, explained)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """See :class:`Subnet <pyro_subnet.Subnet>`."""
+        return self._facts.explained_variance
+
+    @property
+    def options(self) -> FitOptions:
+        """How the curvature was asked for."""
+        return self._facts.options
+
+    @property
+    def prior_factor(self) -> float | dict[str, float]:
+        """What the model's own prior precision is multiplied by, over the subnet.
+
+        A number, or one for each site named.
+        """
+        return self._facts.prior_factor
+
+    @property
+    def noise_factor(self) -> float:
+        """What the standard deviation of the model's normal noise is multiplied by."""
+        return self._facts.noise_factor
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How a factor was chosen, in a posterior that tuning has given."""
+        return self._facts.tuning
+
+    @property
+    def form_name(self) -> str:
+        """How the curvature is held: primal, dual, diagonal or kronecker."""
+        return self._facts.form
+
+    @property
+    def form(self) -> CurvatureForm:
+        """Curvature of likelihood and prior, at the present factors."""
+        return FORMS[self._facts.form].from_tensors(dict(self._buffers), self.layout)
+
+    @property
+    def summary(self) -> FitSummary:
+        """The log joint density of the training data at the MAP."""
+        return FitSummary.from_tensors(dict(self._buffers))
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian over the subnet, without Pyro's interface."""
+        return self.form.gaussian(self.loc.index_select(0, self.subnet_positions))
+
+    @property
+    def prior_precision(self) -> PriorPrecision:
+        """Negative Hessian of the model's log prior over the subnet, unscaled."""
+        return self.form.prior
+
+    def ggn(self) -> Float[Tensor, "subnet subnet"]:
+        """The generalized Gauss-Newton matrix, shape (S, S), summed over the data."""
+        return self.form.ggn()
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
+        """The posterior over the subnet, unconstrained.
 
         Args:
-            prototype: The guide whose set-up is shared.
-            model: The user's model.
-            loc: The MAP, packed, shape (D,).
-            subnet: The chosen elements.
-            curvature: Of likelihood and prior; its tensors become the guide's.
-            options: How it was asked for.
+            args: Any; not read.
+            kwargs: Any; not read.
 
         Returns:
-            The posterior guide.
+            A normal distribution over (S,).
+        """
+        return SubnetNormal(self.gaussian)
+
+    def with_model(self, model: Model) -> AutoSubnetMultivariateNormal:
+        """The same posterior with a model, which a pickle leaves behind.
+
+        Args:
+            model: The model that the posterior was fitted to.
+
+        Returns:
+            A new guide that shares this one's tensors.
+        """
+        new = self._sharing()
+        new.__dict__.update(_model=(model,), _user_model=(model,))
+        return new
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        gaussian = self.gaussian
+        return gaussian.loc, gaussian.variance().sqrt()
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Prototype nodes and unconstrained values of sites, from the subnet's."""
+        # A site without chosen elements keeps its own shape: plates broadcast it
+        # without copying it for every draw.
+        subnet, base = self.subnet, self.latents.values
+        chosen, pieces = subnet.indices, subnet.split(latent)
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            value = base[name]
+            if name in chosen:
+                event_dim = site["fn"].event_dim + value.ndim - site["value"].ndim
+                piece = pieces[name]
+                value = place_elements(value, chosen[name], piece, event_dim)
+            yield site, value
+
+    # Predictions
+
+    @property
+    def linearized_model(self) -> LinearizedModel:
+        r"""The model with its outputs expanded to first order about the MAP.
+
+        A Pyro model with the user's signature and sites: observed sites have
+        distribution parameters :math:`\eta(\hat\theta) + J (\theta - \hat\theta)`;
+        deterministic sites and tensors that the model returns are expanded likewise.
+        Works in ``Predictive``, also with ``parallel=True``. Normal noise is multiplied
+        by ``noise_factor``.
+
+        Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
+        """
+        return LinearizedModel(self.at_map, self.noise_factor)
+
+    def hybrid_model(self, linearized: bool = False) -> HybridModel:
+        """The hybrid model: the subnet one latent site, other weights parameters.
+
+        For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
+        its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
+        elements, not of D. The log density is that of the model as it is written:
+        ``prior_factor`` and ``noise_factor`` do not enter.
+
+        Args:
+            linearized: Whether outputs are expanded to first order about the MAP. For
+                Gaussian noise and priors this posterior is then exact.
+
+        Returns:
+            A Pyro model with the user's signature and observed sites.
+        """
+        return HybridModel(
+            self.at_map, self.subnet, self.gaussian, linearized=linearized
+        )
+
+    @full_precision()
+    @outside_inference_mode()
+    def output_distribution(
+        self, *args: Any, joint: bool = False, **kwargs: Any
+    ) -> dist.MultivariateNormal:
+        r"""Gaussian over the linearized outputs, in closed form, before any noise.
+
+        .. math:: \eta(x) \sim N\big(\eta(x; \hat\theta),\; J(x) P^{-1} J(x)^\top\big)
+
+        Outputs are the unconstrained parameters of the observed distributions: logits,
+        log rate, loc, log scale. Parameters that no subnet weight moves are left out.
+        For each site, in trace order, and each parameter of its family, the elements
+        of one datum follow in row-major order. Categorical logits are log-probabilities
+        at the MAP: softmax is blind to a constant per row.
+
+        The covariance may be singular (logits that sum to one, inputs that the subnet
+        does not move); draws and ``covariance_matrix`` are exact then as well.
+        Differentiable in tensor arguments that require gradients.
+
+        Args:
+            args: Positional arguments of the model; data of observed sites may be left
+                out where the model allows it.
+            joint: Gives the covariance across inputs: event shape (N * C,), datum by
+                datum, in place of batch shape (N,) and event shape (C,).
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            A multivariate normal distribution.
 
         Raises:
-            PrecisionError: If the precision is not positive definite.
-            NonFiniteError: If it is not finite.
+            ModelError: If the subnet moves no output parameter, or the observed sites
+                have data axes of different lengths.
+
+        Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """
-        _warn_about_curvature(curvature)
-        new = cls(model, prototype)
-        new.explained_variance = subnet.explained_variance
-        new._register(loc=loc, subnet_positions=subnet.flat)
-        new._hold(form_of(curvature, new.latents), curvature.summary)
-        new.options = options
-        return new
+        return self._outputs(args, kwargs).distribution(joint=joint)
+
+    def predictive_distribution(
+        self,
+        *args: Any,
+        link: str | None = None,
+        joint: bool = False,
+        site: str | None = None,
+        num_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""Distribution of y at each input, the linearized outputs integrated out.
+
+        .. math:: p(y \mid x) = \int p(y \mid \eta)\,
+            N\big(\eta;\, \eta(x; \hat\theta),\, J(x) P^{-1} J(x)^\top\big)\, d\eta
+
+        Gaussian noise is exact: :math:`N(f, J P^{-1} J^\top + \sigma^2)`, with the
+        posterior's ``noise_factor``. A log scale that the subnet moves is integrated by
+        itself, locs exactly. Classes: ``"probit"`` (default), softmax of
+        :math:`f_c / \sqrt{1 + \tfrac\pi8 \operatorname{Var} f_c}`; ``"bridge"`` and
+        ``"bridge-norm"``, the Laplace bridge and its normalized variant; from logits as
+        the model gave them, since none of the three is blind to a constant per row.
+        Families of one scalar output: ``"quadrature"``. All: ``"mc"``. Probit, bridge
+        and quadrature take the elements of one datum as independent; ``"mc"`` keeps
+        their correlation. Masks of the site do not enter.
+
+        Differentiable, once, in tensor arguments that require gradients.
+
+        Args:
+            args: Positional arguments of the model; data of the observed site may be
+                left out where the model allows it.
+            link: How outputs become y; by default the family's best.
+            joint: One distribution over all inputs: for exact Gaussian noise a
+                multivariate normal over N * E elements, datum by datum, else events of
+                shape ``(N, *datum)``.
+            site: The observed site; needed where there are several.
+            num_samples: Draws of the outputs for ``"mc"``.
+            generator: Source of the random numbers; torch's own by default.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Batch shape (N,) and events of a datum's shape.
+
+        Raises:
+            OptionError: If the link means nothing for the family; names those possible.
+            ModelError: If the site is not clear, or the subnet does not move it.
+            NonFiniteError: If a parameter overflows where it is integrated.
+
+        Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689; MacKay (1992),
+        doi 10.1162/neco.1992.4.5.720 (probit); Hobbhahn et al. (2022), arXiv 2003.01227
+        (bridge).
+        """
+        options = PredictiveOptions(
+            link, joint, site, num_samples, self.noise_factor, generator
+        )
+        return self._predictive(args, kwargs, options).distribution
+
+    def predictive_error(
+        self,
+        y: Tensor,
+        *args: Any,
+        link: str | None = None,
+        num_samples: int = 1000,
+        site: str | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, " batch"]:
+        """How far the log density of :meth:`predictive_distribution` may be off.
+
+        Of the sum that stands for an integral alone: for ``"mc"`` the standard error,
+        for ``"quadrature"`` the difference that half the nodes make, 0 for the others.
+        What a link itself approximates does not count.
+
+        Args:
+            y: Observations, as the predictive distribution takes them.
+            args: As for :meth:`predictive_distribution`.
+            link: As there.
+            num_samples: As there.
+            site: As there.
+            generator: As there.
+            kwargs: As there.
+
+        Returns:
+            Nats, shape (N,).
+        """
+        options = PredictiveOptions(
+            link, False, site, num_samples, self.noise_factor, generator
+        )
+        found = self._predictive(args, kwargs, options)
+        if found.log_prob_error is None:
+            return torch.zeros_like(found.distribution.log_prob(y))
+        return found.log_prob_error(y)
+
+    @full_precision()
+    @outside_inference_mode()
+    def sample_functions(
+        self,
+        num_samples: int,
+        *args: Any,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "num_samples batch out"]:
+        r"""Draws of whole linearized functions: one weight draw serves all inputs.
+
+        .. math:: \eta_k(x) = \eta(x; \hat\theta) + J(x) (\theta_k - \hat\theta),
+            \qquad \theta_k \sim N(\hat\theta, P^{-1})
+
+        Args:
+            num_samples: K, how many draws.
+            args: Positional arguments of the model.
+            generator: Source of the random numbers; torch's own by default.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Shape (K, N, C), outputs as in :meth:`output_distribution`; differentiable
+            in the inputs. Costs K S^2 operations, and K S for each row of J.
+
+        Raises:
+            OptionError: If ``num_samples`` is less than 1.
+            ModelError: If the subnet moves no output parameter.
+
+        Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
+        """
+        check_num_samples(num_samples)
+        return self._outputs(args, kwargs).draw_functions(num_samples, generator)
+
+    def _outputs(self, args: Any, kwargs: Any) -> OutputGaussian:
+        call = ModelCall.read(self.at_map, args, kwargs)
+        outputs = LinearizedOutputs.read(call, self.subnet)
+        return OutputGaussian(outputs, self.gaussian)
+
+    @full_precision()
+    @outside_inference_mode()
+    def _predictive(
+        self, args: Any, kwargs: Any, options: PredictiveOptions
+    ) -> Integrated:
+        check_num_samples(options.num_samples)
+        call = of_site(ModelCall.read(self.at_map, args, kwargs), options.site)
+        outputs = with_raw_logits(LinearizedOutputs.read(call, self.subnet))
+        problem = OutputGaussian(outputs, self.gaussian).problem(options)
+        return predictive_distribution(problem)
+
+    # Priors and noise
+
+    @full_precision()
+    def log_marginal_likelihood(
+        self,
+        prior_factor: SiteFactors | None = None,
+        noise_factor: float | Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        r"""Laplace's approximation of the log evidence, without a pass over the data.
+
+        .. math:: \log p(D \mid \hat\theta) + \log p(\hat\theta)
+            + \tfrac S2 \log 2\pi - \tfrac12 \log\det P
+
+        Of a strict subset it is the evidence of a model whose other weights are held at
+        the MAP: their log prior is a constant of it. It compares priors and noise for
+        one subnet; it is not the evidence of the whole network, and does not compare
+        subnets. The MAP is held too. Exact where outputs are linear, noise and priors
+        normal, and the MAP is that of the factors asked for.
+
+        Args:
+            prior_factor: What the model's own prior precision is multiplied by: a
+                number, or one a site; by default this posterior's. Priors that are not
+                normal are taken as the normal that touches them at the MAP.
+            noise_factor: What the model's normal noise is multiplied by; by default
+                this posterior's.
+
+        Returns:
+            A scalar, nats, float64, differentiable once in tensors given as factors.
+
+        Raises:
+            OptionError: If a factor is not positive and finite, or the noise is not
+                normal and fixed.
+            PrecisionError: If a precision is not positive definite.
+
+        Source: MacKay (1992), doi 10.1162/neco.1992.4.3.448; Immer et al. (2021), arXiv
+        2104.04975, for networks.
+        """
+        return self.state.log_marginal_likelihood(prior_factor, noise_factor)
+
+    @full_precision()
+    def with_prior_precision(
+        self, scale: float | Mapping[str, float] | str
+    ) -> AutoSubnetMultivariateNormal:
+        """The posterior under a prior of other precision, at the same MAP.
+
+        Takes no pass over the data: for a full covariance one copy of the S x S matrix,
+        which is factored in place. Weights outside the subnet stay where they are.
+
+        Args:
+            scale: What the model's own prior precision is multiplied by, positive: one
+                number, or ``{site: number}``, where sites left out keep 1. Factors do
+                not accumulate over repeated calls. ``"fraction"``: S / D, by which the
+                paper's appendix makes the prior variance of a subnet that of the whole
+                network.
+
+        Returns:
+            A new posterior guide.
+
+        Raises:
+            OptionError: If a scale is not a positive finite number.
+            PrecisionError: If the precision is not positive definite.
+
+        Source: Daxberger et al. (2021), appendix, arXiv 2010.14689, for S / D.
+        """
+        if scale == "fraction":
+            scale = self.subnet.fraction
+        if isinstance(scale, str):
+            raise OptionError(
+                f"`scale` must be a number, a mapping, or 'fraction'; got {scale!r}. "
+                "Pass 1.0 for the model's own prior precision."
+            )
+        return self._with(self.state.with_prior_factor(scale))
+
+    @full_precision()
+    def with_noise_scale(self, scale: float) -> AutoSubnetMultivariateNormal:
+        """The posterior under normal noise of another scale, at the same MAP.
+
+        ``linearized_model`` and the closed-form predictions take that noise too;
+        ``Predictive`` on the model itself runs it as it is written.
+
+        Args:
+            scale: What the standard deviation of the model's noise is multiplied by,
+                positive; factors do not accumulate.
+
+        Returns:
+            A new posterior guide.
+
+        Raises:
+            OptionError: If the scale is not a positive finite number, or observed
+                sites are not normal with a scale that no chosen weight moves.
+            PrecisionError: If the precision is not positive definite.
+        """
+        return self._with(self.state.with_noise_factor(scale))
 
     @full_precision()
     def tune_prior_precision(
@@ -127,21 +550,20 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence; Breiman
         et al. (1984), section 3.4.3, for standard errors, there one, of the NLL itself.
         """
-        _check_method(method, val, per_site)
-        _check_standard_errors(method, standard_errors)
-        if method == "nll":
-            tuning = tune_by_nll(
-                self, val, bounds, self.with_prior_precision, standard_errors
-            )
-        elif per_site:
-            tuning = tune_site_priors(
-                self.form, self.summary, self.subnet, self.noise_scale, bounds
-            )
-        else:
-            tuning = tune_prior(self.form, self.summary, self.noise_scale, bounds)
-        new = self.with_prior_precision(tuning.by_site or tuning.best)
-        new.tuning = tuning
-        return new
+        check_tuning(method, val, per_site, standard_errors)
+        state = self.state
+        if method == "evidence":
+            return self._with(state.tuned_prior(bounds, per_site=per_site))
+        rescaled = state.with_prior_factor
+        tuning = tune_by_nll(
+            self.at_map,
+            state,
+            val,
+            bounds,
+            rescaled,
+            standard_errors=standard_errors,
+        )
+        return self._with(rescaled(tuning.best, tuning))
 
     @full_precision()
     def tune_noise_scale(
@@ -165,22 +587,15 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             OptionError: As for :meth:`with_noise_scale`, and of unknown options.
             PrecisionError: If no scale gives a posterior.
         """
-        _check_method(method, val)
-        if method == "nll":
-            tuning = tune_by_nll(self, val, bounds, self.with_noise_scale)
-        else:
-            scales = site_scales(self.prior_scale, self.subnet)
-            power = self.options.noise_power
-            tuning = tune_noise(
-                self.form,
-                self.summary,
-                scales,
-                lambda scale: (self.noise_scale / scale) ** power,
-                bounds,
-            )
-        new = self.with_noise_scale(tuning.best)
-        new.tuning = tuning
-        return new
+        check_tuning(method, val)
+        state = self.state
+        if method == "evidence":
+            return self._with(state.tuned_noise(bounds))
+        rescaled = state.with_noise_factor
+        tuning = tune_by_nll(self.at_map, state, val, bounds, rescaled)
+        return self._with(rescaled(tuning.best, tuning))
+
+    # More data
 
     def update(
         self, *args: Any, forgetting: float = 1.0, **kwargs: Any
@@ -240,25 +655,11 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
                 f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep "
                 "all that was known."
             )
-        more = curvature_of(
-            self.user_model,
-            self.latents,
-            self.subnet,
-            data,
-            self._options_to_add(),
-        )
-        new = sharing(self)
-        new.tuning = None
-        form = updated_form(
-            self.form,
-            more,
-            forgetting,
-            self._scales(),
-            self.noise_scale**-self.options.noise_power,
-            may_change=self.options.form == "auto",
-        )
-        new._hold(form, self.summary.plus(more.summary, forgetting))
-        return new
+        state = self.state
+        more = subnet_curvature(self.at_map, state.subnet, data, state.options_to_add)
+        return self._with(state.with_data(more.likelihood, more.summary, forgetting))
+
+    # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all that this posterior is to a file, whole or not at all.
@@ -271,7 +672,7 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
         Raises:
             CheckpointError: If it cannot be written.
         """
-        save_posterior(self, path)
+        save_posterior(self.state, self, path)
 
     @classmethod
     def load(
@@ -301,53 +702,5 @@ class AutoSubnetMultivariateNormal(PredictiveGuide):
             CheckpointError: If the file is damaged, newer, or of another model.
             FileNotFoundError: If there is none.
         """
-        return load_posterior(cls, path, model, args, kwargs)
-
-
-def _warn_about_curvature(curvature: FitCurvature) -> None:
-    if not curvature.has_outputs:
-        warn(
-            "The model has no observed site, so the posterior is the prior's curvature "
-            "alone. If a likelihood is hidden by `poutine.block`, pass the full model.",
-            NoObservedSiteWarning,
-        )
-    elif not curvature.moves_outputs:
-        warn(
-            "The subnet moves no output at any training input: there the predictive "
-            "is the MAP's. Its weights may still matter on other inputs; choose more "
-            "weights, or another selector such as `LargestGradient`, to have variance "
-            "on these.",
-            NoOutputVarianceWarning,
-        )
-
-
-def _check_method(method: str, val: Any, per_site: bool = False) -> None:
-    if method not in ("evidence", "nll"):
-        raise OptionError(
-            f"`method` must be 'evidence' or 'nll'; got {method!r}. Leave it out for "
-            "the evidence."
-        )
-    if (method == "nll") != (val is not None):
-        raise OptionError(
-            "`val` must be given for method='nll', and only there; got "
-            f"method={method!r} and {'no' if val is None else 'some'} `val`. Pass "
-            "held-out data, such as `val=(x, y)`, with method='nll'."
-        )
-    if per_site and method == "nll":
-        raise OptionError(
-            "`per_site` must go with method='evidence'; got method='nll', for which a "
-            "search over many scales would fit the held-out data. Leave it out."
-        )
-
-
-def _check_standard_errors(method: str, standard_errors: int | float) -> None:
-    if not 0 <= standard_errors < math.inf:
-        raise OptionError(
-            f"`standard_errors` must be finite and at least 0; got {standard_errors}. "
-            "Pass 2 to keep the model's prior where held-out data do not speak."
-        )
-    if standard_errors and method != "nll":
-        raise OptionError(
-            "`standard_errors` must go with method='nll', whose errors held-out data "
-            f"tell; got method={method!r}. Leave it out."
-        )
+        prototype, state = load_posterior(path, model, args, kwargs)
+        return cls(model, prototype, state)

@@ -1,1 +1,4 @@
-"""The posterior in numbers: evidence and tuning; no Pyro."""
+"""The posterior in numbers: state, evidence, tuning.
+
+May import gaussians.
+"""

@@ -6,7 +6,6 @@ Only what the fit has summed is read: no function here passes over the data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -15,117 +14,76 @@ from torch import Tensor
 
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import OptionError, PrecisionError
-from pyro_subnet.fit.summary import FitSummary
-from pyro_subnet.gaussians.base import CurvatureForm
-from pyro_subnet.gaussians.factored import Gaussian
-from pyro_subnet.subnet import Subnet
-
-# What a prior precision may be multiplied by: one number for all sites, or one a site.
-SiteScales = float | Tensor | Mapping[str, float | Tensor]
+from pyro_subnet.gaussians.base import CurvatureForm, Gaussian
+from pyro_subnet.laplace.summary import FitSummary
 
 
 def log_evidence(
     form: CurvatureForm,
     summary: FitSummary,
-    prior_scale: Float[Tensor, ""] | Float[Tensor, " subnet"],
-    noise_scale: Float[Tensor, ""],
-    likelihood_scale: Float[Tensor, ""],
+    prior_factor: Float[Tensor, ""] | Float[Tensor, " subnet"],
+    noise_factor: Float[Tensor, ""],
+    likelihood_factor: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    r"""Laplace's approximation of the log marginal likelihood.
+    r"""Returns Laplace's approximation of the log marginal likelihood, nats, float64.
 
     .. math:: \log p(D \mid \hat\theta) + \log p(\hat\theta) + \tfrac S2 \log 2\pi
         - \tfrac12 \log\det P
 
-    Args:
-        form: Curvature of likelihood and prior.
-        summary: The log joint density at the MAP.
-        prior_scale: s of each weight's prior, or of all: differentiable once.
-        noise_scale: r, what the model's noise is multiplied by: differentiable once.
-        likelihood_scale: What the curvature of ``form`` is to be multiplied by at that
-            r, differentiable once.
-
-    Returns:
-        Nats, float64.
-
-    Raises:
-        OptionError: If the noise is to be scaled and is not normal and fixed.
-        PrecisionError: If the precision, or a prior that is scaled, is not positive
-            definite.
+    It is differentiable once in all three factors: s of each weight's prior, or of all;
+    r of the model's noise; and what the curvature of ``form`` is to be multiplied by at
+    r.
 
     Source: MacKay (1992), "A practical Bayesian framework for backpropagation
     networks", doi 10.1162/neco.1992.4.3.448; Immer et al. (2021), arXiv 2104.04975.
     """
     size = len(summary.prior_gradient)
-    prior_scale, noise_scale = prior_scale.double().cpu(), noise_scale.double().cpu()
-    likelihood_scale = likelihood_scale.double().cpu()
-    log_det: Tensor = _LogDet.apply(prior_scale, likelihood_scale, form)
+    prior_factor = prior_factor.double().cpu()
+    noise_factor = noise_factor.double().cpu()
+    likelihood_factor = likelihood_factor.double().cpu()
+    log_det: Tensor = _LogDet.apply(prior_factor, likelihood_factor, form)
     return (
-        scaled_log_likelihood(summary, noise_scale)
-        + scaled_log_prior(summary, form.prior, prior_scale)
+        scaled_log_likelihood(summary, noise_factor)
+        + scaled_log_prior(summary, form.prior, prior_factor)
         + 0.5 * size * math.log(2 * math.pi)
         - 0.5 * log_det
     )
 
 
 def scaled_log_likelihood(
-    summary: FitSummary, noise_scale: Float[Tensor, "*scales"]
-) -> Float[Tensor, "*scales"]:
-    r"""Log likelihood at the MAP with all noise multiplied by r.
-
-    .. math:: \log p(D) - W \log r + \tfrac12 E (1 - r^{-2})
-
-    with the weight W of the data and the energy E of :class:`FitSummary`.
-
-    Args:
-        summary: The log joint density at the MAP.
-        noise_scale: r, any shape.
-
-    Returns:
-        Nats, the same shape.
-
-    Raises:
-        OptionError: If r is not 1, and the noise is not normal and fixed.
-    """
+    summary: FitSummary, noise_factor: Float[Tensor, "*factors"]
+) -> Float[Tensor, "*factors"]:
+    """Log likelihood at the MAP with all noise multiplied by r, any shape; nats."""
     if not summary.scales_noise:
-        if noise_scale.requires_grad or bool((noise_scale != 1).any()):
+        if noise_factor.requires_grad or bool((noise_factor != 1).any()):
             raise OptionError(
                 "A noise scale must be that of normal observed sites whose scale no "
                 "chosen weight moves; got other observed sites, or a noise in the "
-                "subnet, which the posterior knows already. Leave `noise_scale` out."
+                "subnet, which the posterior knows already. Leave `noise_factor` out."
             )
-        return torch.full_like(noise_scale, summary.log_likelihood)
-    excess = 0.5 * summary.noise_energy * (1 - noise_scale.pow(-2))
-    return summary.log_likelihood - summary.noise_weight * noise_scale.log() + excess
+        return torch.full_like(noise_factor, summary.log_likelihood)
+    # log p(D) - W log r + E (1 - r^-2) / 2: the weight W and energy E of the noise
+    excess = 0.5 * summary.noise_energy * (1 - noise_factor.pow(-2))
+    return summary.log_likelihood - summary.noise_weight * noise_factor.log() + excess
 
 
 def scaled_log_prior(
-    summary: FitSummary, prior: PriorPrecision, prior_scale: Tensor
+    summary: FitSummary, prior: PriorPrecision, prior_factor: Tensor
 ) -> Tensor:
-    r"""Log prior at the MAP with the subnet's precision multiplied by s.
+    r"""Returns the log prior at the MAP with the subnet's precision multiplied by s.
 
     .. math:: \log p(\hat\theta) + \tfrac12 \sum_i \log s_i
         - \tfrac12 \sum_i (s_i - 1)\, g_i (P_0^{-1} g)_i
 
     with the log prior's gradient g: exact for normal priors, whose quadratic form this
     is. Any other prior is taken as the normal of the same value, gradient and curvature
-    at the MAP.
-
-    Args:
-        summary: The log joint density at the MAP.
-        prior: P0.
-        prior_scale: s, shape () or (S,), float64.
-
-    Returns:
-        Nats, float64.
-
-    Raises:
-        PrecisionError: If s is not 1, and the prior has no positive precision.
+    at the MAP. In nats, float64.
     """
     size = len(summary.prior_gradient)
-    if not prior_scale.requires_grad and bool((prior_scale == 1).all()):
-        return prior_scale.new_tensor(summary.log_prior)
+    if not prior_factor.requires_grad and bool((prior_factor == 1).all()):
+        return prior_factor.new_tensor(summary.log_prior)
     energy = prior_energy(summary, prior)
-    logs, excess = prior_scale.log(), (prior_scale - 1) * energy
+    logs, excess = prior_factor.log(), (prior_factor - 1) * energy
     half = 0.5 * (logs.expand(size).sum() - excess.sum())
     return summary.log_prior + half
 
@@ -133,18 +91,7 @@ def scaled_log_prior(
 def prior_energy(
     summary: FitSummary, prior: PriorPrecision
 ) -> Float[Tensor, " subnet"]:
-    r"""Terms :math:`g_i (P_0^{-1} g)_i`, for a normal prior :math:`(\theta-m)^2 / v`.
-
-    Args:
-        summary: The log joint density at the MAP.
-        prior: P0.
-
-    Returns:
-        Shape (S,), float64, on the CPU.
-
-    Raises:
-        PrecisionError: If P0 is not positive definite.
-    """
+    """Terms :math:`g_i (P_0^{-1} g)_i`, (S,), float64, on the CPU."""
     gradient = summary.prior_gradient.cpu()
     diagonal = prior.diagonal.to(torch.float64).cpu()
     failed = bool((diagonal <= 0).any())
@@ -162,21 +109,14 @@ def prior_energy(
         raise PrecisionError(
             "A prior that is scaled must have a positive definite precision over the "
             f"subnet; got one with diagonal entries from {float(diagonal.min()):.3e}. "
-            "Leave `prior_scale` at 1, or choose sites whose prior curves."
+            "Leave `prior_factor` at 1, or choose sites whose prior curves."
         )
+    # The sum is (theta - m)^T P0 (theta - m) for a normal prior of mean m.
     return gradient * found
 
 
 def prior_traces(gaussian: Gaussian, prior: PriorPrecision) -> Float[Tensor, " subnet"]:
-    r"""Diagonal of :math:`P^{-1} P_0`: how much of each weight is left to the prior.
-
-    Args:
-        gaussian: The Gaussian of precision P.
-        prior: P0.
-
-    Returns:
-        Shape (S,), float64, on the CPU.
-    """
+    """Diagonal of :math:`P^{-1} P_0`, float64: what is left to each weight's prior."""
     traces = (gaussian.variance() * prior.diagonal).to(torch.float64)
     at = prior.coupled
     if at.numel():
@@ -187,50 +127,11 @@ def prior_traces(gaussian: Gaussian, prior: PriorPrecision) -> Float[Tensor, " s
         own = torch.zeros_like(prior.columns, dtype=torch.bool)
         own[at, torch.arange(at.numel(), device=at.device)] = True
         products = (covariance * prior.columns.masked_fill(own, 0.0)).double()
+        # (P^-1 P0)_ii: sum over coupled columns for a free i, else over all rows.
         free = torch.ones_like(traces, dtype=torch.bool).index_fill(0, at, False)
         traces += products.sum(1).where(free, 0.0)
         traces[at] += products.sum(0)
     return traces.cpu()
-
-
-def site_scales(
-    prior_scale: SiteScales, subnet: Subnet, name: str = "prior_scale"
-) -> Tensor:
-    """What each weight's prior precision is multiplied by.
-
-    Args:
-        prior_scale: One number, or ``{site: number}``; sites that are left out keep
-            the model's own prior precision.
-        subnet: The chosen elements.
-        name: The argument's name, for the message of an error.
-
-    Returns:
-        Shape () or (S,), float64, differentiable.
-
-    Raises:
-        OptionError: If a scale is not a positive finite number.
-        SelectionError: If a site is not a latent site of the model.
-    """
-    if not isinstance(prior_scale, Mapping):
-        scale = torch.as_tensor(prior_scale, dtype=torch.float64)
-        _check_scale(scale, f"`{name}`")
-        return scale
-    for site, value in prior_scale.items():
-        subnet.layout.shape(site)
-        _check_scale(torch.as_tensor(value), f"`{name}` of site {site!r}")
-    parts = [
-        torch.as_tensor(prior_scale.get(site, 1.0), dtype=torch.float64).expand(count)
-        for site, count in subnet.counts.items()
-    ]
-    return torch.cat(parts)
-
-
-def _check_scale(scale: Tensor, name: str) -> None:
-    if scale.ndim or not bool(scale.isfinite() & (scale > 0)):
-        raise OptionError(
-            f"{name} must be positive and finite; got {scale.tolist()}. Pass 1.0 for "
-            "the model's own prior precision."
-        )
 
 
 @final
@@ -243,12 +144,13 @@ class _LogDet(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prior_scale: Tensor, likelihood_scale: Tensor, form: CurvatureForm
+        ctx: Any, prior_factor: Tensor, likelihood_factor: Tensor, form: CurvatureForm
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        s, c = prior_scale.detach(), float(likelihood_scale)
+        s, c = prior_factor.detach(), float(likelihood_factor)
         needs = any(ctx.needs_input_grad[:2])
         if not s.ndim and not needs:
+            # log det (c G + s P0) = S log c + log det (G + s/c P0)
             size = len(form.prior.diagonal)
             find = form.log_det_function(1)
             return size * math.log(c) + find(s / c).cpu()
@@ -256,7 +158,7 @@ class _LogDet(torch.autograd.Function):
         gaussian = scaled.gaussian(form.prior.diagonal)
         if needs:
             traces = prior_traces(gaussian, form.prior)
-            ctx.save_for_backward(traces, s, likelihood_scale)
+            ctx.save_for_backward(traces, s, likelihood_factor)
         return 2 * gaussian.half_log_det().to(torch.float64).cpu()
 
     @staticmethod

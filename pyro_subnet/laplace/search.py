@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -24,24 +25,24 @@ _FLAT = 1e-3
 AT_BOUND = 1e-3
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Tuning:
     """How a scale was chosen.
 
     Attributes:
         method: ``"evidence"`` or ``"nll"``.
-        scales: Every scale that was tried, in that order, shape (K,); with one for
-            each site, shape (K, sites).
+        scales: Every scale that was tried, in that order, shape (K,); with one for each
+            site, shape (K, sites).
         objective: The objective at each, shape (K,): the log evidence in nats, or the
-            mean negative log predictive density of a held-out datum; infinite where
-            the posterior does not exist.
-        best: The scale that was chosen: that of the best objective, or within the
-            standard errors that were asked for; the geometric mean where there is one a
-            site.
-        by_site: One for each site, where those were chosen.
-        is_flat: Whether the objective moves by less than 0.001 nats between the bounds:
-            the data do not choose, and the model's own scale stays.
-        at_bound: Whether it is one of the bounds: the best may lie outside.
+            mean negative log predictive density of a held-out data point; infinite
+            where the posterior does not exist.
+        best: The scale that was chosen, by the best objective or within the standard
+            errors that were asked for; the geometric mean where each site has a scale.
+        by_site: The scale of each site, where sites have their own.
+        is_flat: Whether the objective moves by less than 0.001 nats between the bounds,
+            so that the data do not choose, and the model's own scale stays.
+        at_bound: Whether a chosen scale is one of the bounds: the best may lie outside.
     """
 
     method: str
@@ -69,27 +70,7 @@ def minimize(
     method: str,
     sign: float = 1.0,
 ) -> Tuning:
-    """Minimizes a function of one positive number, in its logarithm.
-
-    A grid over the bounds finds the best interval, so that several local minima do no
-    harm where they are wider than a step; golden sections shrink it. Where the function
-    does not move, whatever round-off calls the minimum is not taken: 1 is, or the bound
-    next to it.
-
-    Args:
-        loss: The function. A ``PrecisionError`` or ``NonFiniteError`` (a prior so wide
-            that a rate overflows), NaN and infinity count as infinite.
-        bounds: Least and largest number.
-        method: What to call the objective.
-        sign: What the recorded objective is multiplied by.
-
-    Returns:
-        What was tried, and the best of it.
-
-    Raises:
-        OptionError: If the bounds are not positive, finite and in order.
-        PrecisionError: If the loss is finite nowhere on the grid.
-    """
+    """Minimizes a function of one positive number, ``sign`` times which is recorded."""
     low, high = check_bounds(bounds)
     tried: list[tuple[float, float]] = []
     errors: list[PrecisionError | NonFiniteError] = []
@@ -99,12 +80,15 @@ def minimize(
         try:
             value = loss(scale)
         except (PrecisionError, NonFiniteError) as error:
+            # Such as a prior so wide that a rate overflows.
             errors.append(error)
             value = math.inf
         value = value if math.isfinite(value) else math.inf
         tried.append((scale, value))
         return value
 
+    # In the logarithm: a grid over the bounds finds the best interval, so that local
+    # minima wider than a step do no harm; golden sections shrink it.
     grid = torch.linspace(
         math.log(low), math.log(high), _GRID, dtype=torch.float64
     ).tolist()
@@ -119,31 +103,20 @@ def minimize(
         ) from cause
     finite = [value for value in values if math.isfinite(value)]
     is_flat = len(finite) == _GRID and max(finite) - min(finite) < _FLAT
+    # What round-off calls the minimum is not taken: 1 is, or the bound next to it.
     if is_flat:
         at(min(max(0.0, grid[0]), grid[-1]))
         scale = tried[-1][0]
-        return _record(method, sign, tried, scale, bounds=(low, high), is_flat=True)
-    _golden_section(at, grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)])
-    scale = min(tried, key=lambda pair: pair[1])[0]
-    return _record(method, sign, tried, scale, bounds=(low, high), is_flat=False)
-
-
-def _record(
-    method: str,
-    sign: float,
-    tried: list[tuple[float, float]],
-    scale: float,
-    *,
-    bounds: tuple[float, float],
-    is_flat: bool,
-) -> Tuning:
+    else:
+        _golden_section(at, grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)])
+        scale = min(tried, key=lambda pair: pair[1])[0]
     scales, losses = zip(*tried, strict=True)
     return Tuning(
         method,
         torch.tensor(scales, dtype=torch.float64),
         sign * torch.tensor(losses, dtype=torch.float64),
         scale,
-        _is_at_bound(scale, bounds),
+        _is_at_bound(scale, (low, high)),
         is_flat=is_flat,
     )
 
@@ -159,23 +132,13 @@ def nearest_to_own(
     standard_errors: int | float,
     bounds: tuple[float, float],
 ) -> Tuning:
-    r"""The choice nearest the model's own scale that the data do not argue against.
+    r"""Returns the choice nearest the model's own scale that the data do not rule out.
 
     Scale s serves if it loses to the best one, t, by no more than k standard errors of
-    the difference, which is taken datum by datum:
+    the difference, which is taken data point by data point:
 
     .. math:: \bar d \le k\, \Big(\sum_n w_n^2 (d_n - \bar d)^2\Big)^{1/2} \Big/
         \sum_n w_n,\qquad d_n = \ell_n(s) - \ell_n(t)
-
-    Args:
-        tuning: The search, of lowest mean loss.
-        losses: Of each datum at the scales to choose from, the best among them.
-        weights: Of each datum.
-        standard_errors: k.
-        bounds: Of the search.
-
-    Returns:
-        The same record with another choice, where another one serves.
 
     Source: Breiman et al. (1984), "Classification and regression trees", section 3.4.3,
     the rule of one standard error; departs from it in the errors of differences.
@@ -193,17 +156,7 @@ def nearest_to_own(
 
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Checks the bounds of a scale.
-
-    Args:
-        bounds: Least and largest number.
-
-    Returns:
-        The same, as floats.
-
-    Raises:
-        OptionError: If they are not positive, finite and in order.
-    """
+    """The bounds as floats; an error unless positive, finite and in order."""
     low, high = map(float, bounds)
     if not (math.isfinite(high) and 0 < low < high):
         raise OptionError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_subnet.fit.summary import FitSummary
+from pyro_subnet.exceptions import OptionError
 from pyro_subnet.gaussians.base import CurvatureForm
 from pyro_subnet.laplace.evidence import (
     prior_energy,
@@ -23,6 +24,7 @@ from pyro_subnet.laplace.search import (
     check_bounds,
     minimize,
 )
+from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.subnet import Subnet
 
 # Fixed-point rounds for one scale a site, halvings of a step that gains nothing, and
@@ -32,38 +34,63 @@ _HALVINGS = 6
 _CONVERGED = 1e-6
 
 
+def check_tuning(
+    method: str, val: Any, per_site: bool = False, standard_errors: int | float = 0.0
+) -> None:
+    """Refuses options of tuning that do not go together."""
+    if method not in ("evidence", "nll"):
+        raise OptionError(
+            f"`method` must be 'evidence' or 'nll'; got {method!r}. Leave it out for "
+            "the evidence."
+        )
+    if (method == "nll") != (val is not None):
+        raise OptionError(
+            "`val` must be given for method='nll', and only there; got "
+            f"method={method!r} and {'no' if val is None else 'some'} `val`. Pass "
+            "held-out data, such as `val=(x, y)`, with method='nll'."
+        )
+    if per_site and method == "nll":
+        raise OptionError(
+            "`per_site` must go with method='evidence'; got method='nll', for which a "
+            "search over many scales would fit the held-out data. Leave it out."
+        )
+    if not 0 <= standard_errors < math.inf:
+        raise OptionError(
+            f"`standard_errors` must be finite and at least 0; got {standard_errors}. "
+            "Pass 2 to keep the model's prior where held-out data do not speak."
+        )
+    if standard_errors and method != "nll":
+        raise OptionError(
+            "`standard_errors` must go with method='nll', whose errors held-out data "
+            f"tell; got method={method!r}. Leave it out."
+        )
+
+
 def tune_prior(
     form: CurvatureForm,
     summary: FitSummary,
-    noise_scale: float,
+    noise_factor: float,
     bounds: tuple[float, float],
 ) -> Tuning:
-    r"""The one prior scale s of highest evidence.
+    r"""Returns the one prior scale s of highest evidence, and what was tried.
 
     Each s costs :math:`\log\det (G + s P_0)` alone: from one eigenvalue decomposition
     where P0 is a positive diagonal and memory allows, else from a factorization each.
-
-    Args:
-        form: Curvature of likelihood and prior.
-        summary: The log joint density at the MAP.
-        noise_scale: What the model's noise is multiplied by, in ``form`` already.
-        bounds: Least and largest s.
-
-    Returns:
-        The scale, and the log evidence at each that was tried.
+    The noise factor is in ``form`` already.
 
     Source: MacKay (1992), "Bayesian interpolation", doi 10.1162/neco.1992.4.3.415.
     """
     check_bounds(bounds)
     size = len(summary.prior_gradient)
     energy = float(prior_energy(summary, form.prior).sum())
-    noise = torch.tensor(noise_scale, dtype=torch.float64)
+    noise = torch.tensor(noise_factor, dtype=torch.float64)
     constant = float(scaled_log_likelihood(summary, noise)) + summary.log_prior
     constant += 0.5 * size * math.log(2 * math.pi)
     find = form.log_det_function(NUM_TRIED)
 
     def loss(scale: float) -> float:
         log_det = float(find(torch.tensor(scale, dtype=torch.float64)))
+        # The log prior's change: S/2 log s - (s - 1) / 2 sum_i g_i (P0^-1 g)_i
         log_prior = 0.5 * (size * math.log(scale) - (scale - 1) * energy)
         return -(constant + log_prior - 0.5 * log_det)
 
@@ -74,10 +101,10 @@ def tune_site_priors(
     form: CurvatureForm,
     summary: FitSummary,
     subnet: Subnet,
-    noise_scale: float,
+    noise_factor: float,
     bounds: tuple[float, float],
 ) -> Tuning:
-    r"""One prior scale for each site that holds chosen weights, of highest evidence.
+    r"""Returns one prior scale of highest evidence for each site with chosen weights.
 
     MacKay's fixed point for all sites at once,
 
@@ -86,17 +113,7 @@ def tune_site_priors(
 
     where :math:`\gamma_k` counts the weights of site k that the data determine. Steps
     that lower the evidence are halved. A round costs a factorization and the marginal
-    variances.
-
-    Args:
-        form: Curvature of likelihood and prior.
-        summary: The log joint density at the MAP.
-        subnet: The chosen elements.
-        noise_scale: What the model's noise is multiplied by, in ``form`` already.
-        bounds: Least and largest scale.
-
-    Returns:
-        The scales, and the log evidence at each round.
+    variances. The noise factor is in ``form`` already.
 
     Source: MacKay (1992), "A practical Bayesian framework for backpropagation
     networks", doi 10.1162/neco.1992.4.3.448.
@@ -106,13 +123,14 @@ def tune_site_priors(
     widths = list(counts.values())
     number = torch.tensor(widths, dtype=torch.float64)
     energy = _by_site(prior_energy(summary, form.prior), widths)
-    noise = torch.tensor(noise_scale, dtype=torch.float64)
+    noise = torch.tensor(noise_factor, dtype=torch.float64)
     fixed = float(scaled_log_likelihood(summary, noise))
     fixed += 0.5 * subnet.size * math.log(2 * math.pi)
 
     def look(scales: Tensor) -> tuple[float, Tensor]:
         each = scales.repeat_interleave(torch.tensor(widths))
         gaussian = form.rescaled(each).gaussian(form.prior.diagonal)
+        # log p(D) + log p_s(MAP) + S/2 log 2 pi - 1/2 log det P
         evidence = float(scaled_log_prior(summary, form.prior, each)) + fixed
         evidence -= float(gaussian.half_log_det())
         return evidence, _by_site(prior_traces(gaussian, form.prior), widths)
@@ -121,6 +139,7 @@ def tune_site_priors(
     best, traces = look(scales)
     tried = [(scales, best)]
     for _ in range(_ROUNDS):
+        # gamma_k = S_k - s_k sum_i (P^-1 P0)_ii
         determined = (number - scales * traces).clamp(min=0.0)
         # A site whose weights all sit at the prior's mean is best held there.
         target = _ratio(determined, energy, high).clamp(min=low)
@@ -152,44 +171,34 @@ def tune_site_priors(
 def tune_noise(
     form: CurvatureForm,
     summary: FitSummary,
-    prior_scale: Tensor,
-    likelihood_scales: Callable[[float], float],
+    prior_factor: Tensor,
+    likelihood_factors: Callable[[float], float],
     bounds: tuple[float, float],
 ) -> Tuning:
-    r"""The noise scale r of highest evidence, the prior precision held.
+    r"""Returns the noise scale r of highest evidence, the prior precision held.
 
     .. math:: \log p(D) - W \log r + \tfrac12 E (1 - r^{-2})
         - \tfrac12 \log\det (r^{-2} G + s P_0)
 
-    Args:
-        form: Curvature of likelihood and prior.
-        summary: The log joint density at the MAP.
-        prior_scale: s, shape () or (S,).
-        likelihood_scales: From r to what the curvature of ``form`` is multiplied by.
-        bounds: Least and largest r, of the model's own noise scale.
-
-    Returns:
-        The scale, and the log evidence at each that was tried.
-
-    Raises:
-        OptionError: If the noise is not normal and fixed.
+    ``likelihood_factors`` gives the factor of the curvature of ``form`` at r.
     """
     check_bounds(bounds)
     size = len(summary.prior_gradient)
+    # Raises an error if the noise is not normal and fixed.
     scaled_log_likelihood(summary, torch.tensor([0.5], dtype=torch.float64))
-    constant = float(scaled_log_prior(summary, form.prior, prior_scale))
+    constant = float(scaled_log_prior(summary, form.prior, prior_factor))
     constant += 0.5 * size * math.log(2 * math.pi)
-    uniform = not prior_scale.ndim
+    uniform = not prior_factor.ndim
     find = form.log_det_function(NUM_TRIED) if uniform else None
 
     def loss(scale: float) -> float:
-        likelihood_scale = likelihood_scales(scale)
+        likelihood_factor = likelihood_factors(scale)
         if find is not None:
             # log det (c G + s P0) = S log c + log det (G + s/c P0)
-            log_det = size * math.log(likelihood_scale)
-            log_det += float(find(prior_scale / likelihood_scale))
+            log_det = size * math.log(likelihood_factor)
+            log_det += float(find(prior_factor / likelihood_factor))
         else:
-            scaled = form.rescaled(prior_scale, likelihood_scale)
+            scaled = form.rescaled(prior_factor, likelihood_factor)
             gaussian = scaled.gaussian(form.prior.diagonal)
             log_det = 2 * float(gaussian.half_log_det())
         noise = torch.tensor(scale, dtype=torch.float64)

@@ -1,1 +1,4 @@
-"""Pyro models made of the user's: linearized and hybrid."""
+"""Pyro models made of the user's: linearized, hybrid.
+
+May import tracing, gaussians.
+"""

@@ -1,8 +1,8 @@
 """Latent sites, drawn from their priors without running the user's network.
 
 A network cannot run on a whole batch of weights at once, but its latent sites can be
-shown to the handlers outside one by one: a site's prior is known from a run at the MAP,
-or, where it depends on other latent sites, from a run at their drawn values.
+shown one by one to the handlers around it. A site's prior is known from a run at the
+MAP or, where it depends on other latent sites, from a run at their drawn values.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -27,12 +25,13 @@ from torch.distributions import Distribution
 from pyro_subnet.curvature.likelihood import Family, find_family
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.output_site import SiteDistribution
+from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import Node, plate_scale
 
 Result = TypeVar("Result")
 
 
+@final
 class Draws:
     """The latent sites of one call, drawn in trace order.
 
@@ -42,7 +41,7 @@ class Draws:
 
     Attributes:
         values: Constrained value of each site, with its batch dimensions.
-        count: K, how many draws the batch dimensions hold; None without any.
+        count: K, the number of draws in the batch dimensions; None without any.
     """
 
     def __init__(self, call: ModelCall, parents: Mapping[str, frozenset[str]]):
@@ -58,6 +57,7 @@ class Draws:
             node = call.trace.nodes[name]
             fn = node["fn"]
             if name in parents:
+                # One that depends on a site drawn since needs all priors read anew.
                 if not parents[name] <= seen:
                     priors = self._priors(parents)
                     seen = set(self.values)
@@ -65,25 +65,16 @@ class Draws:
             self._record(name, self._sample(node, fn))
 
     def directions(self) -> dict[str, Tensor]:
-        """How far each site is from the MAP, unconstrained.
-
-        Returns:
-            ``{site: (K, *site shape)}``, or the site's own shape where it is the same
-            in all draws.
-        """
+        """theta - MAP, unconstrained, shaped as :meth:`unconstrained`."""
         base = self.call.latents.values
         return {name: u - base[name] for name, u in self.unconstrained().items()}
 
     def unconstrained(self) -> dict[str, Tensor]:
-        """Values drawn so far.
-
-        Returns:
-            ``{site: (K, *site shape)}``, or the site's own shape where it is the same
-            in all draws.
-        """
+        """Values drawn so far, (K, *site shape); without K where all draws agree."""
         result = {}
         for name, value in self.values.items():
             own = self.call.trace.nodes[name]["value"].shape
+            # No more values than at the MAP: the same in all draws.
             many = value.numel() > math.prod(own)
             flat = value.reshape(-1, *own) if many else value.reshape(own)
             result[name] = self.call.latents.transforms[name].inv(flat)
@@ -95,16 +86,7 @@ class Draws:
         values: dict[str, Tensor],
         chunk_size: int | None = None,
     ) -> Result:
-        """Maps a function over the draws, at once.
-
-        Args:
-            function: From one draw's values of the latent sites to tensors.
-            values: What it is mapped over, as :meth:`unconstrained` gives it.
-            chunk_size: How many draws at once; by default all.
-
-        Returns:
-            The function's results, with a leading axis K if there are draws.
-        """
+        """Maps a function over the draws by ``vmap``; results have K in front."""
         if self.count is None:
             return function(values)
         base = self.call.latents.values
@@ -116,23 +98,12 @@ class Draws:
         return mapped(values)
 
     def spread(self, tensor: Tensor, shape: tuple[int, ...], batch_dim: int) -> Tensor:
-        """Puts the axis of draws where the plates outside expect it.
-
-        Args:
-            tensor: Shape (K, *shape), or ``shape`` without draws.
-            shape: Shape of one draw's value.
-            batch_dim: How many of its axes, from the left, are batch dimensions.
-
-        Returns:
-            ``tensor`` with K at the dimensions of the plates around the model.
-
-        Raises:
-            ModelError: If the plates around it do not account for K.
-        """
+        """Moves K, in front of ``shape``, to the dimensions of the plates outside."""
         if self.count is None:
             return tensor
         lead = self._prefix
         if self._outer:
+            # The plates' dimensions, left of the value's own batch dimensions.
             depth = max(-dim for dim in self._outer)
             lead = torch.Size(
                 self._outer.get(dim, 1) for dim in range(-depth, -batch_dim)
@@ -160,6 +131,7 @@ class Draws:
             for frame in node["cond_indep_stack"]:
                 if frame.vectorized:
                     stack.enter_context(self._plate(frame))
+            # The plates, entered above, bring their own part of the scale.
             scale = node["scale"] / plate_scale(node)
             if isinstance(scale, Tensor) or scale != 1.0:
                 stack.enter_context(poutine.scale(scale=scale))
@@ -200,15 +172,12 @@ class Draws:
 
         def outputs(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             nodes = self.call.run({**base, **values}).nodes
-            found = {}
-            for name, family in families.items():
-                node = nodes[name]
-                taken = SiteDistribution.of(node["fn"], node["value"])
-                found[name] = {
-                    part: value.expand(*taken.element_shape, value.shape[-1])
-                    for part, value in family.outputs(taken.base).items()
-                }
-            return found
+            return {
+                name: SiteDistribution.of(
+                    nodes[name]["fn"], nodes[name]["value"]
+                ).outputs(family)
+                for name, family in families.items()
+            }
 
         batched = self.over_draws(outputs, drawn)
         return {
@@ -224,9 +193,10 @@ class Draws:
             part: self.spread(value, tuple(value.shape[1:]), batch_dim)
             for part, value in outputs.items()
         }
-        return rebuilt(taken, family, spread)
+        return taken.at(family, spread)
 
 
+@final
 class _Frames(Messenger):
     """Remembers the plates around the one site that is drawn inside it."""
 
@@ -234,45 +204,3 @@ class _Frames(Messenger):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         self.stack = msg["cond_indep_stack"]
-
-
-def rebuilt(
-    taken: SiteDistribution, family: Family, outputs: Mapping[str, Tensor]
-) -> Distribution:
-    """A site's distribution at other parameters.
-
-    Args:
-        taken: The distribution, taken apart.
-        family: Its family.
-        outputs: The family's unconstrained parameters, element by element, perhaps
-            with more batch dimensions on the left.
-
-    Returns:
-        A Pyro distribution of the same family, mask and event shape.
-    """
-    new = constructor(taken, family)(**family.parameters(taken.base, outputs))
-    if taken.mask is not None:
-        new = dist.MaskedDistribution(new, taken.mask)
-    return dist.Independent(new, taken.event_dim) if taken.event_dim else new
-
-
-def constructor(taken: SiteDistribution, family: Family) -> Callable[..., Distribution]:
-    """Pyro's class of a family, which takes the family's parameters.
-
-    Args:
-        taken: A distribution of the family, taken apart.
-        family: The family.
-
-    Returns:
-        The plainest of the distribution's classes that is Pyro's and the family's; or
-        Pyro's own of that name, for a distribution that is of the family by its density
-        alone.
-    """
-    known = (
-        parent
-        for parent in reversed(type(taken.base).__mro__)
-        if issubclass(parent, family.distribution)
-        and issubclass(parent, TorchDistributionMixin)
-    )
-    found: Callable[..., Distribution] | None = next(known, None)
-    return found or getattr(dist, family.distribution.__name__)

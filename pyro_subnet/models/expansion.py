@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_subnet.curvature.jacobian.output_map import (
-    OutputMap,
+from pyro_subnet.curvature.jacobian.directional import (
     directional_derivative,
     forward_mode_agrees,
-    identity_factors,
 )
-from pyro_subnet.curvature.jacobian.route import jacobian_blocks
+from pyro_subnet.curvature.jacobian.output_map import identity_factors
+from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import full_precision
@@ -27,11 +26,11 @@ from pyro_subnet.tracing.trace import is_deterministic
 # What is expanded: the parameters of an output site, a deterministic site, or a tensor
 # among what the model returns.
 Key = tuple[str, str]
-# A row of a datum's Jacobian costs about as much as the derivative along a draw, and
-# the checks behind it a few more.
+# A row of a data point's Jacobian costs about as much as the derivative along a draw,
+# and the checks behind it a few more.
 _ROW_COST = 1
-# Each call without gradients lets expect more of the same, enough to pay for this many
-# rows: `Predictive` calls a model twice before it draws, then once a draw.
+# A call without gradients makes further calls likely, enough to pay for this many rows:
+# `Predictive` calls a model twice before it draws, then once for each draw.
 _ROWS_PER_CALL = 32
 # Elements of draws that are compared with the MAP at once: about what a cache holds.
 _COMPARED_AT_ONCE = 2**21
@@ -39,37 +38,20 @@ _COMPARED_AT_ONCE = 2**21
 _PLAIN = (int, float, str, bool, bytes)
 
 
+@final
 class Expansion:
-    """What of a call is expanded, as a function of the latent sites.
-
-    Attributes:
-        keys: What is expanded, in order.
-    """
+    """What is expanded of a call, by key, as a function of the latent sites."""
 
     def __init__(self, call: ModelCall, keys: Sequence[Key]):
         self.call = call
         self.keys = keys
 
     def __call__(self, unconstrained: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Values at some values of the latent sites.
-
-        Args:
-            unconstrained: ``{site: value}``.
-
-        Returns:
-            One tensor a key.
-        """
+        """Values at unconstrained values of the latent sites."""
         return self.read(self.call.run(unconstrained))
 
     def read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
-        """Values of a run.
-
-        Args:
-            trace: The run.
-
-        Returns:
-            One tensor a key.
-        """
+        """Values of a run."""
         nodes = trace.nodes
         sites = {site.name: site for site in self.call.sites}
         returned = tree_flatten(nodes["_RETURN"]["value"])[0]
@@ -84,15 +66,10 @@ class Expansion:
         return tuple(found)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class _Jacobian:
-    """J of some keys at some elements.
-
-    Attributes:
-        keys: Which.
-        chosen: Positions of the elements within each site.
-        rows: One (numbers of the key, S) matrix a key.
-    """
+    """J at the chosen elements: one (numbers of the key, S) matrix for each key."""
 
     keys: tuple[Key, ...]
     chosen: Mapping[str, Tensor]
@@ -106,9 +83,10 @@ class _Jacobian:
         )
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What identifies a call: its very arguments, unchanged, and what came of them."""
+    """What identifies a call: its arguments, their versions, its values at the MAP."""
 
     leaves: tuple[Any, ...]
     versions: tuple[int | None, ...]
@@ -120,7 +98,7 @@ class _Seen:
         return cls(leaves, tuple(map(_version, leaves)), values)
 
     def is_same(self, other: _Seen) -> bool:
-        """Whether the model was called on the same data, and gave the same."""
+        """Whether the model was called on the same data and gave the same values."""
         return (
             len(self.leaves) == len(other.leaves)
             and None not in other.versions
@@ -137,11 +115,12 @@ class _Seen:
         )
 
 
+@final
 class Expander:
     """Expands calls of one model, and keeps the Jacobian of one that comes again.
 
     A call comes again if its arguments are the same objects, not written to since, and
-    the model gives the same values at the MAP. Where gradients are wanted nothing is
+    the model gives the same values at the MAP. Where gradients are wanted, nothing is
     kept.
     """
 
@@ -153,22 +132,12 @@ class Expander:
 
     @full_precision()
     def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
-        r""":math:`J (\theta - \hat\theta)` of everything that is expanded.
-
-        For many draws, or a call that comes again, J is formed once, for the elements
-        that are moved; otherwise one derivative a draw is cheaper.
-
-        Args:
-            call: The call.
-            draws: Its latent sites.
-
-        Returns:
-            For each key the tangent in the value's shape (for outputs: element shape,
-            then all parameters), with one leading axis for the draws if there are any.
-        """
+        r""":math:`J (\theta - \hat\theta)` by key, K in front if there are draws."""
         keys = expanded_keys(call)
         values = Expansion(call, keys).read(call.trace)
         self._meet(_Seen.of(call, values))
+        # For many draws, or a call that comes again, J is formed once, for the elements
+        # that are moved. Otherwise one derivative for each draw is cheaper.
         found: dict[Key, Tensor] = {}
         if not torch.is_grad_enabled():
             found = self._by_jacobian(call, draws, dict(zip(keys, values, strict=True)))
@@ -195,6 +164,7 @@ class Expander:
         rows = sum(value[0].numel() for value in dense.values())
         count = draws.count or 1
         calls = self._repeats + 1
+        # J pays for its rows by this call's draws, or by calls that are likely.
         pays = _ROW_COST * rows < count or rows <= _ROWS_PER_CALL * calls
         if not dense or not (pays or self._jacobian is not None):
             return {}
@@ -210,6 +180,7 @@ class Expander:
             fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
             if not fits and _ROW_COST * rows >= count:
                 return {}
+            # J is too large to keep: (theta - MAP) J^T, block by block.
             if not fits:
                 columns = _columns(u, moved, call, count)
                 products = _from_blocks(
@@ -219,6 +190,7 @@ class Expander:
             transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
             rows_by_key = tuple(part.mT for part in transposed)
             self._jacobian = jacobian = _Jacobian(tuple(dense), moved, rows_by_key)
+        # (theta - MAP) J^T of all draws, by one product for each key.
         columns = _columns(u, jacobian.chosen, call, count)
         products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
         return _shaped(products, dense, draws.count)
@@ -226,11 +198,11 @@ class Expander:
     def _by_derivative(
         self, call: ModelCall, draws: Draws, keys: Sequence[Key]
     ) -> tuple[Tensor, ...]:
-        """Tangents by one derivative a draw."""
+        """Tangents by one derivative for each draw."""
         expansion, base = Expansion(call, keys), call.latents.values
         again = draws.count is not None or self._repeats > 0
         if self._forward_mode is None and (again or torch.is_grad_enabled()):
-            # More of the same is likely, which pays for finding out.
+            # Further derivatives are likely, which pay for this check.
             with torch.no_grad():
                 self._forward_mode = forward_mode_agrees(expansion, base)
         forward_mode = bool(self._forward_mode)
@@ -247,14 +219,7 @@ class Expander:
 
 
 def expanded_keys(call: ModelCall) -> list[Key]:
-    """What of a call is expanded.
-
-    Args:
-        call: The call.
-
-    Returns:
-        Its output sites, deterministic sites and returned tensors.
-    """
+    """The output sites, deterministic sites and returned tensors of a call."""
     keys: list[Key] = [("output", site.name) for site in call.sites]
     for name, node in call.trace.nodes.items():
         if is_deterministic(node) and node["value"].is_floating_point():
@@ -272,42 +237,21 @@ def _from_blocks(
     count: int,
     function: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """What a function makes of J's rows, (count, rows) a block, joined by key."""
+    """A function of J's rows, (count, rows) for each block, joined by key."""
     if not chosen:
         like = call.latents.loc
         return [like.new_zeros(count, value.numel()) for value in values.values()]
-    outputs = _output_map(call, values, chosen)
-    parts: list[list[Tensor]] = [[] for _ in values]
-    factors = identity_factors(outputs)
-    for block in jacobian_blocks(outputs, factors, DEFAULT_BUDGET):
-        parts[block.site].append(function(block.rows.flatten(0, 1)))
-    return [torch.cat(part, dim=1) for part in parts]
-
-
-def _output_map(
-    call: ModelCall, values: Mapping[Key, Tensor], chosen: Mapping[str, Tensor]
-) -> OutputMap:
-    expansion, base = Expansion(call, list(values)), call.latents.values
-
-    def of_sites(
-        sites: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, ...]:
-        found = expansion.read(call.run({**base, **sites}, rows))
-        return tuple(value.reshape(len(value), -1) for value in found)
-
-    return OutputMap(
-        base={site: base[site] for site in chosen},
-        chosen=chosen,
-        of_sites=of_sites,
-        reference=tuple(value.reshape(len(value), -1) for value in values.values()),
-        rows=call.data_rows(),
-        num_data=call.num_data,
-        activation_bytes=call.graph(with_prior=False).activation_bytes,
+    expansion = Expansion(call, list(values))
+    activations = call.graph(with_prior=False).activation_bytes
+    outputs = call.map_of(expansion.read, chosen, activations)
+    blocks = jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET)
+    return joined_rows(
+        blocks, len(values), lambda rows: function(rows.flatten(0, 1)), dim=1
     )
 
 
 def _moved(u: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Positions of the elements that any draw moves, by site; sites without are out."""
+    """Positions of the elements that any draw moves, for the sites that have any."""
     found = {}
     for site, rows in u.items():
         here = base[site].flatten()
@@ -322,7 +266,7 @@ def _moved(u: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Ten
 def _columns(
     u: Mapping[str, Tensor], chosen: Mapping[str, Tensor], call: ModelCall, count: int
 ) -> Tensor:
-    """How far each draw moves the chosen elements, (K, S)."""
+    """theta - MAP of each draw at the chosen elements, (K, S)."""
     base = call.latents.values
     parts = [
         (u[site][:, at] - base[site].flatten()[at]).expand(count, -1)
@@ -342,7 +286,7 @@ def _shaped(
 
 
 def _version(leaf: Any) -> int | None:
-    """How often a tensor was written to; None where that cannot be told."""
+    """Number of times a tensor was written to; None where that is unknown."""
     if not isinstance(leaf, Tensor):
         return 0 if leaf is None or type(leaf) in _PLAIN else None
     return None if leaf.is_inference() else leaf._version

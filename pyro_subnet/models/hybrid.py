@@ -1,7 +1,6 @@
-r"""The hybrid model: the subnet one latent site, every other weight a parameter.
+"""The hybrid model: the subnet one latent site, every other weight a parameter.
 
-What a user writes once a posterior is there, to run MCMC or importance sampling over
-the subnet alone::
+With a posterior at hand, MCMC or importance sampling runs over the subnet alone::
 
     hybrid = posterior.hybrid_model()
     mcmc = MCMC(hybrid.nuts(), 500, initial_params=hybrid.initial_params())
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 from weakref import WeakValueDictionary
 
 import pyro
@@ -24,12 +23,12 @@ from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.gaussians.factored import Gaussian
+from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
 from pyro_subnet.models.subnet_prior import GivenSites, SubnetPrior, SubnetSites
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tracing.trace import Latents, Model, apart
+from pyro_subnet.tracing.trace import Model, ModelAtMAP, apart
 
 # The one latent site.
 SITE = "subnet"
@@ -37,28 +36,28 @@ SITE = "subnet"
 _OWNERS: WeakValueDictionary[str, HybridModel] = WeakValueDictionary()
 
 
+@final
 class HybridModel:
     r"""The user's model as a function of its subnet.
 
-    One latent site, ``"subnet"``, of shape (S,): the chosen elements, unconstrained, in
-    packing order. Every site with other elements has its MAP in a ``pyro.param``,
-    constrained; the sites themselves are not shown to handlers. Observed and
-    deterministic sites, factors, plates and the return value are the user's.
+    It has one latent site, ``"subnet"``, of shape (S,): the chosen elements,
+    unconstrained, in packing order. Every site with other elements has its MAP in a
+    ``pyro.param``, constrained. Handlers do not see the user's latent sites. Observed
+    and deterministic sites, factors, plates and the return value are the user's.
 
-    Its log density is the user's model's in unconstrained space,
+    Its log density is that of the user's model in unconstrained space,
 
     .. math:: \log p(y, \theta_S \mid \theta_{\setminus S}) =
         \log p(y, \theta) + \log |d\theta / du|,
 
-    of which the log density of ``"subnet"`` is what the latent sites give.
+    where the latent sites' part is the log density of ``"subnet"``.
 
     Made by :meth:`AutoSubnetMultivariateNormal.hybrid_model
     <pyro_subnet.AutoSubnetMultivariateNormal.hybrid_model>`. Two live hybrid models
     never share an entry of the param store.
 
     Args:
-        model: The user's model.
-        latents: Its latent sites at the MAP.
+        at_map: The user's model and its latent sites.
         subnet: The chosen elements.
         gaussian: The posterior over them.
         linearized: Whether outputs are first-order expansions about the MAP.
@@ -67,16 +66,14 @@ class HybridModel:
         subnet: The chosen elements, with their names.
         linearized: Whether outputs are linear in the subnet.
         guide: Draws ``"subnet"`` from the Laplace posterior.
-        user_model: The user's model.
-        latents: Its latent sites at the MAP.
+        at_map: The user's model and its latent sites.
 
     Source: Daxberger et al. (2021), eq. 6, arXiv 2010.14689.
     """
 
     def __init__(
         self,
-        model: Model,
-        latents: Latents,
+        at_map: ModelAtMAP,
         subnet: Subnet,
         gaussian: Gaussian,
         *,
@@ -85,32 +82,25 @@ class HybridModel:
         self.subnet = subnet
         self.linearized = linearized
         self.guide = HybridGuide(gaussian)
-        self.user_model = model
-        self.latents = latents
-        self._program: Model = LinearizedModel(model, latents) if linearized else model
+        self.at_map = at_map
+        self._program: Model = LinearizedModel(at_map) if linearized else at_map.model
         self._prefix = _take_prefix(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model.
-
-        Args:
-            args: Positional arguments of the user's model.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            What the user's model returns.
-        """
-        sites = SubnetSites(self.latents, self.subnet, self._point_estimates())
-        prior = SubnetPrior(self.user_model, sites, args, kwargs)
+        """Runs the model, with the arguments and the return value of the user's."""
+        latents, estimates = self.at_map.latents, self._point_estimates()
+        sites = SubnetSites(latents, self.subnet, estimates)
+        prior = SubnetPrior(self.at_map.model, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)
         with GivenSites(sites, theta) as given:
             returned = self._program(*args, **kwargs)
+        # One subnet's density follows from the sites that this run has met.
         if theta.ndim == 1:
             prior.remember(theta, given.log_prior)
         return returned
 
     def initial_params(self, num_chains: int = 1) -> dict[str, Tensor]:
-        """Where MCMC may start: the MAP, for ``MCMC(initial_params=...)``.
+        """Where MCMC may start, for ``MCMC(initial_params=...)``: one chain at the MAP.
 
         Args:
             num_chains: How many chains; several start at draws of the posterior.
@@ -131,11 +121,11 @@ class HybridModel:
         return {SITE: posterior.sample(torch.Size([num_chains]))}
 
     def nuts(self, **options: Any) -> NUTS:
-        """A NUTS kernel that knows the posterior's covariance.
+        """A NUTS kernel whose mass matrix is the precision of the Laplace posterior.
 
-        Its mass matrix is the precision of the Laplace posterior, in which all
-        directions are alike as far as that posterior is right. So few steps make a
-        draw, and warming up need not find it. A plain ``NUTS(hybrid_model)`` works too.
+        As far as that posterior is right, all directions are then alike: a draw takes
+        few steps, and warming up need not adapt the matrix. A plain
+        ``NUTS(hybrid_model)`` works too.
 
         Args:
             options: Passed on to ``pyro.infer.NUTS``.
@@ -150,31 +140,31 @@ class HybridModel:
         kernel.mass_matrix_adapter = _LaplaceMassMatrix(covariance)
         return kernel
 
-    def present_latents(self) -> Latents:
-        """The latent sites at the parameters, which may have been trained.
+    def at_parameters(self) -> ModelAtMAP:
+        """The user's model with its latent sites at the present parameters.
 
         Returns:
-            The sites at the MAP itself where no parameter has left it.
+            The model; a site whose parameter has only moved by round-off keeps its MAP.
         """
         with apart():
             estimates = self._point_estimates()
-        values = dict(self.latents.values)
+        latents = self.at_map.latents
+        values = dict(latents.values)
         for name, estimate in estimates.items():
-            u = self.latents.transforms[name].inv(estimate.detach())
+            u = latents.transforms[name].inv(estimate.detach())
             tolerance = torch.finfo(u.dtype).eps ** 0.5
             if not torch.allclose(u, values[name], tolerance, tolerance):
                 values[name] = u
-        return replace(
-            self.latents, loc=torch.cat([u.flatten() for u in values.values()])
-        )
+        loc = torch.cat([u.flatten() for u in values.values()])
+        return replace(self.at_map, latents=replace(latents, loc=loc))
 
     def _point_estimates(self) -> dict[str, Tensor]:
         """Constrained values of the sites that are not chosen whole."""
-        counts, found = self.subnet.counts, {}
-        for name, u in self.latents.values.items():
+        counts, latents, found = self.subnet.counts, self.at_map.latents, {}
+        for name, u in latents.values.items():
             if counts.get(name, 0) == u.numel():
                 continue
-            transform = self.latents.transforms[name]
+            transform = latents.transforms[name]
             found[name] = pyro.param(
                 f"{self._prefix}.{name}",
                 lambda transform=transform, u=u: transform(u).detach().clone(),
@@ -189,6 +179,7 @@ class HybridModel:
         self._prefix = _take_prefix(self)
 
 
+@final
 class HybridGuide:
     """Draws the one latent site of a hybrid model from the Laplace posterior.
 
@@ -200,23 +191,11 @@ class HybridGuide:
         self._gaussian = gaussian
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples ``"subnet"``.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
-
-        Returns:
-            ``{"subnet": shape (S,)}``.
-        """
+        """Samples ``"subnet"``; arguments are not read."""
         return {SITE: pyro.sample(SITE, self.get_posterior())}
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> SubnetNormal:
-        """The posterior over the subnet, unconstrained.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+        """The posterior over the subnet, unconstrained; arguments are not read.
 
         Returns:
             A normal distribution over (S,).
@@ -224,11 +203,7 @@ class HybridGuide:
         return SubnetNormal(self._gaussian)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The MAP of the subnet.
-
-        Args:
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+        """The MAP of the subnet, unconstrained; arguments are not read.
 
         Returns:
             ``{"subnet": shape (S,)}``.
@@ -238,12 +213,12 @@ class HybridGuide:
     def quantiles(
         self, quantiles: Iterable[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Marginal quantiles of the subnet.
+        """Marginal quantiles of the subnet, unconstrained.
 
         Args:
             quantiles: Numbers in (0, 1).
-            args: Not used; as in every Pyro guide.
-            kwargs: Not used.
+            args: Not read.
+            kwargs: Not read.
 
         Returns:
             ``{"subnet": shape (number of quantiles, S)}``.
@@ -254,6 +229,7 @@ class HybridGuide:
         return {SITE: dist.Normal(loc, scale).icdf(levels)}
 
 
+@final
 class _LaplaceMassMatrix(BlockMassMatrix):
     """Starts at the posterior's covariance as inverse mass matrix."""
 
@@ -268,7 +244,7 @@ class _LaplaceMassMatrix(BlockMassMatrix):
 
 
 def _take_prefix(owner: HybridModel) -> str:
-    """A prefix of param-store keys that no other model has, and no entry either."""
+    """A prefix of param-store keys that no other live model and no entry has."""
     keys, count = list(pyro.get_param_store().keys()), 0
     while True:
         prefix = f"hybrid_{count}" if count else "hybrid"

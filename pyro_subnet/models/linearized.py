@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
@@ -13,19 +13,14 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_subnet.models.draws import Draws, rebuilt
+from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander, Key
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.output_site import SiteDistribution
-from pyro_subnet.tracing.trace import (
-    Latents,
-    Model,
-    is_deterministic,
-    is_factor,
-    is_output,
-)
+from pyro_subnet.tracing.site_distribution import SiteDistribution
+from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor, is_output
 
 
+@final
 class LinearizedModel:
     r"""A Pyro model whose outputs are linear in its latent sites' unconstrained values.
 
@@ -40,60 +35,43 @@ class LinearizedModel:
     until another call comes, if it takes no more than 256 MiB.
 
     Args:
-        model: The user's model.
-        latents: Its latent sites at the MAP.
-        noise_scale: What the scale of normal observed sites is multiplied by.
+        at_map: The user's model and its latent sites.
+        noise_factor: What the scale of normal observed sites is multiplied by.
 
     Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
     """
 
-    def __init__(self, model: Model, latents: Latents, noise_scale: float = 1.0):
-        self._noise_scale = noise_scale
-        self._model = model
-        self._latents = latents
+    def __init__(self, at_map: ModelAtMAP, noise_factor: float = 1.0):
+        self._at_map = at_map
+        self._noise_factor = noise_factor
         self._expander = Expander()
         # Parents of latent sites; found out in the first call.
         self._parents: dict[str, frozenset[str]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the linearized model.
-
-        Args:
-            args: Positional arguments of the user's model.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            What the user's model returns, tensors expanded to first order.
-        """
-        call = ModelCall.read(self._model, self._latents, args, kwargs)
+        """Runs the model; the returned tensors are expanded to first order as well."""
+        call = ModelCall.read(self._at_map, args, kwargs)
         if self._parents is None:
-            self._parents = latent_parents(call)
+            self._parents = call.latent_parents()
         draws = Draws(call, self._parents)
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
-        noise = self._noise_scale
-        with _LinearizedOutputs(call, draws, tangents, factors, noise):
-            returned = self._model(*args, **kwargs)
+        with _LinearizedSites(call, draws, tangents, factors, self._noise_factor):
+            returned = self._at_map.model(*args, **kwargs)
         leaves, spec = tree_flatten(returned)
-        shifted = [
-            leaf + tangents["return", str(i)]
-            if ("return", str(i)) in tangents
-            else leaf
-            for i, leaf in enumerate(leaves)
-        ]
-        return tree_unflatten(shifted, spec)
+        for i, leaf in enumerate(leaves):
+            if ("return", str(i)) in tangents:
+                leaves[i] = leaf + tangents["return", str(i)]
+        return tree_unflatten(leaves, spec)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickling: without what is kept of the last call."""
         return {**self.__dict__, "_expander": Expander()}
 
 
-class _LinearizedOutputs(Messenger):
-    """Runs the model at the MAP and puts first-order outputs in place of its own.
-
-    Latent sites are hidden: :class:`Draws` has shown them to the handlers outside. The
-    model's own code goes on with values at the MAP.
-    """
+@final
+class _LinearizedSites(Messenger):
+    """Runs the model at the MAP and puts first-order outputs in place of its own."""
 
     def __init__(
         self,
@@ -101,25 +79,28 @@ class _LinearizedOutputs(Messenger):
         draws: Draws,
         tangents: Mapping[Key, Tensor],
         log_factors: Mapping[str, Tensor],
-        noise_scale: float,
+        noise_factor: float,
     ):
         super().__init__()
         self.call = call
         self.draws = draws
         self.tangents = tangents
         self.log_factors = log_factors
-        self.log_noise = math.log(noise_scale)
+        self.log_noise = math.log(noise_factor)
         self.latent_values = call.latents.constrain(call.latents.values)
         self._own_values: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
+        # Hidden: `Draws` has shown the latent sites to the handlers outside, and the
+        # model's own code goes on with values at the MAP.
         if name in self.latent_values:
             msg["value"] = self.latent_values[name]
             msg["stop"] = True
         elif is_deterministic(msg):
             self._expand_deterministic(msg)
         elif name in self.log_factors:
+            # A factor is a term of the prior: it is taken at the draws, not expanded.
             own = msg["fn"].log_factor.shape
             factor = self.draws.spread(self.log_factors[name], own, len(own))
             msg["fn"] = dist.Unit(factor)
@@ -149,6 +130,7 @@ class _LinearizedOutputs(Messenger):
         own = site.family.outputs(taken.base)
         tangent = self.tangents["output", name]
         shape = taken.element_shape
+        # eta_lin = eta + J (theta - MAP), parameter by parameter.
         pieces = tangent.split([part.shape[-1] for part in own.values()], dim=-1)
         outputs = {}
         for (part, value), piece in zip(own.items(), pieces, strict=True):
@@ -157,7 +139,7 @@ class _LinearizedOutputs(Messenger):
             outputs[part] = value + self.draws.spread(piece, wide, batch_dim)
         if self.log_noise and site.family.distribution is torch.distributions.Normal:
             outputs["log_scale"] = outputs["log_scale"] + self.log_noise
-        msg["fn"] = rebuilt(taken, site.family, outputs)
+        msg["fn"] = taken.at(site.family, outputs)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # The handlers outside have seen the expanded value; the model's own code, run
@@ -166,45 +148,8 @@ class _LinearizedOutputs(Messenger):
             msg["value"] = self._own_values[msg["name"]]
 
 
-def latent_parents(call: ModelCall) -> dict[str, frozenset[str]]:
-    """Which latent sites the prior of each latent site depends on.
-
-    Args:
-        call: A call of the model.
-
-    Returns:
-        ``{site: its parents}``, for the sites that have any.
-    """
-    graph = call.graph()
-    found = {}
-    for term in graph.prior_terms:
-        if term.site is None or not term.log_density.requires_grad:
-            continue
-        others = {site: u for site, u in graph.leaves.items() if site != term.site}
-        if not others:
-            continue
-        gradients = torch.autograd.grad(
-            term.log_density,
-            list(others.values()),
-            retain_graph=True,
-            allow_unused=True,
-        )
-        parents = {
-            site
-            for site, gradient in zip(others, gradients, strict=True)
-            if gradient is not None
-        }
-        if parents:
-            found[term.site] = frozenset(parents)
-    return found
-
-
 def _log_factors(call: ModelCall, draws: Draws) -> dict[str, Tensor]:
-    """Log factors at the drawn values: a factor is a term of the prior, not an output.
-
-    Returns:
-        ``{site: log factor}``, with one leading axis for the draws if there are any.
-    """
+    """Log factors at the drawn values, led by K if there are draws."""
     names = [name for name, node in call.trace.nodes.items() if is_factor(node)]
     if not names:
         return {}

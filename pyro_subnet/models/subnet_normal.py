@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyro_subnet.gaussians.factored import Gaussian
+from pyro_subnet.gaussians.base import Gaussian
 
 
+@final
 class SubnetNormal(TorchDistribution):
     """Multivariate normal over the subnet, in whatever form its precision is held.
 
-    Draws, log density and entropy need that form alone; the covariance, its factor and
-    the precision are computed when they are asked for, anew each time.
+    Draws, log density and entropy are computed from that form. The covariance, its
+    factor and the precision are computed anew each time they are asked for.
 
     Args:
         gaussian: The normal without torch's interface.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
@@ -17,14 +17,13 @@ from pyro_subnet.tracing.log_prior import prior_term
 from pyro_subnet.tracing.trace import Latents, Model, Node, run_model
 
 
+@final
 class SubnetSites:
-    """The user's latent sites as functions of the subnet.
+    """The user's latent sites as functions of the subnet, others at ``estimates``.
 
     Attributes:
-        latents: The sites.
-        subnet: The chosen elements.
-        chosen: Their positions within each site.
-        extra_dims: How many axes each site has more when unconstrained.
+        chosen: Positions of the chosen elements within each site.
+        extra_dims: How many more axes each site has when unconstrained.
     """
 
     def __init__(
@@ -35,8 +34,6 @@ class SubnetSites:
         self.chosen = subnet.indices
         self._estimates = estimates
         self._base = latents.values
-        self._counts = [within.numel() for within in self.chosen.values()]
-        self._places = {name: place for place, name in enumerate(self.chosen)}
         # A matrix of correlations has one axis less when unconstrained.
         self.extra_dims = {
             name: u.ndim - len(latents.transforms[name].forward_shape(u.shape))
@@ -49,52 +46,30 @@ class SubnetSites:
         return self.latents.layout.names
 
     def unconstrained(self, name: str, theta: Tensor, event_dim: int) -> Tensor:
-        """Unconstrained value of a site.
-
-        Args:
-            name: Which.
-            theta: The subnet, shape (..., S).
-            event_dim: How many of the site's unconstrained axes are its event's.
-
-        Returns:
-            The site's shape, with the batch dimensions of ``theta`` left of its event
-            where it has chosen elements.
-        """
+        """A site's value at ``theta``, (..., S), whose batch goes left of the event."""
         base = self._base[name]
+        # Elements that are not chosen have the site's parameter.
         if name in self._estimates:
             base = self.latents.transforms[name].inv(self._estimates[name])
         if name not in self.chosen:
             return base
-        piece = theta.split(self._counts, dim=-1)[self._places[name]]
+        piece = self.subnet.split(theta)[name]
         return place_elements(base, self.chosen[name], piece, event_dim)
 
     def constrained(self, name: str, unconstrained: Tensor) -> Tensor:
-        """The value that the model sees.
-
-        Args:
-            name: Which site.
-            unconstrained: Its unconstrained value.
-
-        Returns:
-            Its value.
-        """
+        """The value that the model sees."""
         if name not in self.chosen:  # as it is: no digit is lost on the way
             return self._estimates[name]
         return self.latents.transforms[name](unconstrained)
 
 
+@final
 class SubnetPrior(dist.TorchDistribution):
-    r"""What the user's latent sites say about the subnet, others at their parameters.
+    """The prior of the user's latent sites as a distribution over the subnet.
 
-    The log density is the sum of theirs, in unconstrained space, so it is normalized
-    only up to what the other elements contribute. Draws are the elements that the
-    user's model draws.
-
-    Args:
-        model: The user's model.
-        sites: Its latent sites as functions of the subnet.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
+    Its log density is the sum of theirs in unconstrained space, other elements at their
+    parameters, so it is normalized only up to what those contribute. Draws are the
+    elements that the user's model draws.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch's own interface
@@ -115,40 +90,20 @@ class SubnetPrior(dist.TorchDistribution):
         super().__init__(torch.Size(), event_shape, validate_args=False)
 
     def remember(self, value: Tensor, log_prior: Callable[[], Tensor]) -> None:
-        """Spares a run of the model: the present one has met the sites.
-
-        Args:
-            value: Shape (S,).
-            log_prior: Works out its log density, should it be asked for: all D elements
-                take part, which draws alone need not pay for.
-        """
+        """Spares another run of the model: the present one has met the sites."""
+        # As a function: all D elements take part, which draws alone need not pay for.
         self._known = (value, log_prior)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: SubnetPrior | None = None
     ) -> SubnetPrior:
-        """The same, of many independent draws.
-
-        Args:
-            batch_shape: How many.
-            _instance: As in torch's own.
-
-        Returns:
-            A new distribution.
-        """
+        """The same for many independent draws."""
         new = SubnetPrior(self._model, self._sites, self._args, self._kwargs)
         new._batch_shape = torch.Size(batch_shape)
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density, by a run of the user's model for each value not known.
-
-        Args:
-            value: Shape (..., S).
-
-        Returns:
-            Its batch shape, in nats.
-        """
+        """Log density in nats, by a run of the user's model for each unknown value."""
         if self._known is not None and value is self._known[0]:
             found = self._known[1]()
         else:
@@ -160,14 +115,7 @@ class SubnetPrior(dist.TorchDistribution):
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws as the user's model does, by one run each.
-
-        Args:
-            sample_shape: How many.
-
-        Returns:
-            Shape ``sample_shape + batch_shape + (S,)``.
-        """
+        """Draws as the user's model does, by one run each."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             draws = [self._draw() for _ in range(shape[:-1].numel())]
@@ -193,13 +141,9 @@ class SubnetPrior(dist.TorchDistribution):
         return torch.stack([term.log_density for term in terms]).sum()
 
 
+@final
 class GivenSites(Messenger):
-    """Gives the latent sites their values, and hides them.
-
-    Args:
-        sites: The latent sites.
-        theta: The subnet, shape (..., S).
-    """
+    """Gives the latent sites their values at ``theta``, (..., S), and hides them."""
 
     def __init__(self, sites: SubnetSites, theta: Tensor):
         super().__init__()
@@ -208,11 +152,7 @@ class GivenSites(Messenger):
         self._met: list[tuple[Node, int]] = []
 
     def log_prior(self) -> Tensor:
-        """Log density of the sites that were met, in unconstrained space.
-
-        Returns:
-            A scalar, in nats; for a subnet without batch dimensions.
-        """
+        """Unconstrained log density of the sites met, in nats, at ``theta`` (S,)."""
         terms = []
         for node, event_dim in self._met:
             name = node["name"]

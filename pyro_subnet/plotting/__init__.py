@@ -1,9 +1,11 @@
-"""Pictures: of predictions, calibration, shift, subnets and posteriors.
+"""Pictures of predictions, posteriors and subnets.
 
-Axes in, axes out: each function draws on the axes that it is given, or on new ones, and
-returns them. None shows a figure or changes a setting of matplotlib's. Needs
-matplotlib, which is imported when the first picture is drawn.
+Each function draws on the axes that it is given, or on new ones, and returns them. None
+shows a figure or changes matplotlib's settings. Needs matplotlib, which is imported
+when the first picture is drawn.
 """
+
+# May import diagnostics.
 
 from pyro_subnet.plotting.classification import plot_reliability, plot_risk_coverage
 from pyro_subnet.plotting.comparison import plot_variance_kept

@@ -1,4 +1,4 @@
-"""Whether probabilities of classes hold, and what passing on the uncertain is worth."""
+"""Reliability diagrams of class probabilities, and risk-coverage curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_subnet.plotting.style import (
     strokes,
 )
 
-# Area of the point of a bin that holds all data, in points squared.
+# Areas of a bin's point, in points squared: what is added for all data, and the least.
 _LARGEST, _SMALLEST = 300.0, 20.0
 
 
@@ -25,11 +25,11 @@ def plot_reliability(
 ) -> Axes:
     """Accuracy against confidence, bin by bin.
 
-    Below the diagonal a model is too sure, above it not sure enough. A point's area
-    shows how many of the data are in its bin, which says how far to trust it.
+    Below the diagonal a model is overconfident, above it underconfident. A point's area
+    shows how many of the data are in its bin, and so how far to trust it.
 
     Args:
-        bins: What ``diagnostics.reliability`` gives, or several by name.
+        bins: Result of ``diagnostics.reliability``, or several by name.
         ax: Axes to draw on; None for new ones.
 
     Returns:
@@ -38,8 +38,8 @@ def plot_reliability(
     Raises:
         OptionError: If there is nothing to draw.
 
-    Source: Guo et al. (2017), figure 1, arXiv 1706.04599, with points for bars, so that
-    several models fit.
+    Source: Guo et al. (2017), figure 1, arXiv 1706.04599, with points in place of bars,
+    so that several models fit.
     """
     curves = named(bins, Reliability)
     ax = new_axes(ax, (4.4, 4.2))
@@ -57,29 +57,13 @@ def plot_reliability(
     )
     for (name, found), stroke in zip(curves.items(), strokes(), strict=False):
         full = array(found.counts) > 0
-        confidence, accuracy = (
-            array(found.confidence)[full],
-            array(found.accuracy)[full],
-        )
+        at = array(found.confidence)[full], array(found.accuracy)[full]
         share = array(found.counts)[full] / array(found.counts).sum()
         label = f"{name}, ECE {found.ece:.3f}" if name else f"ECE {found.ece:.3f}"
-        ax.plot(
-            confidence,
-            accuracy,
-            color=stroke.color,
-            ls=stroke.linestyle,
-            lw=1.8,
-            label=label,
-        )
-        ax.scatter(
-            confidence,
-            accuracy,
-            s=_SMALLEST + _LARGEST * share,
-            color=stroke.color,
-            marker=stroke.marker,
-            alpha=0.75,
-            linewidths=0,
-        )
+        color, dashes, marker = stroke
+        ax.plot(*at, color=color, ls=dashes, lw=1.8, label=label)
+        area = _SMALLEST + _LARGEST * share
+        ax.scatter(*at, s=area, color=color, marker=marker, alpha=0.75, linewidths=0)
     frame(ax, "confidence", "accuracy")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
     ax.legend(frameon=False, loc="upper left")
@@ -95,8 +79,8 @@ def plot_risk_coverage(
     """Mean loss of the data that are answered, against their share.
 
     Args:
-        curves: What ``diagnostics.risk_coverage`` gives, or several by name.
-        loss: What the risk is a mean of, with its unit.
+        curves: Result of ``diagnostics.risk_coverage``, or several by name.
+        loss: Name of the loss that the risk is a mean of, with its unit.
         ax: Axes to draw on; None for new ones.
 
     Returns:

@@ -1,14 +1,14 @@
-"""What selectors keep of the full posterior, size by size."""
+"""The share of predictive variance that selectors keep, by size of the subnet."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pyro_subnet.comparison.compare import SubnetComparison
+from pyro_subnet.comparison.table import SubnetComparison
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.plotting.style import INK, Axes, frame, new_axes, strokes
 
-# The name that `compare_subnets` gives the bound which no subnet beats.
+# Name of the bound in the rows of `compare_subnets`.
 _BOUND = "Subspace"
 # Sizes further apart than this are drawn on a logarithmic axis.
 _RATIO = 10
@@ -21,13 +21,13 @@ def plot_variance_kept(
     """Share of the full posterior's predictive variance that is kept, against S.
 
     Args:
-        comparison: What ``compare_subnets`` gives, with two sizes or more to see lines.
+        comparison: Result of ``compare_subnets``; lines need two sizes or more.
         inputs: Which set of inputs; may be left out where there is one.
         ax: Axes to draw on; None for new ones.
 
     Returns:
-        The axes: a curve a selector, and in black the best subspace of each size, which
-        no subnet can beat.
+        The axes: a curve for each selector, and in black the best subspace of each
+        size, which no subnet can beat.
 
     Raises:
         OptionError: If the comparison has no such inputs, or several and none is named.
@@ -54,7 +54,7 @@ def plot_variance_kept(
     if max(sizes) > _RATIO * min(sizes):
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:,g}")
-    # A tick at each size that was asked for, if they are few enough to be read.
+    # A tick at each size of a line, if they are few enough to be read.
     several = [points for points in curves.values() if len(points) > 1]
     asked = sorted({size for points in several for size, _ in points})
     if 1 < len(asked) <= _MAX_TICKS:

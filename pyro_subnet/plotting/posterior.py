@@ -1,27 +1,28 @@
-"""How weights hang together in a posterior."""
+"""Correlations between the weights of a posterior."""
 
 from __future__ import annotations
 
 import torch
 
-from pyro_subnet.guides.base import SubnetGuide
+from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.plotting.style import SIGNED, Axes, array, new_axes
 from pyro_subnet.tensors.memory import check_factor_fits
 
-# Names of single weights are legible up to here; beyond, sites are named.
-_MAX_NAMES = 24
-_MATRICES = 3.0
+_MAX_NAMES = 24  # single weights are named up to this S, sites beyond it
+_MATRICES = 3.0  # S x S, held at once
 
 
-def plot_correlation(posterior: SubnetGuide, *, ax: Axes | None = None) -> Axes:
+def plot_correlation(
+    posterior: AutoSubnetMultivariateNormal, *, ax: Axes | None = None
+) -> Axes:
     """Correlation matrix of a posterior, in packing order, with the sites' borders.
 
     Args:
-        posterior: The posterior; its S x S covariance is made.
+        posterior: The posterior, whose S x S covariance is computed.
         ax: Axes to draw on; None for new ones.
 
     Returns:
-        The axes. A bar with the scale stands beside them.
+        The axes, with a colour bar beside them.
 
     Raises:
         MemoryLimitError: If the covariance does not fit.

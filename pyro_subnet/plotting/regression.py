@@ -1,4 +1,4 @@
-"""A function of one input, with what is not known of it and what never will be."""
+"""A function of one input with its epistemic and its total uncertainty."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_subnet.exceptions import DataError, OptionError
-from pyro_subnet.plotting.style import (
-    BLUE,
-    INK,
-    SKY,
-    Axes,
-    array,
-    frame,
-    new_axes,
-)
+from pyro_subnet.plotting.style import BLUE, INK, SKY, Axes, array, frame, new_axes
 
 
 def plot_regression(
@@ -32,11 +24,11 @@ def plot_regression(
 
     Args:
         x: Inputs, shape (N,) or (N, 1), in any order.
-        outputs: The function's distribution at each, without noise, such as
-            ``posterior.output_distribution(x)``, or a normal with the mean and standard
-            deviation of draws: the epistemic band.
-        predictive: Distribution of y at each, noise included, such as
-            ``posterior.predictive_distribution(x)``: the total band.
+        outputs: Distribution of the function at each input, without noise, for the
+            epistemic band: ``posterior.output_distribution(x)``, or a normal with the
+            mean and standard deviation of draws.
+        predictive: Distribution of y at each input, noise included, for the total band,
+            such as ``posterior.predictive_distribution(x)``.
         data: Inputs and observations to show.
         num_stddev: Half the bands' width, in standard deviations.
         ax: Axes to draw on; None for new ones.
@@ -61,16 +53,14 @@ def plot_regression(
         own = _column("predictive", predictive.mean, count)[order]
         half = num_stddev * _column("predictive", predictive.stddev, count)[order]
         label = f"total, ±{num_stddev:g} sd"
-        ax.fill_between(
-            at, own - half, own + half, color=SKY, alpha=0.25, lw=0, label=label
-        )
-        for edge in (own - half, own + half):
+        low, high = own - half, own + half
+        ax.fill_between(at, low, high, color=SKY, alpha=0.25, lw=0, label=label)
+        for edge in (low, high):
             ax.plot(at, edge, color=SKY, lw=1, ls="--")
     half = num_stddev * _column("outputs", outputs.stddev, count)[order]
     label = f"epistemic, ±{num_stddev:g} sd"
-    ax.fill_between(
-        at, mean - half, mean + half, color=BLUE, alpha=0.35, lw=0, label=label
-    )
+    low, high = mean - half, mean + half
+    ax.fill_between(at, low, high, color=BLUE, alpha=0.35, lw=0, label=label)
     ax.plot(at, mean, color=BLUE, lw=2, label="mean")
     if data is not None:
         seen = _column("data", data[0], len(data[0]))
@@ -82,7 +72,7 @@ def plot_regression(
 
 
 def _column(name: str, values: Any, count: int) -> np.ndarray:
-    """One number a datum, shape (N,)."""
+    """One number for each data point, shape (N,)."""
     found = array(values)
     if found.size != count or not count:
         raise DataError(

@@ -10,14 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_subnet.exceptions import DataError, OptionError
-from pyro_subnet.plotting.style import (
-    REFERENCE,
-    Axes,
-    array,
-    frame,
-    new_row,
-    strokes,
-)
+from pyro_subnet.plotting.style import REFERENCE, Axes, array, frame, new_row, strokes
 
 _MAX_TICKS = 7
 
@@ -31,25 +24,25 @@ def plot_shift_curves(
     xlabel: str = "rotation (degrees)",
     axes: Iterable[Axes] | None = None,
 ) -> np.ndarray:
-    """One panel a score, one curve a method, against the size of a shift.
+    """Scores against the size of a shift: a panel for each score, a curve a method.
 
     Args:
         shifts: Sizes of the shift, such as degrees of rotation, shape (L,).
         scores: ``{score with its unit: {method: values}}``, such as ``{"NLL (nats)":
-            {"MAP": ..., "subnet": ...}}``. Values of shape (L,), or (R, L) for R runs:
-            then the line is their mean, and the band a standard error either way.
-        references: ``{score: value}`` of a level to hold curves against.
-        reference_label: What that level is.
-        xlabel: What the shift is, with its unit.
+            {"MAP": ..., "subnet": ...}}``. Values have shape (L,), or (R, L) for R
+            runs: the line is then their mean, the band a standard error either way.
+        references: ``{score: value}`` of a level to compare curves with.
+        reference_label: Label of that level.
+        xlabel: Label of the shift, with its unit.
         axes: Axes to draw on, one a score; None for new ones.
 
     Returns:
         The axes, shape (scores,).
 
     Raises:
-        DataError: If values are not one for each shift.
-        OptionError: If there is no score, axes of another number are given, or a
-            reference is of no score.
+        DataError: If a score does not have one value for each shift.
+        OptionError: If there is no score, if the number of axes differs, or if a
+            reference belongs to no score.
     """
     levels = dict(references or {})
     if not scores or not set(levels) <= set(scores):
@@ -60,7 +53,7 @@ def plot_shift_curves(
     at = array(shifts)
     panels = new_row(axes, len(scores), "score", (4.0, 3.2))
     methods = list(dict.fromkeys(m for by_method in scores.values() for m in by_method))
-    # A method looks the same in every panel, also where another is missing.
+    # A method looks the same in every panel, even where others are missing.
     looks = dict(zip(methods, strokes(), strict=False))
     for ax, (score, by_method) in zip(panels, scores.items(), strict=True):
         if score in levels:
@@ -71,12 +64,11 @@ def plot_shift_curves(
             ax.plot(at, mean, label=method, **look.options())
             if len(runs) > 1:
                 error = runs.std(0, ddof=1) / len(runs) ** 0.5
-                ax.fill_between(
-                    at, mean - error, mean + error, color=look.color, alpha=0.2, lw=0
-                )
+                low, high = mean - error, mean + error
+                ax.fill_between(at, low, high, color=look.color, alpha=0.2, lw=0)
         frame(ax, xlabel, score)
         ax.set_xticks(at[:: math.ceil(len(at) / _MAX_TICKS)])
-    # One legend, of what any panel shows.
+    # One legend for all panels.
     entries = {
         label: handle
         for ax in panels
@@ -87,7 +79,7 @@ def plot_shift_curves(
 
 
 def _runs(score: str, method: str, values: Any, count: int) -> np.ndarray:
-    """Shape (R, L)."""
+    """Values of a score, a row for each run, shape (R, L)."""
     found = np.atleast_2d(array(values))
     if found.ndim != 2 or found.shape[1] != count or not found.size:  # noqa: PLR2004
         raise DataError(

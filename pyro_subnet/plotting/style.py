@@ -1,7 +1,7 @@
-"""The one visual language: colours, strokes and frames of every picture.
+"""Colours, strokes and frames that all pictures share.
 
-Matplotlib is imported when a picture is drawn, and here alone. Its settings stay as
-they are: a user's style sheet decides on fonts and sizes.
+Matplotlib is imported here alone, when a picture is drawn. Its settings are not
+changed: a user's style sheet decides on fonts and sizes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -20,26 +20,22 @@ from pyro_subnet.exceptions import OptionError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # noqa: PLC0414 - passed on
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414
-else:  # what is not imported cannot be checked at run time
+else:  # a type that is not imported cannot be checked at run time
     Axes = Figure = Any
 
-# Okabe and Ito (2008), "Color universal design", without the yellow, which white paper
-# swallows. Data are black, references grey.
+# Okabe and Ito (2008), "Color universal design", without the yellow, which is faint on
+# white paper. Data are black, references grey.
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 INK, REFERENCE, GRID = "black", "0.45", "0.92"
-# From nothing to all in one hue, and from -1 by white to 1 in two that all eyes tell.
+# Colour maps: shares from 0 to 1 in one hue; -1 to 1 by white in two hues that people
+# with colour blindness tell apart.
 SHARES, SIGNED = "Blues", "RdBu_r"
 
 
+@final
 class Stroke(NamedTuple):
-    """How one method is drawn, told apart without colour as well.
-
-    Attributes:
-        color: Of the palette.
-        linestyle: Dashes.
-        marker: Shape of the points.
-    """
+    """How one method is drawn; strokes differ without colour too."""
 
     color: str
     linestyle: Any
@@ -61,24 +57,12 @@ _STROKES = (
 
 
 def strokes() -> Iterator[Stroke]:
-    """Strokes in a fixed order, the first again after the last.
-
-    Returns:
-        An endless iterator.
-    """
+    """Yields strokes in a fixed order, endlessly."""
     return cycle(_STROKES)
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.6)) -> Axes:
-    """The axes to draw on.
-
-    Args:
-        ax: The user's, or None for those of a new figure.
-        size: Of a new figure, inches.
-
-    Returns:
-        The axes.
-    """
+    """The user's axes, or those of a new figure of a size in inches."""
     if ax is not None:
         return ax
     (new,) = new_figure(size).subplots(1, 1, squeeze=False).flat
@@ -86,14 +70,7 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.6)) -> Axes:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """A figure of pyplot's, so that a notebook shows it.
-
-    Args:
-        size: Inches.
-
-    Returns:
-        The figure.
-    """
+    """A figure of pyplot's, which a notebook shows, of a size in inches."""
     import matplotlib.pyplot as plt
 
     return plt.figure(figsize=size, layout="constrained")
@@ -102,20 +79,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
 def new_row(
     axes: Iterable[Axes] | None, count: int, name: str, size: tuple[float, float]
 ) -> list[Axes]:
-    """As many axes as there are panels.
-
-    Args:
-        axes: The user's, in any array, or None for those of a new figure.
-        count: How many panels.
-        name: What a panel shows, for the message of an error.
-        size: Of one panel of a new figure, inches.
-
-    Returns:
-        The axes.
-
-    Raises:
-        OptionError: If the user's are more or fewer.
-    """
+    """The user's axes, one a panel, or new ones; ``size`` is a panel's, in inches."""
     if axes is None:
         columns = math.ceil(math.sqrt(count)) if count > 3 else count  # noqa: PLR2004
         rows = math.ceil(count / columns)
@@ -134,14 +98,7 @@ def new_row(
 
 
 def frame(ax: Axes, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
-    """Labels, a light grid, and no box.
-
-    Args:
-        ax: The axes.
-        xlabel: With its unit.
-        ylabel: With its unit.
-        grid: Whether lines help to read values off.
-    """
+    """Axis labels, a light grid, and no box."""
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     if grid:
@@ -150,32 +107,14 @@ def frame(ax: Axes, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
 
 
 def array(values: Tensor | Sequence[float] | np.ndarray) -> np.ndarray:
-    """Numbers as matplotlib takes them.
-
-    Args:
-        values: Numbers, on any device, with or without gradients.
-
-    Returns:
-        Float64.
-    """
+    """Numbers as matplotlib takes them: float64, from any device."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().to(torch.float64).numpy()
     return np.asarray(values, dtype=np.float64)
 
 
 def named(curves: Any, kind: type) -> dict[str, Any]:
-    """One thing or several as ``{name: thing}``.
-
-    Args:
-        curves: One of a kind, or a mapping from names to such.
-        kind: The kind.
-
-    Returns:
-        The mapping; one thing alone has the empty name.
-
-    Raises:
-        OptionError: If there is none.
-    """
+    """``{name: curve}`` of one curve (with the empty name) or a mapping of some."""
     if isinstance(curves, kind):
         return {"": curves}
     found = dict(curves)

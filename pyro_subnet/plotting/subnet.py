@@ -19,7 +19,7 @@ from pyro_subnet.plotting.style import (
 )
 from pyro_subnet.subnet import Subnet
 
-# More rows or columns than this are drawn in blocks: no screen shows them one by one.
+# More rows or columns than a screen can show one by one are drawn in blocks.
 _MAX_SIDE = 128
 _PANEL = (2.7, 2.3)
 
@@ -33,11 +33,11 @@ def plot_subnet(
         subnet: The chosen elements, ``posterior.subnet``.
         sites: Sites to draw a map of; None for those with most chosen weights, in
             packing order.
-        max_maps: How many maps, if sites are not named.
+        max_maps: Number of maps, if sites are not named.
 
     Returns:
-        A new figure: a bar for each site on the left, maps on the right. On axes of
-        your own: :func:`plot_subnet_counts` and :func:`plot_subnet_maps`.
+        A new figure, with a bar for each site on the left and maps on the right. To
+        draw on given axes: :func:`plot_subnet_counts` and :func:`plot_subnet_maps`.
 
     Raises:
         SelectionError: If a site is not a latent site of the model.
@@ -58,7 +58,7 @@ def plot_subnet(
 
 
 def plot_subnet_counts(subnet: Subnet, *, ax: Axes | None = None) -> Axes:
-    """Share of each site's weights that was chosen, a bar a site.
+    """Share of each site's weights that was chosen, as bars.
 
     Args:
         subnet: The chosen elements.
@@ -75,8 +75,8 @@ def plot_subnet_counts(subnet: Subnet, *, ax: Axes | None = None) -> Axes:
     labels = [f"{count:,} of {sizes[site]:,}" for site, count in counts.items()]
     ax.bar_label(bars, labels, padding=3, fontsize="small")
     frame(ax, "chosen weights (% of the site)", "", grid=False)
-    # Room for the labels.
-    ax.set(xlim=(0, 1.45 * max(shares)), title=_title(subnet))
+    title = f"{subnet.size:,} of {subnet.num_params:,} weights ({subnet.fraction:.2%})"
+    ax.set(xlim=(0, 1.45 * max(shares)), title=title)  # room for the labels
     ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 100])  # noqa: PLR2004
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
@@ -90,17 +90,16 @@ def plot_subnet_maps(
     max_maps: int = 12,
     axes: Iterable[Axes] | None = None,
 ) -> np.ndarray:
-    """Where in each site the chosen weights lie: a picture of the layer.
+    """Where in each site the chosen weights lie, as a picture of the layer.
 
     A site of shape (out, in, ...) is a map of out rows, with all further axes in its
-    columns; a vector is one row. Dark is chosen. Sides over 128 are drawn in blocks,
-    as dark as the share of weights that was chosen, with the darkest share in the
-    title.
+    columns; a vector is one row. Chosen weights are dark. Sides over 128 are drawn in
+    blocks, as dark as the share of chosen weights, with the largest share in the title.
 
     Args:
         subnet: The chosen elements.
         sites: Sites to draw; None for those with most chosen weights, in packing order.
-        max_maps: How many, if sites are not named.
+        max_maps: Number of maps, if sites are not named.
         axes: Axes to draw on, one a site; None for new ones.
 
     Returns:
@@ -108,7 +107,7 @@ def plot_subnet_maps(
 
     Raises:
         SelectionError: If a site is not a latent site of the model.
-        OptionError: If axes of another number are given.
+        OptionError: If the number of axes differs from that of sites.
     """
     shown = _shown(subnet, sites, max_maps)
     panels = new_row(axes, len(shown), "site", _PANEL)
@@ -118,16 +117,7 @@ def plot_subnet_maps(
 
 
 def site_map(subnet: Subnet, site: str) -> np.ndarray:
-    """Share of chosen weights in each block of a site's map.
-
-    Args:
-        subnet: The chosen elements.
-        site: Name of a latent site.
-
-    Returns:
-        At most 128 rows and columns, in [0, 1]; blocks are single weights where they
-        fit.
-    """
+    """Share of chosen weights in each block of a site's map, at most 128 x 128."""
     height, width = _sides(subnet, site)
     rows, columns = min(height, _MAX_SIDE), min(width, _MAX_SIDE)
     within = subnet.indices.get(site)
@@ -165,6 +155,7 @@ def _draw_map(subnet: Subnet, site: str, ax: Axes) -> None:
 
 
 def _sides(subnet: Subnet, site: str) -> tuple[int, int]:
+    """Rows and columns of a site's map."""
     shape = subnet.layout.shape(site)
     if len(shape) < 2:  # noqa: PLR2004
         return 1, math.prod(shape)
@@ -177,10 +168,6 @@ def _shown(subnet: Subnet, sites: Sequence[str] | None, max_maps: int) -> list[s
             subnet.layout.shape(site)  # checks the name
         return list(sites)
     counts = subnet.counts
-    # Stable: of equal counts the first.
+    # The sort is stable: sites of equal counts stay in packing order.
     leading = sorted(counts, key=lambda site: -counts[site])[: max(1, max_maps)]
     return [site for site in counts if site in leading and counts[site]]
-
-
-def _title(subnet: Subnet) -> str:
-    return f"{subnet.size:,} of {subnet.num_params:,} weights ({subnet.fraction:.2%})"

@@ -1,1 +1,4 @@
-"""Distributions of outputs, and of y, at new inputs."""
+"""Distributions of outputs, and of y, at new inputs.
+
+May import laplace, tracing.
+"""

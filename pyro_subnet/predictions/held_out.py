@@ -15,17 +15,19 @@ from pyro_subnet.exceptions import (
     OptionError,
     PrecisionError,
 )
-from pyro_subnet.guides.curvature import CurvatureGuide
 from pyro_subnet.laplace.search import Tuning, check_bounds, minimize, nearest_to_own
-from pyro_subnet.predictions.distribution import predictive_of
-from pyro_subnet.predictions.linearized_outputs import LinearizedOutputs, of_site
-from pyro_subnet.predictions.links.options import PredictiveOptions
-from pyro_subnet.predictions.raw_logits import outputs_of
-from pyro_subnet.tensors.grad_mode import outside_inference_mode
+from pyro_subnet.laplace.state import PosteriorState
+from pyro_subnet.predictions.distribution import of_site, predictive_distribution
+from pyro_subnet.predictions.links.integration import PredictiveOptions
+from pyro_subnet.predictions.outputs import OutputGaussian
+from pyro_subnet.predictions.raw_logits import with_raw_logits
 from pyro_subnet.tensors.memory import available_bytes
+from pyro_subnet.tensors.modes import outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import arguments
+from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.trace import ModelAtMAP
 
 # Share of the free memory that the Jacobian of the held-out data may take.
 _SHARE = 0.25
@@ -34,50 +36,41 @@ _SHARE = 0.25
 @torch.no_grad()
 @outside_inference_mode()
 def tune_by_nll(
-    guide: CurvatureGuide,
+    at_map: ModelAtMAP,
+    state: PosteriorState,
     val: Any,
     bounds: tuple[float, float],
-    rescaled: Callable[[float], CurvatureGuide],
+    rescaled: Callable[[float], PosteriorState],
+    *,
     standard_errors: int | float = 0.0,
 ) -> Tuning:
-    r"""The scale whose closed-form predictions of held-out data are best.
+    r"""Returns the scale whose closed-form predictions of held-out data are best.
 
     .. math:: -\frac1N \sum_n \log p(y_n \mid x_n)
 
-    The Jacobian of the held-out data is made once, N C S numbers, if they take at most
-    a quarter of the free memory, and anew at each scale otherwise. A scale costs a
-    factorization, and N C S^2 operations.
-
-    Args:
-        guide: The posterior.
-        val: Held-out data: what one call of the model takes.
-        bounds: Least and largest scale.
-        rescaled: The posterior at another scale.
-        standard_errors: How many the NLL may be worse than the best by, for a scale
-            nearer the model's own; see
-            :func:`~pyro_subnet.laplace.search.nearest_to_own`.
-
-    Returns:
-        The scale, and the mean negative log density at each that was tried.
+    The Jacobian of the held-out data is computed once, N C S numbers, if they take at
+    most a quarter of the free memory, and anew at each scale otherwise. A scale costs a
+    factorization, and N C S^2 operations. With ``standard_errors`` k the NLL may be k
+    of them worse than the best, for a scale nearer the model's own.
 
     Raises:
         DataError: If ``val`` is no set of arguments, or lacks observations.
-        OptionError: If the data have weights that a mean cannot take.
     """
-    call = of_site(
-        ModelCall.read(guide.user_model, guide.latents, *arguments(val)), None
-    )
+    call = of_site(ModelCall.read(at_map, *arguments(val)), None)
     (site,) = call.sites
     if not site.node["is_observed"]:
         raise DataError(
             f"`val` must hold observations; got none at site {site.name!r}. Pass what "
             "training takes, such as `val=(x, y)`."
         )
-    outputs = outputs_of(call, guide.subnet, guide.gaussian)
-    weights = _weights(site, call.num_data)
-    value = site.node["value"]
-    if _jacobian_bytes(outputs) <= _SHARE * available_bytes(value.device):
-        outputs = outputs.holding_rows()
+    outputs = with_raw_logits(LinearizedOutputs.read(call, state.subnet))
+    weights, value = _weights(site, call.num_data), site.node["value"]
+    like = state.gaussian.loc
+    # N C S numbers of the Gaussian's dtype.
+    numbers = sum(rows * width for rows, width in outputs.outputs.shapes)
+    held = numbers * outputs.outputs.size * like.element_size()
+    if held <= _SHARE * available_bytes(value.device):
+        outputs = outputs.holding_rows(like)
 
     generator = torch.Generator(value.device)
     losses: dict[float, Tensor] = {}
@@ -86,10 +79,11 @@ def tune_by_nll(
         other = rescaled(scale)
         # The same draws at every scale, where a family needs any.
         options = PredictiveOptions(
-            noise_scale=other.noise_scale, generator=generator.manual_seed(0)
+            noise_factor=other.noise_factor, generator=generator.manual_seed(0)
         )
-        predictive = predictive_of(outputs.with_gaussian(other.gaussian), options)
-        density = predictive.distribution.log_prob(value).to(torch.float64)
+        problem = OutputGaussian(outputs, other.gaussian).problem(options)
+        found = predictive_distribution(problem)
+        density = found.distribution.log_prob(value).to(torch.float64)
         # What is left out may be NaN, which a weight of zero does not remove.
         density = density.where(weights > 0, 0.0)
         if standard_errors:
@@ -107,7 +101,7 @@ def tune_by_nll(
 
 
 def _weights(site: OutputSite, num_data: int) -> Tensor:
-    """w of each datum, shape (N,), float64."""
+    """w of each data point, shape (N,), float64; its elements must agree."""
     weights = site_weights(site.node, site.distribution, without_plates=True)
     by_datum = weights.reshape(num_data, -1)
     if bool((by_datum != by_datum[:, :1]).any()):
@@ -117,8 +111,3 @@ def _weights(site: OutputSite, num_data: int) -> Tensor:
             "observed data out."
         )
     return by_datum[:, 0]
-
-
-def _jacobian_bytes(outputs: LinearizedOutputs) -> int:
-    numbers = sum(rows * width for rows, width in outputs.outputs.shapes)
-    return numbers * outputs.outputs.size * outputs.gaussian.loc.element_size()

@@ -1,73 +1,91 @@
-"""Closed-form distributions of the linearized outputs, and draws of them."""
+"""The Gaussian over the linearized outputs of one call, and draws of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import final
 
 import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.gaussians.factored import Gaussian
-from pyro_subnet.predictions.linearized_outputs import LinearizedOutputs
-from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.grad_mode import outside_inference_mode
+from pyro_subnet.gaussians.base import Gaussian, standard_normal
+from pyro_subnet.predictions.links.integration import Integration, PredictiveOptions
+from pyro_subnet.predictions.links.likelihood import Likelihood
 from pyro_subnet.tensors.lower_factor import lower_factor
-from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.trace import Latents, Model
+from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
+from pyro_subnet.tracing.site_distribution import SiteDistribution
 
 
-@outside_inference_mode()
-def output_distribution(
-    model: Model,
-    latents: Latents,
-    subnet: Subnet,
-    gaussian: Gaussian,
-    call_arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
-    *,
-    joint: bool,
-) -> dist.MultivariateNormal:
-    r"""Gaussian :math:`N(\eta(\hat\theta), J P^{-1} J^\top)` over linearized outputs.
-
-    Args:
-        model: The user's model.
-        latents: Its latent sites at the MAP.
-        subnet: The chosen elements.
-        gaussian: The posterior over them.
-        call_arguments: Positional and keyword arguments of the model.
-        joint: Whether to give the covariance across inputs.
-
-    Returns:
-        Batch shape (N,) and event shape (C,), or event shape (N * C,). Where gradients
-        are on and a tensor among the arguments requires them, differentiable in it.
-
-    Raises:
-        ModelError: If no output parameter moves, or there is no common data axis.
+@final
+@dataclass(frozen=True, eq=False)
+class OutputGaussian:
+    r"""The Gaussian :math:`N(\eta(\hat\theta), J P^{-1} J^\top)` over the outputs.
 
     Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
     """
-    call = ModelCall.read(model, latents, *call_arguments)
-    loc, factor = moments(LinearizedOutputs.read(call, subnet, gaussian), joint=joint)
-    # A singular covariance has zeros on the factor's diagonal, which torch's check of
-    # the argument, though not its arithmetic, refuses.
-    return dist.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
 
+    outputs: LinearizedOutputs
+    gaussian: Gaussian
 
-def moments(outputs: LinearizedOutputs, *, joint: bool) -> tuple[Tensor, Tensor]:
-    r"""Mean of the linearized outputs, and the lower factor of their covariance.
+    def holding_rows(self) -> OutputGaussian:
+        """The same, with the rows of J kept for other posteriors: N C S numbers."""
+        return replace(self, outputs=self.outputs.holding_rows(self.gaussian.loc))
 
-    Args:
-        outputs: The outputs.
-        joint: Whether to give the covariance across inputs.
+    def loc(self) -> Float[Tensor, "data out"]:
+        r""":math:`\eta(x; \hat\theta)`, shape (N, C)."""
+        return self.outputs.loc(self.gaussian.loc)
 
-    Returns:
-        Shapes (N, C) and (N, C, C), or (N * C,) and (N * C, N * C).
-    """
-    # Without gradients to the inputs there are none at all.
-    with torch.set_grad_enabled(outputs.follows_inputs):
-        loc, whitened = outputs.loc(), outputs.whitened()
-        if joint:
-            rows = torch.cat(list(whitened)).flatten(0, 1)
-            return loc.flatten(), lower_factor(rows)
-        return loc, torch.cat([lower_factor(rows) for rows in whitened])
+    def moments(self, *, joint: bool) -> tuple[Tensor, Tensor]:
+        """Mean (N, C) and factor (N, C, C), or (N C,) and (N C, N C) across inputs."""
+        with torch.set_grad_enabled(self.outputs.follows_inputs):
+            # J P^-1 J^T = W W^T = T T^T with W = J L^-T, P = L L^T and T lower
+            # triangular. Its only gradients are those to inputs that want them.
+            loc, whitened = self.loc(), self._whitened()
+            if joint:
+                rows = torch.cat(list(whitened)).flatten(0, 1)
+                return loc.flatten(), lower_factor(rows)
+            return loc, torch.cat([lower_factor(rows) for rows in whitened])
+
+    def distribution(self, *, joint: bool) -> dist.MultivariateNormal:
+        """The Gaussian as a distribution: N of (C,), or one of (N C,) if joint."""
+        loc, factor = self.moments(joint=joint)
+        # A singular covariance has zeros on the factor's diagonal, which torch's check
+        # of the argument, though not its arithmetic, refuses.
+        return dist.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+
+    def problem(self, options: PredictiveOptions) -> Integration:
+        """The integral that gives the distribution of y at the only site."""
+        (site,) = self.outputs.sites
+        node = self.outputs.nodes[site.name]
+        likelihood = Likelihood(
+            SiteDistribution.of(node["fn"], node["value"]),
+            site.family,
+            self.outputs.subnet_call.moved[site.name],
+            self.gaussian.loc,
+            self.outputs.follows_inputs,
+            options.noise_factor,
+        )
+        if likelihood.scales_noise:
+            likelihood.noise_of_elements()  # checks it
+        return Integration(self, likelihood, options)
+
+    def draw_functions(
+        self, num_samples: int, generator: torch.Generator | None
+    ) -> Float[Tensor, "num_samples num_data out"]:
+        """Draws of the outputs, (K, N, C), differentiable as :meth:`moments`."""
+        with torch.set_grad_enabled(self.outputs.follows_inputs):
+            # eta + J (theta_k - MAP): one draw of the weights serves all inputs. It
+            # costs K S^2 for the weights and K S for each row of J.
+            like = self.gaussian.loc
+            noise = standard_normal((num_samples, self.gaussian.size), like, generator)
+            steps = self.gaussian.draw(noise) - like
+            shifts = torch.cat([rows @ steps.mT for rows in self.outputs.rows(like)])
+            return self.loc() + shifts.movedim(-1, 0)
+
+    def _whitened(self) -> Iterator[Tensor]:
+        """Rows :math:`L^{-1} j`, (data points, C, S), in groups of data points."""
+        for rows in self.outputs.rows(self.gaussian.loc):
+            yield self.gaussian.whiten(rows)

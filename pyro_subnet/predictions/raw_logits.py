@@ -4,59 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
-import torch.distributions as td
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_subnet.gaussians.factored import Gaussian
-from pyro_subnet.predictions.linearized_outputs import LinearizedOutputs
-from pyro_subnet.subnet import Subnet
-from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.output_site import SiteDistribution
-
-CLASSES = (td.Categorical, td.OneHotCategorical)
+from pyro_subnet.predictions.links.likelihood import CLASSES
+from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
+from pyro_subnet.tracing.site_distribution import SiteDistribution
 
 
-def outputs_of(
-    call: ModelCall, subnet: Subnet, gaussian: Gaussian
-) -> LinearizedOutputs:
-    """The outputs that a predictive distribution is made of.
-
-    Args:
-        call: A call of the model, with one observed site.
-        subnet: The chosen elements.
-        gaussian: The posterior over them.
-
-    Returns:
-        The outputs; of classes, logits as the model gave them.
-
-    Raises:
-        ModelError: If the subnet does not move the site.
-    """
-    outputs = LinearizedOutputs.read(call, subnet, gaussian)
-    (site,) = outputs.sites
-    classes = site.family.distribution in CLASSES
-    return with_raw_logits(outputs) if classes else outputs
-
-
-def with_raw_logits(outputs: LinearizedOutputs) -> LinearizedOutputs:
-    r"""The same outputs, with raw logits f in place of log-probabilities.
+def with_raw_logits(linearized: LinearizedOutputs) -> LinearizedOutputs:
+    r"""Returns the outputs of a site of classes with raw logits f; others unchanged.
 
     torch turns ``Categorical(logits=f)`` into :math:`\eta = f - \log\sum e^f`. The
-    softmax of both is the same, also to first order; their covariances are not:
-    :math:`(I - 1 p^\top) V (I - 1 p^\top)^\top` for the covariance V of f.
-
-    Args:
-        outputs: Those of one site of classes.
-
-    Returns:
-        The outputs; log-probabilities still where the model gave probabilities.
+    softmax of both is the same, also to first order, but their covariances differ:
+    :math:`(I - 1 p^\top) V (I - 1 p^\top)^\top` for the covariance V of f. A model that
+    gives probabilities has no raw logits, and keeps log-probabilities.
     """
-    call, base = outputs.call, outputs.call.latents.values
-    (site,) = outputs.sites
+    call = linearized.subnet_call.call
+    (site,) = linearized.sites
+    if site.family.distribution not in CLASSES:
+        return linearized
+    base = call.latents.values
 
     def of_sites(
         values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
@@ -70,12 +41,13 @@ def with_raw_logits(outputs: LinearizedOutputs) -> LinearizedOutputs:
 
     with torch.no_grad():
         reference = of_sites({}, None)
-    found = replace(outputs.outputs, of_sites=of_sites, reference=reference)
-    return replace(outputs, outputs=found)
+    outputs = replace(linearized.outputs, of_sites=of_sites, reference=reference)
+    return replace(linearized, outputs=outputs)
 
 
+@final
 class _Normalizations(TorchFunctionMode):
-    """Remembers every f - logsumexp(f), and what it was made from."""
+    """Remembers every f - logsumexp(f), and f."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +68,7 @@ class _Normalizations(TorchFunctionMode):
             args[0] is logits and args[1] is total for logits, total in self._sums
         ):
             self._normalized.append((result, args[0]))
+        # `Categorical.expand` expands logits that are normalized already.
         elif func is Tensor.expand:
             logits = self.before(args[0])
             if logits is not args[0]:
@@ -104,7 +77,7 @@ class _Normalizations(TorchFunctionMode):
         return result
 
     def before(self, normalized: Tensor) -> Tensor:
-        """What a tensor was before it was normalized; itself if it was not."""
+        """A tensor before it was normalized; itself if it was not."""
         for result, logits in self._normalized:
             if result is normalized:
                 return logits

@@ -1,8 +1,10 @@
-"""Strategies that choose the subnet.
+"""Strategies that choose a subnet.
 
 Each is called with a guide at its MAP and the training data, and returns a
-:class:`~pyro_subnet.subnet.Subnet`. Any callable of that form serves as well.
+:class:`~pyro_subnet.subnet.Subnet`. Any other callable of that form may be used.
 """
+
+# May import fit.
 
 from pyro_subnet.selection.base import Selector
 from pyro_subnet.selection.greedy_variance import GreedyVariance

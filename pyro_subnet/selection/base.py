@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
-from pyro_subnet.tracing.trace import Latents, Model
+from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
 
 @runtime_checkable
@@ -27,13 +27,17 @@ class GuideAtMAP(Protocol):
     def user_model(self) -> Model:
         """The model, as the user wrote it."""
 
+    @property
+    def at_map(self) -> ModelAtMAP:
+        """The model and its latent sites together, as internal code takes them."""
+
 
 class Selector(ABC):
     """A strategy that chooses the subnet.
 
     Attributes:
         passes_over_data: Whether choosing takes a pass over the training data, which
-            one-shot batches cannot give.
+            one-shot batches do not allow.
     """
 
     passes_over_data: bool = False
@@ -52,14 +56,7 @@ class Selector(ABC):
 
 
 def check_size(size: int | float) -> None:
-    """Checks a size before the number of parameters is known.
-
-    Args:
-        size: A count (int) or a share in (0, 1] (float).
-
-    Raises:
-        SelectionError: If it is neither.
-    """
+    """Refuses a size that is neither a count nor a share in (0, 1]."""
     count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
     share = isinstance(size, float) and 0.0 < size <= 1.0
     if not (count or share):
@@ -70,18 +67,7 @@ def check_size(size: int | float) -> None:
 
 
 def resolve_size(size: int | float, num_params: int) -> int:
-    """How many elements a count or a share means.
-
-    Args:
-        size: A count (int), or a share in (0, 1] (float).
-        num_params: D.
-
-    Returns:
-        S, at least 1; a share is rounded to the nearest count.
-
-    Raises:
-        SelectionError: If a count exceeds D.
-    """
+    """S, from a count or a share of D; a share gives the nearest count, at least 1."""
     count = size if isinstance(size, int) else max(1, round(size * num_params))
     if count > num_params:
         raise SelectionError(
@@ -92,20 +78,12 @@ def resolve_size(size: int | float, num_params: int) -> int:
 
 
 def largest(scores: Float[Tensor, " params"], size: int, noise: float = 0.0) -> Tensor:
-    """Positions of the largest scores; equal scores go by position.
-
-    Args:
-        scores: Shape (D,); -inf excludes an element.
-        size: How many to take.
-        noise: Relative round-off of the scores. Those that agree to it count as equal,
-            so that the order of a sum does not decide between weights that are.
-
-    Returns:
-        Positions, shape (size,), best first.
-    """
+    """Positions of the largest scores, shape (size,), best first; -inf excludes one."""
+    # `noise` is the relative round-off of the scores. Those that agree to it count as
+    # equal and go by position, so that the order of a sum does not decide between them.
     threshold = scores.kthvalue(len(scores) - size + 1).values
-    # Only those that may be among them are rounded and sorted: all would take a second,
-    # and memory several times D, at a D of ten millions.
+    # Only scores that may be among the largest are rounded and sorted. To sort all
+    # would take a second, and memory of several times D, where D is ten million.
     reach = 4 * noise * threshold.abs() if bool(threshold.isfinite()) else 0.0
     candidates = (scores >= threshold - reach).nonzero().squeeze(-1)
     few = scores[candidates]

@@ -1,12 +1,13 @@
-r"""Greedy choices among candidate weights that count how they interact.
+r"""Greedy choices among candidate weights, with their interactions counted.
 
-Of a part T of the candidates, with precision P and Gram matrix A of output gradients,
+For a subset T of the candidates, with precision P and Gram matrix A of output
+gradients,
 
 .. math:: f(T) = \operatorname{tr}(P_{TT}^{-1} A_{TT})
     = \sum_n \operatorname{tr} J_T P_{TT}^{-1} J_T^\top
 
-is the linearized predictive variance that it keeps. It never falls as T grows: with the
-weights of T eliminated, a further weight j has the precision
+is the linearized predictive variance that the subset keeps. It never falls as T grows.
+With the weights of T eliminated, a further weight j has the precision
 :math:`s_j = P_{jj} - P_{jT} P_{TT}^{-1} P_{Tj}` and the output gradient
 :math:`r_j = J_j - J_T P_{TT}^{-1} P_{Tj}`, and adds :math:`|r_j|^2 / s_j`.
 """
@@ -23,25 +24,18 @@ from pyro_subnet.exceptions import MemoryLimitError, OptionError, PrecisionError
 from pyro_subnet.selection.base import largest
 from pyro_subnet.tensors.memory import available_bytes
 
-# M x M matrices that are held at once, in float64: P, A, and blocks of S rows.
+# M x M float64 matrices held at once: P, A, and blocks of S rows.
 MATRICES_TO_ADD, MATRICES_TO_EXCHANGE = 3, 5
 _BYTES = 8
-# Candidates by default, at least: the best by single scores are often alike, and fill a
-# pool of a few small subnets' size before weights enter that would add to them.
+# Fewest candidates by default. The best weights by single scores are often alike: of a
+# small subnet they fill the pool, and weights that would add to them stay outside.
 _LEAST_POOL = 2048
-# Round-off that the gains below may carry, relative to what they are differences of.
+# Round-off of a gain, relative to the numbers whose difference it is.
 _NOISE = 1e-12
 
 
 def check_pool(pool: int | float | None) -> None:
-    """Refuses a pool smaller than the subnet.
-
-    Args:
-        pool: Candidates per chosen weight; None for the default.
-
-    Raises:
-        OptionError: If it is less than 1, or NaN.
-    """
+    """Refuses a pool smaller than the subnet, in candidates per chosen weight."""
     if pool is not None and not pool >= 1:
         raise OptionError(
             f"`pool` must be at least 1, a candidate for each chosen weight; got "
@@ -52,33 +46,13 @@ def check_pool(pool: int | float | None) -> None:
 def pool_size(
     pool: int | float | None, size: int, num_params: int, default: float
 ) -> int:
-    """How many candidates there are.
-
-    Args:
-        pool: Candidates per chosen weight; None for ``default``, and at least 2,048 in
-            all.
-        size: S.
-        num_params: D.
-        default: Candidates per chosen weight of large subnets.
-
-    Returns:
-        M, from S to D.
-    """
+    """M, from S to D; ``default`` is the candidates per chosen weight."""
     wanted = max(default * size, _LEAST_POOL) if pool is None else pool * size
     return max(size, round(min(wanted, num_params)))
 
 
 def check_pool_fits(num_candidates: int, matrices: int, device: torch.device) -> None:
-    """Refuses a pool of candidates whose matrices cannot be held.
-
-    Args:
-        num_candidates: M.
-        matrices: How many M x M matrices are held at once.
-        device: Where they will live.
-
-    Raises:
-        MemoryLimitError: If they do not fit; says the largest M that does.
-    """
+    """Refuses M candidates whose M x M float64 matrices do not fit in memory."""
     needed = matrices * _BYTES * num_candidates**2
     free = available_bytes(device)
     if needed > free:
@@ -92,14 +66,8 @@ def check_pool_fits(num_candidates: int, matrices: int, device: torch.device) ->
 
 
 def relative_noise(dtype: torch.dtype) -> float:
-    """How far gains may differ and still count as equal.
-
-    Args:
-        dtype: Floating point type of the network.
-
-    Returns:
-        A relative difference, at least 1e-9: elimination adds to the round-off.
-    """
+    """Relative difference below which gains count as equal, at least 1e-9."""
+    # Elimination adds to the round-off of the network's own dtype.
     return max(1e-9, torch.finfo(dtype).eps ** 0.75)
 
 
@@ -111,35 +79,15 @@ def add_in_blocks_(
     block_size: int,
     noise: float,
 ) -> Int[Tensor, " chosen"]:
-    r"""Chooses weights a block at a time, those that add most variance first.
-
-    Within a block interactions are not counted; between blocks they are, exactly: each
-    block is eliminated from the candidates that are left,
-
-    .. math:: P \leftarrow P - P_{\cdot B} P_{BB}^{-1} P_{B \cdot}, \qquad
-        A \leftarrow (I - W)^\top A\, (I - W), \quad W = P_{BB}^{-1} P_{B \cdot},
-
-    in place. Costs 6 M^2 S operations, and memory for a few rows a block. A gain that
-    is round-off counts as zero, and equal gains go by position.
-
-    Args:
-        precision: P, shape (M, M), symmetric, float64; overwritten.
-        gram: A, shape (M, M), symmetric, float64; overwritten.
-        size: S, at most M.
-        block_size: Weights a block.
-        noise: See :func:`relative_noise`.
-
-    Returns:
-        Positions among the candidates, shape (S,), block by block.
-
-    Raises:
-        PrecisionError: If P is not positive definite.
-    """
+    """Positions of S weights, a block at a time, those that add most variance first."""
+    # Interactions are counted exactly between blocks, not within one. P and A, both
+    # symmetric, are overwritten. Costs 6 M^2 S operations, and a few rows of memory.
     is_left = torch.ones(len(precision), dtype=torch.bool, device=precision.device)
     floor = _NOISE * gram.diagonal().clone()
     chosen: list[Tensor] = []
     missing = size
     while missing:
+        # |r_j|^2 / s_j; a gain within round-off is zero, and ties go by position.
         gains = _per_precision(precision, gram, floor).where(is_left, -torch.inf)
         block = largest(gains, min(block_size, missing), noise).sort().values
         is_left[block] = False
@@ -158,36 +106,21 @@ def exchange_(
     max_swaps: int,
     noise: float,
 ) -> Int[Tensor, " chosen"]:
-    r"""Swaps weights of a set for others while that raises the variance it keeps.
-
-    The chosen weight whose removal costs least leaves; of all others the one that then
-    adds most enters; the first swap that adds nothing ends it. Both prices count all
-    interactions: in the tableau of P swept on the set, with the columns of J reduced
-    alongside, each is the Gram matrix's diagonal over the tableau's. So the variance
-    kept rises with every swap, up to a set that no such swap improves.
-
-    Costs 6 M^2 S operations to start and 16 M^2 a swap, and memory for a few S x M
-    blocks.
-
-    Args:
-        precision: P, shape (M, M), symmetric, float64; overwritten.
-        gram: A, shape (M, M), symmetric, float64; overwritten.
-        start: The set to start from, shape (S,).
-        max_swaps: How many at most.
-        noise: See :func:`relative_noise`.
-
-    Returns:
-        Positions among the candidates, ascending, shape (S,).
-
-    Raises:
-        PrecisionError: If P is not positive definite.
-    """
+    """Positions, ascending, after swaps that raise the variance that the set keeps."""
+    # The chosen weight whose removal costs least leaves, of all others the one that
+    # then adds most enters, and the first swap that adds nothing ends it. So the
+    # variance kept rises with every swap, up to a set that no such swap improves. P and
+    # A, both symmetric, are overwritten. Costs 6 M^2 S operations to start and 16 M^2 a
+    # swap, and memory for a few S x M blocks.
     inside = torch.zeros(len(precision), dtype=torch.bool, device=precision.device)
     inside[start] = True
     if bool(inside.all()) or not max_swaps:
         return start.sort().values
     floor = _NOISE * gram.diagonal().clone()
     _eliminate_(precision, gram, start, keep=True)
+    # In the tableau of P swept on the set, with the columns of J reduced alongside, the
+    # Gram matrix's diagonal over the tableau's is a weight's loss inside the set and
+    # its gain outside, with all interactions counted.
     for _ in range(max_swaps):
         losses = _per_precision(precision, gram, 0.0 * floor)
         leaves = largest((-losses).where(inside, -torch.inf), 1, noise)
@@ -195,17 +128,16 @@ def exchange_(
         inside[leaves] = False
         gains = _per_precision(precision, gram, floor).where(~inside, -torch.inf)
         enters = largest(gains, 1, noise)
-        better = bool(gains[enters] > gains[leaves] * (1 + noise))
-        enters = enters if better else leaves
-        inside[enters] = True
-        if not better:
+        if not bool(gains[enters] > gains[leaves] * (1 + noise)):
+            inside[leaves] = True
             break
+        inside[enters] = True
         _sweep_(precision, gram, int(enters), remove=False)
     return inside.nonzero().squeeze(-1)
 
 
 def _per_precision(precision: Tensor, gram: Tensor, floor: Tensor) -> Tensor:
-    """Variance that each weight adds, or takes away; 0 where that is round-off."""
+    """A_jj / |P_jj|: variance that each weight adds or takes away; 0 if round-off."""
     square = gram.diagonal()
     return (square / precision.diagonal().abs()).where(square > floor, 0.0)
 
@@ -213,18 +145,7 @@ def _per_precision(precision: Tensor, gram: Tensor, floor: Tensor) -> Tensor:
 def _eliminate_(
     precision: Tensor, gram: Tensor, block: Tensor, *, keep: bool = False
 ) -> None:
-    """P and A of the other weights, given a block; in place.
-
-    Args:
-        precision: P, symmetric.
-        gram: A, symmetric.
-        block: Positions.
-        keep: Whether to leave the block's part of the swept tableau, and of the Gram
-            matrix, in its rows and columns; what stands there has no meaning otherwise.
-
-    Raises:
-        PrecisionError: If P is not positive definite.
-    """
+    """P and A of the other weights, given a block, in place; ``keep`` sweeps it."""
     cross, between = precision[block], gram[block]
     factor, info = torch.linalg.cholesky_ex(cross[:, block])
     if int(info):
@@ -234,13 +155,14 @@ def _eliminate_(
             f"eigenvalue {smallest:.3e} in a block of {len(block)}. Train closer to "
             "the MAP, run the model in float64, or choose by diagonal scores."
         )
-    weights = torch.cholesky_solve(cross, factor)
+    weights = torch.cholesky_solve(cross, factor)  # W = P_BB^-1 P_B.
     inner = between[:, block]
+    # P -> P - P_.B W, and A -> (I - W)^T A (I - W).
     precision.addmm_(cross.mT, weights, alpha=-1.0)
     half = torch.addmm(between, inner, weights, alpha=-0.5)
     gram.addmm_(half.mT, weights, alpha=-1.0)
     gram.addmm_(weights.mT, half, alpha=-1.0)
-    if not keep:
+    if not keep:  # the block's own rows and columns have no meaning now
         return
     inverse = torch.cholesky_inverse(factor)
     _set_cross_(precision, block, weights, -inverse)
@@ -258,14 +180,12 @@ def _set_cross_(matrix: Tensor, block: Tensor, rows: Tensor, own: Tensor) -> Non
 def _sweep_(tableau: Tensor, gram: Tensor, k: int, *, remove: bool) -> None:
     r"""Sweeps weight k into the set, or out of it, in place.
 
-    A column of the reduced gradients is :math:`r_j` outside the set and
-    :math:`J_T P_{TT}^{-1} e_j` inside it. Both ways, with
-    :math:`t_j = T_{kj} / T_{kk}`, column j loses :math:`t_j` times column k, and column
-    k is scaled by :math:`\pm 1 / T_{kk}`.
-
     Source: Dempster (1969), "Elements of Continuous Multivariate Analysis", on the
     sweep and reverse sweep of symmetric matrices.
     """
+    # A column of the reduced gradients is r_j outside the set, J_T P_TT^-1 e_j inside.
+    # Both ways, with t_j = T_kj / T_kk, column j loses t_j times column k, and column k
+    # is scaled by +-1 / T_kk.
     row, pivot = tableau[k].clone(), float(tableau[k, k])
     sign = -1.0 if remove else 1.0
     steps = row / pivot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -23,20 +23,21 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class LargestGradient(Selector):
     r"""Keeps the weights of largest mean squared output gradient (Gradient-Laplace).
 
     .. math:: s_j = \operatorname{E}_x \sum_c J_{cj}(x)^2
 
-    over all unconstrained parameters c of the observed distributions that a latent
+    over all unconstrained parameters c of the observed distributions that a latent site
     moves: for classes their log-probabilities, for a heteroscedastic normal its loc and
-    its log scale. Neither the prior nor the data's number enters: a weight that moves
-    the outputs much is chosen even where the data fix it well. It prefers what
-    :class:`LargestVariance` leaves out.
+    its log scale. Neither the prior nor the number of data enters, so a weight that
+    moves the outputs much is chosen even where the data determine it well. It
+    prefers weights that :class:`LargestVariance` leaves out.
 
-    Costs one pass over the reference inputs, C backward passes each, and memory linear
-    in D. ``explained_variance`` is not measured.
+    Costs one pass over the reference inputs, with C backward passes for each, and
+    memory linear in D. ``explained_variance`` is not measured.
 
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
@@ -45,7 +46,8 @@ class LargestGradient(Selector):
             the training data.
 
     Raises:
-        SelectionError: If ``size`` is neither a count nor a share.
+        SelectionError: If ``size`` is neither a count nor a share; when called, if no
+            weight moves an output at the inputs.
         OptionError: If ``inputs`` are nothing that the model can take.
 
     Source: Raha, Khare and Patra (2026), arXiv 2605.09075, by its abstract; the sum
@@ -56,28 +58,16 @@ class LargestGradient(Selector):
     inputs: Any = None
 
     def __post_init__(self) -> None:
-        """Checks the options."""
         check_size(self.size)
         check_inputs(self.inputs)
         object.__setattr__(self, "passes_over_data", self.inputs is None)
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: The training data; read if there are no other inputs.
-
-        Returns:
-            The subnet.
-
-        Raises:
-            SelectionError: If no weight moves an output at the inputs.
-        """
+        """See :meth:`Selector.__call__`."""
         latents = guide.latents
         size = resolve_size(self.size, latents.layout.num_params)
         inputs = reference_data(self.inputs, data)
-        scores = squared_gradients(guide.user_model, latents, inputs, "equal")
+        scores = squared_gradients(guide.at_map, inputs, "equal")
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         positions = largest(scores, size, noise)
         return Subnet.from_positions(latents.layout, positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 from pyro_subnet.selection.base import (
     GuideAtMAP,
@@ -15,6 +16,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True)
 class LargestMagnitude(Selector):
     r"""Keeps the weights of largest :math:`|\hat\theta_j|`, unconstrained.
@@ -31,19 +33,10 @@ class LargestMagnitude(Selector):
     size: int | float
 
     def __post_init__(self) -> None:
-        """Checks the size."""
         check_size(self.size)
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-        """
+        """See :meth:`Selector.__call__`."""
         layout = guide.latents.layout
         size = resolve_size(self.size, layout.num_params)
         positions = largest(guide.latents.loc.abs(), size)

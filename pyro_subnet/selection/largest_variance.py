@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from pyro_subnet.curvature.kronecker import KroneckerFactors
 from pyro_subnet.exceptions import OptionError, SelectionError
-from pyro_subnet.fit.kronecker import kronecker_curvature
-from pyro_subnet.fit.sums import DiagonalCurvature, diagonal_curvature
-from pyro_subnet.gaussians.kronecker_precision import KroneckerPrecision
+from pyro_subnet.fit.sums import DiagonalCurvature, diagonal_curvature, subnet_curvature
+from pyro_subnet.gaussians.kronecker import KroneckerForm
+from pyro_subnet.options import FitOptions
 from pyro_subnet.selection.base import (
     GuideAtMAP,
     Selector,
@@ -21,29 +22,30 @@ from pyro_subnet.selection.base import (
 )
 from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
 from pyro_subnet.selection.swag import SwagMoments
-from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import at_least_float32
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True)
 class LargestVariance(Selector):
     r"""Keeps the weights of largest variance under a diagonal Laplace posterior.
 
     .. math:: \sigma_j^2 = \Big(\sum_n J_n^\top \Lambda_n J_n + P_0\Big)_{jj}^{-1}
 
-    Among subnets of one size this one minimises the 2-Wasserstein distance to the
-    full posterior, if that is taken to be diagonal. Costs one pass over the data and
-    memory linear in D.
+    Among subnets of one size this one minimises the 2-Wasserstein distance to the full
+    posterior, if that is taken to be diagonal. Costs one pass over the data and memory
+    linear in D.
 
-    Weights that no training datum moves (a pixel that is always zero, a unit that
-    never fires) have the largest variance of all, the prior's. On inputs like the
-    training data they leave the predictive at the MAP; on shifted inputs they wake
-    up, which is often where uncertainty is wanted. They are kept unless
-    ``keep_dead=False``. The iterates of SGD say the opposite of them: nothing moves
-    such a weight but the prior, so that its variance over the steps is about zero and
-    ``"swag"`` ranks it last; ``keep_dead=False`` then takes a pass over the data.
+    Weights that no training data move (a pixel that is always zero, a unit that never
+    fires) have the largest variance of all, the prior's. They leave predictions at
+    inputs like the training data unchanged, and move them at shifted inputs, where
+    uncertainty is often wanted. They are kept unless ``keep_dead=False``. The iterates
+    of SGD rank them the other way round: only the prior moves such a weight, so its
+    variance over the steps is about zero and ``"swag"`` ranks it last;
+    ``keep_dead=False`` then takes a pass over the data.
 
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
@@ -55,14 +57,19 @@ class LargestVariance(Selector):
             ``"swag"``, the variances of SGD iterates that ``moments`` has collected,
             without a pass over the data and without ``explained_variance``, unless
             ``keep_dead=False``.
-        keep_dead: Whether weights without any curvature may be chosen: less than the
-            largest times the dtype's eps.
+        keep_dead: Whether weights without curvature may be chosen, that is with less
+            than the largest curvature times the dtype's eps.
         moments: Moments of the iterates, for ``"swag"`` alone.
 
     Raises:
-        SelectionError: If ``size`` is neither a count nor a share.
+        SelectionError: If ``size`` is neither a count nor a share. When called, if too
+            few weights have curvature, with ``keep_dead=False``, or the moments are of
+            fewer than two iterates or another length.
         OptionError: If ``estimator`` is not known, or ``moments`` are missing or not
             asked for.
+        PrecisionError: When called, if a diagonal precision is not positive.
+        ModelError: When called, if a site's prior precision differs within it, for
+            ``"kfac"``.
 
     Source: Daxberger et al. (2021), section 4 and eq. 9, arXiv 2010.14689; Maddox et
     al. (2019), arXiv 1902.02476, for ``"swag"``.
@@ -76,13 +83,11 @@ class LargestVariance(Selector):
     passes_over_data = True
 
     def __post_init__(self) -> None:
-        """Checks the options."""
         check_size(self.size)
         if self.estimator not in ("ggn", "ef", "kfac", "swag"):
             raise OptionError(
                 "`estimator` must be 'ggn', 'ef', 'kfac' or 'swag'; got "
-                f"{self.estimator!r}. "
-                "Leave it out for the GGN."
+                f"{self.estimator!r}. Leave it out for the GGN."
             )
         if (self.estimator == "swag") != (self.moments is not None):
             raise OptionError(
@@ -94,22 +99,7 @@ class LargestVariance(Selector):
             object.__setattr__(self, "passes_over_data", False)
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: The training data.
-
-        Returns:
-            The subnet, with the share of output variance it explains if the data were
-            passed over.
-
-        Raises:
-            PrecisionError: If a diagonal precision is not positive.
-            ModelError: If a site's prior precision differs within it, for ``"kfac"``.
-            SelectionError: If too few weights have curvature, with ``keep_dead=False``;
-                if the moments are of fewer than two iterates or another length.
-        """
+        """See :meth:`Selector.__call__`."""
         latents = guide.latents
         layout = latents.layout
         size = resolve_size(self.size, layout.num_params)
@@ -118,13 +108,19 @@ class LargestVariance(Selector):
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         collected = None
         if self.moments is not None:
-            collected = _collected(self.moments, layout).to(latents.loc.device)
+            collected = self.moments.variance.to(latents.loc.device)
+            if len(collected) != layout.num_params:
+                raise SelectionError(
+                    "`moments` must be of the guide's latent parameters, "
+                    f"{layout.num_params}; got {len(collected)}. Collect them from a "
+                    "guide of the same model."
+                )
             if self.keep_dead:
                 return Subnet.from_positions(layout, largest(collected, size, noise))
         curvature, variance = self._estimate(guide, data)
         scores = variance if collected is None else collected
         if not self.keep_dead:
-            # Up to round-off: what is left of zero differs from weight to weight.
+            # Curvature that should be zero differs from it by round-off.
             smallest = torch.finfo(latents.loc.dtype).eps * curvature.ggn.max()
             alive = curvature.ggn > smallest
             if int(alive.sum()) < size:
@@ -141,26 +137,16 @@ class LargestVariance(Selector):
     def _estimate(
         self, guide: GuideAtMAP, data: Data
     ) -> tuple[DiagonalCurvature, Tensor]:
-        """Diagonals of the curvature, and marginal variances, both (D,)."""
-        latents, model = guide.latents, guide.user_model
+        """Diagonals of the curvature, and marginal variances, shape (D,)."""
+        at_map, latents = guide.at_map, guide.latents
         if self.estimator != "kfac":
             kind: Literal["ggn", "ef"] = "ef" if self.estimator == "ef" else "ggn"
-            curvature = diagonal_curvature(model, latents, data, kind=kind)
+            curvature = diagonal_curvature(at_map, data, kind=kind)
             return curvature, marginal_variance(curvature, latents.layout)
-        found = kronecker_curvature(model, latents, data)
-        precision = KroneckerPrecision.decompose(
-            found.blocks, found.diagonal, found.prior, latents.layout
-        )
-        variance = precision.gaussian(latents.loc.to(torch.float64)).variance()
-        return DiagonalCurvature(found.ggn_diagonal(), found.prior), variance
-
-
-def _collected(moments: SwagMoments, layout: Layout) -> Tensor:
-    variance = moments.variance
-    if len(variance) != layout.num_params:
-        raise SelectionError(
-            "`moments` must be of the guide's latent parameters, "
-            f"{layout.num_params}; got {len(variance)}. Collect them from a guide of "
-            "the same model."
-        )
-    return variance
+        options = FitOptions(covariance="kron")
+        found = subnet_curvature(at_map, latents.everything, data, options)
+        factors: KroneckerFactors = found.likelihood.ggn
+        form = KroneckerForm.of(factors, found.prior, latents.layout)
+        variance = form.gaussian(latents.loc.to(torch.float64)).variance()
+        prior = found.prior.diagonal.to(torch.float64)
+        return DiagonalCurvature(factors.ggn_diagonal(), prior), variance

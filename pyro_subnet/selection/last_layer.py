@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.selection.base import GuideAtMAP, Selector
@@ -11,13 +12,13 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True)
 class LastLayer(Selector):
     """Keeps the weights of the module that is sampled last.
 
-    That is the module of the last site, in trace order, with a weight of two or more
-    dimensions: ``fc3.weight`` and ``fc3.bias`` of a network whose last layer is
-    ``fc3``.
+    It is the module of the last site, in trace order, that has two or more dimensions:
+    ``fc3.weight`` and ``fc3.bias`` for a network whose last layer is ``fc3``.
 
     Raises:
         SelectionError: When called, if the sites' names show no modules.
@@ -26,18 +27,7 @@ class LastLayer(Selector):
     """
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-
-        Raises:
-            SelectionError: If the sites' names show no modules.
-        """
+        """See :meth:`Selector.__call__`."""
         latents = guide.latents
         layout = latents.layout
         weights = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Mask(Selector):
     """Keeps the elements that masks or positions name.
@@ -29,15 +31,7 @@ class Mask(Selector):
     mapping: Mapping[str, Tensor]
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-        """
+        """See :meth:`Selector.__call__`."""
         device = guide.latents.loc.device
         mapping = {
             site: torch.as_tensor(choice, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 
@@ -37,35 +37,39 @@ from pyro_subnet.selection.output_variance import (
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
-# Candidates per chosen weight of large subnets, by default.
+# Default candidates per chosen weight, for large subnets.
 _CANDIDATES = 4.0
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class PredictiveVariance(Selector):
     r"""Keeps the weights that keep most linearized predictive variance at given inputs.
 
     .. math:: f(S) = \sum_x \operatorname{tr} J_S(x)\, P_{SS}^{-1} J_S(x)^\top
 
-    with P the training data's GGN plus the prior's precision, as in the posterior.
+    with P the GGN of the training data plus the prior's precision, as in the posterior.
 
-    ``"diagonal"`` takes P for diagonal: the largest
-    :math:`\sum_{x,c} J_{cj}(x)^2 / (G_{jj} + P_{0,jj})`. It costs a pass over the
-    training data and one over the inputs, and memory linear in D. At ``inputs=None``
-    with ``weighting="fisher"`` the score is the share that ``explained_variance`` sums,
-    which no other subnet of the size then exceeds.
+    ``"diagonal"`` takes P to be diagonal, and keeps the weights with the largest
+    :math:`\sum_{x,c} J_{cj}(x)^2 / (G_{jj} + P_{0,jj})`. It costs one pass over the
+    training data and one over the inputs, and memory linear in D. With ``inputs=None``
+    and ``weighting="fisher"`` the score is what ``explained_variance`` sums, so no
+    other subnet of that size explains more.
 
-    ``"greedy"`` counts correlations among the M best of those, M = ``pool`` x S: a
-    block of weights at a time enters, those that add most to f given all blocks before,
-    by Schur complements. With ``block_size=1`` it is the forward greedy algorithm. It
-    costs a further pass of each, 2 M^2 operations a row of J in them, 6 M^2 S for the
-    choice, and three M x M matrices of memory in float64; D x D only if M = D. Weights
-    that add nothing go by position. A pool that is small against the weights of large
-    variance holds nearly the same ones many times over, and costs most of the gain.
+    ``"greedy"`` counts correlations among the M = ``pool`` x S best of those. Weights
+    enter a block at a time, those that add most to f given all blocks before, by Schur
+    complements; ``block_size=1`` is the forward greedy algorithm. It costs a further
+    pass of each kind with 2 M^2 operations a row of J, 6 M^2 S operations for the
+    choice, and three M x M matrices in float64 (D x D only if M = D). Weights that add
+    nothing go by position. Where many weights of large variance are nearly alike, a
+    small pool holds little else, and most of the gain is lost.
 
-    Neither is the best subset, which no known algorithm of reasonable cost finds;
+    ``explained_variance`` is that of a diagonal posterior on the training inputs,
+    Fisher-weighted, whatever ``inputs``, ``method`` and ``weighting`` are.
+
+    Neither finds the best subset, which no known algorithm of reasonable cost does;
     :class:`Subspace` bounds it from above.
 
     Attributes:
@@ -75,18 +79,21 @@ class PredictiveVariance(Selector):
             None for the training data. They need no labels if the model needs none.
         method: ``"diagonal"`` or ``"greedy"``.
         weighting: Over the unconstrained parameters of all observed distributions that
-            a latent moves: ``"equal"`` sums their variances as they are (of classes,
-            those of the log-probabilities); ``"fisher"`` sums
-            :math:`\operatorname{tr} \Lambda \operatorname{Var} \eta`, twice the
-            expected divergence of p(y | η) from that at the MAP to second order, each
-            site with its scale and mask: nats, whatever the parameters' units.
-        pool: Candidates of ``"greedy"`` per chosen weight, at least 1; None for 4, and
+            a latent site moves, ``"equal"`` sums their variances as they are (for
+            classes, those of the log-probabilities). ``"fisher"`` sums
+            :math:`\operatorname{tr} \Lambda \operatorname{Var} \eta`, to second order
+            twice the expected divergence of p(y | η) from that at the MAP: nats,
+            whatever the parameters' units, with each site's scale and mask.
+        pool: Candidates of ``"greedy"`` per chosen weight, at least 1; None for 4, but
             at least 2,048 candidates in all.
-        block_size: Weights a step of ``"greedy"``; None for S / 64, at least 1.
+        block_size: Weights per step of ``"greedy"``; None for S / 64, at least 1.
 
     Raises:
-        SelectionError: If ``size`` is neither a count nor a share.
-        OptionError: If another option has no value of those it allows.
+        SelectionError: If ``size`` is neither a count nor a share; when called, if no
+            weight moves an output at the inputs.
+        OptionError: If another option has a value outside those it allows.
+        PrecisionError: When called, if a precision is not positive.
+        MemoryLimitError: When called, if the candidates' matrices do not fit.
 
     Source: the diagonal score and the greedy rule are ours; that f(S) never exceeds
     the full posterior's variance and rises with S is proved by Raha, Khare and Patra
@@ -103,7 +110,6 @@ class PredictiveVariance(Selector):
     passes_over_data = True
 
     def __post_init__(self) -> None:
-        """Checks the options."""
         check_size(self.size)
         check_inputs(self.inputs)
         check_weighting(self.weighting)
@@ -120,33 +126,17 @@ class PredictiveVariance(Selector):
             )
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: The training data.
-
-        Returns:
-            The subnet, with the share of the output variance on the training inputs
-            that it explains, as :class:`~pyro_subnet.subnet.Subnet` defines it: under a
-            diagonal posterior, and Fisher-weighted, whatever ``inputs``, ``method`` and
-            ``weighting`` are.
-
-        Raises:
-            PrecisionError: If a precision is not positive.
-            MemoryLimitError: If the candidates' matrices do not fit.
-            SelectionError: If no weight moves an output at the inputs.
-        """
-        latents, model = guide.latents, guide.user_model
-        layout = latents.layout
+        """See :meth:`Selector.__call__`."""
+        at_map = guide.at_map
+        latents, layout = at_map.latents, at_map.latents.layout
         size = resolve_size(self.size, layout.num_params)
         num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
         if self.method == "greedy":
             check_pool_fits(num_candidates, MATRICES_TO_ADD, latents.loc.device)
         inputs = reference_data(self.inputs, data)
-        curvature = diagonal_curvature(model, latents, data)
+        curvature = diagonal_curvature(at_map, data)
         variance = marginal_variance(curvature, layout)
-        squares = squared_gradients(model, latents, inputs, self.weighting)
+        squares = squared_gradients(at_map, inputs, self.weighting)
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         if self.method == "diagonal":
             positions = largest(squares * variance, size, noise)
@@ -154,8 +144,8 @@ class PredictiveVariance(Selector):
             best = largest(squares * variance, num_candidates, noise)
             pool = Subnet.from_positions(layout, best)
             chosen = add_in_blocks_(
-                dense_precision(model, latents, pool, data),
-                output_gram(model, latents, pool, inputs, self.weighting),
+                dense_precision(at_map, pool, data),
+                output_gram(at_map, pool, inputs, self.weighting),
                 size,
                 block_size=self.block_size or max(1, size // _STEPS),
                 noise=relative_noise(latents.loc.dtype),

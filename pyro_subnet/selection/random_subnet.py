@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 
 
+@final
 @dataclass(frozen=True)
 class RandomSubnet(Selector):
     """Draws weights uniformly, without replacement.
 
-    The stream is the selector's own, on the CPU: the global RNG is left alone, and a
-    seed gives the same subnet on every device.
+    The random numbers are the selector's own, drawn on the CPU: the global state is
+    left alone, and a seed gives the same subnet on every device.
 
     Attributes:
         size: A count (int) or a share in (0, 1] (float).
@@ -33,19 +35,10 @@ class RandomSubnet(Selector):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the size."""
         check_size(self.size)
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-        """
+        """See :meth:`Selector.__call__`."""
         latents = guide.latents
         size = resolve_size(self.size, latents.layout.num_params)
         generator = torch.Generator().manual_seed(self.seed)
@@ -55,11 +48,12 @@ class RandomSubnet(Selector):
 
 def _draw(total: int, size: int, generator: torch.Generator) -> Tensor:
     """Distinct numbers below ``total``, every set of ``size`` equally likely."""
-    # Shuffling takes half a second at D = 11M; many numbers of few would often repeat.
+    # Shuffling takes half a second at D = 11M. Drawing one by one would often repeat
+    # where nearly all are wanted.
     if 2 * size > total:
         return torch.randperm(total, generator=generator)[:size]
-    # The first distinct ones of a sequence of draws with replacement: whichever value
-    # comes next is as likely to be any of those not seen yet.
+    # The first distinct values of draws with replacement: the next new one is equally
+    # likely to be any of those not seen yet.
     drawn = torch.empty(0, dtype=torch.int64)
     while drawn.numel() < size:
         more = torch.randint(total, (size - drawn.numel(),), generator=generator)

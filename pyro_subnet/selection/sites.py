@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import final
 
 import torch
 
@@ -15,6 +16,7 @@ from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Latents
 
 
+@final
 @dataclass(frozen=True)
 class Sites(Selector):
     """Keeps every element of the sites whose names match a pattern.
@@ -30,18 +32,11 @@ class Sites(Selector):
     patterns: Sequence[str] | str
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-        """
-        return matching_sites(guide.latents, _listed(self.patterns), fnmatchcase)
+        """See :meth:`Selector.__call__`."""
+        return _matching(guide.latents, self.patterns, fnmatchcase)
 
 
+@final
 @dataclass(frozen=True)
 class Modules(Selector):
     """Keeps every element of the sites that belong to some modules.
@@ -57,37 +52,19 @@ class Modules(Selector):
     names: Sequence[str] | str
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
-        """Chooses the subnet.
-
-        Args:
-            guide: A guide at its MAP.
-            data: Not used.
-
-        Returns:
-            The subnet.
-        """
-        return matching_sites(guide.latents, _listed(self.names), _belongs)
+        """See :meth:`Selector.__call__`."""
+        return _matching(
+            guide.latents, self.names, lambda site, name: site.startswith(name + ".")
+        )
 
 
-def matching_sites(
-    latents: Latents, wanted: Sequence[str], match: Callable[[str, str], bool]
+def _matching(
+    latents: Latents, wanted: Sequence[str] | str, match: Callable[[str, str], bool]
 ) -> Subnet:
-    """The subnet of all sites that match one of several names.
-
-    Args:
-        latents: The latent sites.
-        wanted: Patterns or names.
-        match: Whether a site's name matches one of them.
-
-    Returns:
-        The subnet.
-
-    Raises:
-        SelectionError: If one of them matches nothing.
-    """
+    """All elements of the sites that match a pattern or name; each must match one."""
     layout = latents.layout
     chosen: set[str] = set()
-    for name in wanted:
+    for name in [wanted] if isinstance(wanted, str) else wanted:
         found = {site for site in layout.names if match(site, name)}
         if not found:
             raise SelectionError(
@@ -99,27 +76,10 @@ def matching_sites(
 
 
 def whole_sites(layout: Layout, chosen: set[str], device: torch.device) -> Subnet:
-    """The subnet of every element of some sites.
-
-    Args:
-        layout: Where the latent sites lie.
-        chosen: Names of sites.
-        device: Where the positions live.
-
-    Returns:
-        The subnet.
-    """
+    """The subnet of every element of the named sites."""
     masks = {
         site: torch.ones(layout.shape(site), dtype=torch.bool, device=device)
         for site in layout.names
         if site in chosen
     }
     return Subnet.from_sites(layout, masks)
-
-
-def _belongs(site: str, module: str) -> bool:
-    return site.startswith(module + ".")
-
-
-def _listed(names: Sequence[str] | str) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names

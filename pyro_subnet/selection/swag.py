@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError, NonFiniteError, SelectionError
 
-# A variance takes two values.
-MIN_UPDATES = 2
+MIN_UPDATES = 2  # a variance takes two values
 
 
 @final
@@ -36,16 +35,16 @@ class SwagMoments:
     .. math:: \bar\theta = \tfrac1T \sum_t \theta_t, \qquad
         \sigma_j^2 = \tfrac1T \sum_t (\theta_{tj} - \bar\theta_j)^2
 
-    Costs one pass over ``loc`` an update, and memory for 2 D numbers.
+    An update costs one pass over ``loc``; memory is 2 D numbers.
 
     Args:
         guide: A guide whose parameter is ``loc``, such as
             :class:`~pyro_subnet.AutoSubnetLaplace`; it need not be set up yet. Read,
             never changed.
 
-    Source: Maddox et al. (2019), section 3.2 (SWAG-Diagonal), arXiv 1902.02476; theirs
-    subtracts the squared mean from the mean square, which this equals but for
-    round-off, and bounds variances from below, which ranking does not need.
+    Source: Maddox et al. (2019), section 3.2 (SWAG-Diagonal), arXiv 1902.02476. Theirs
+    subtracts the squared mean from the mean square, which is equal up to round-off, and
+    bounds variances from below, which ranking does not need.
     """
 
     def __init__(self, guide: Any):
@@ -91,7 +90,7 @@ class SwagMoments:
 
     @property
     def count(self) -> int:
-        """T, how many iterates were taken in."""
+        """T, the number of iterates collected."""
         return self._count
 
     @property

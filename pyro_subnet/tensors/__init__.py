@@ -1,1 +1,4 @@
-"""Work on tensors alone: factors in place, memory, modes set aside."""
+"""Work on tensors alone: factors in place, memory, modes set aside.
+
+May import exceptions.
+"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -14,16 +14,11 @@ def lower_factor(
 ) -> Float[Tensor, "*batch out out"]:
     r"""Lower triangular T with :math:`T T^\top = W W^\top`, for W of any rank.
 
-    By QR of :math:`W^\top`: unlike a Cholesky factor of the product it exists for
-    singular covariances, and loses no digits to the squaring.
-
-    Differentiable once in W. Where the covariance is singular, T has no derivative; T Q
-    with the orthonormal Q held is differentiated in its place. What reads T through
-    :math:`T T^\top` (variances, covariances, sums of covariances) then has its exact
-    gradient, and means over draws :math:`T \epsilon` have theirs.
-
-    Args:
-        rows: W, shape (..., C, S).
+    By QR of :math:`W^\top`: unlike a Cholesky factor of the product, T exists for
+    singular covariances, and no digits are lost to squaring. Differentiable once in W:
+    quantities that read T through :math:`T T^\top` (variances, covariances, sums of
+    covariances) have their exact gradient, and so have means over draws :math:`T
+    \epsilon`.
 
     Returns:
         Shape (..., C, C), with a non-negative diagonal.
@@ -34,11 +29,13 @@ def lower_factor(
     return _padded(upper, _signs(upper)).mT
 
 
+@final
 class _LowerFactor(torch.autograd.Function):
     r"""T of W = T Q, by QR.
 
-    With :math:`M = T^\top \bar T` and its lower triangle mirrored,
-    :math:`\bar W = T^{-\top} \operatorname{sym}(M)\, Q`.
+    With :math:`M = T^\top \bar T` and its lower triangle mirrored, :math:`\bar W =
+    T^{-\top} \operatorname{sym}(M)\, Q`. Where the covariance is singular T has no
+    derivative; T Q with the orthonormal Q held is differentiated in its place.
 
     Source: Roberts and Roberts (2020), "QR and LQ decomposition matrix backpropagation
     algorithms", arXiv 2009.10071, for the LQ decomposition without :math:`\bar Q`.
@@ -57,16 +54,16 @@ class _LowerFactor(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         factor, basis = ctx.saved_tensors
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        # Less than this, squared, is round-off of the covariance.
+        # Diagonal entries below this are, squared, round-off of the covariance.
         least = torch.finfo(factor.dtype).eps ** 0.5 * diagonal.amax(-1)
         regular = (diagonal.amin(-1) > least)[..., None, None]
-        held = gradient[..., : basis.shape[-2]] @ basis
+        held = gradient[..., : basis.shape[-2]] @ basis  # bar T Q, with Q held
         if not bool(regular.any()):
             return held
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         safe = torch.where(regular, factor, eye)
         lower = (safe.mT @ gradient.tril()).tril()
-        mirrored = lower + lower.tril(-1).mT
+        mirrored = lower + lower.tril(-1).mT  # sym(M)
         exact = torch.linalg.solve_triangular(safe.mT, mirrored, upper=True)
         return torch.where(regular, exact[..., : basis.shape[-2]] @ basis, held)
 

@@ -9,21 +9,14 @@ import torch
 
 from pyro_subnet.exceptions import MemoryLimitError
 
-# The precision is summed and factored in place; a quarter is for blocks beside it.
+# The precision is summed and factored in place; a quarter is for blocks of work.
 _MATRICES_PER_FIT = 1.25
 # Jacobian blocks and the activations behind them are cut to about this size.
 DEFAULT_BUDGET = 2**28
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free for a computation now.
-
-    Args:
-        device: CPU or CUDA device.
-
-    Returns:
-        Bytes.
-    """
+    """Memory that is free for a computation now, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -36,17 +29,7 @@ def check_factor_fits(
     *,
     matrices: float = _MATRICES_PER_FIT,
 ) -> None:
-    """Refuses a subnet whose S x S factor cannot be held, before any long work.
-
-    Args:
-        size: S.
-        dtype: Floating point type of the factor.
-        device: Where it will live.
-        matrices: How many S x S matrices are held at once.
-
-    Raises:
-        MemoryLimitError: If it does not fit; says the largest S that does.
-    """
+    """Refuses an S whose S x S matrices do not fit in memory, before any long work."""
     per_entry = matrices * torch.finfo(dtype).bits / 8
     needed = math.ceil(per_entry * size**2)
     free = available_bytes(device)

@@ -1,4 +1,4 @@
-"""Full float32 products, whatever shortcuts the user has allowed for training."""
+"""Modes of torch that a computation switches off for a while, and restores."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from typing import Any
 
 import torch
 
-_EXACT = "ieee"
-
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The floating point type of a network's curvature.
-
-    Args:
-        dtype: The network's.
-
-    Returns:
-        The same, or float32 for half precision: sums over data need the digits, and
-        there is no Cholesky factorization in less.
-    """
+    """The dtype itself, but float32 for half precision, for sums and factors."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager
+def differentiable() -> Iterator[None]:
+    """Switches gradients on, inside ``no_grad`` and ``inference_mode`` as well."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves inference mode, with gradient mode as it is."""
+    # `torch.inference_mode(False)` alone would switch gradients on.
+    enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """Switches TF32 and bfloat16 shortcuts of float32 products off, for a while.
-
-    TF32 keeps 10 bits of a factor, and is on by default for convolutions on GPUs. A
-    curvature summed from such products is off by 1e-3, and its factor may not exist.
-
-    Yields:
-        Nothing.
-    """
-    settings = _settings()
+    """Switches off TF32 and bfloat16 shortcuts of float32 products for a while."""
+    # TF32 keeps 10 bits of a factor, and is on by default for convolutions on GPUs. A
+    # curvature summed from such products is off by 1e-3, and may have no factor.
+    settings = _precision_settings()
     before = [getattr(module, name) for module, name, _ in settings]
     try:
         for module, name, exact in settings:
@@ -45,8 +46,8 @@ def full_precision() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _settings() -> list[tuple[Any, str, Any]]:
-    """Where torch keeps them, under what name, and the value for full precision."""
+def _precision_settings() -> list[tuple[Any, str, Any]]:
+    """Module, attribute and full-precision value of each of torch's settings."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
         return [
@@ -58,4 +59,4 @@ def _settings() -> list[tuple[Any, str, Any]]:
         for kind in ("matmul", "conv", "rnn"):
             if hasattr(library, kind):
                 modules.append(getattr(library, kind))
-    return [(module, "fp32_precision", _EXACT) for module in modules]
+    return [(module, "fp32_precision", "ieee") for module in modules]

@@ -1,1 +1,4 @@
-"""One call of a Pyro model at the MAP, as a function of its subnet."""
+"""One call of a Pyro model at the MAP, as a function of its subnet.
+
+May import curvature.
+"""

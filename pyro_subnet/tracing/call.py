@@ -1,11 +1,11 @@
-"""One call of the user's model, read at the MAP: its outputs, weights and prior."""
+"""One call of the user's model at the MAP: its outputs, weights and prior."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, final
 
 import torch
 from pyro import poutine
@@ -13,16 +13,16 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.jacobian.output_map import OutputMap
 from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.exceptions import DataError, ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.grad_mode import differentiable
-from pyro_subnet.tracing.log_prior import log_prior_terms
+from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.trace import (
     Latents,
-    Model,
+    ModelAtMAP,
     Node,
     is_output,
     preserved_rng,
@@ -30,21 +30,20 @@ from pyro_subnet.tracing.trace import (
     run_model,
 )
 
-# How many data tell what the sites' graph and prior are like.
+# Data points of a run whose graph shows what a site moves, at less cost than all data.
 _PROBE = 2
 # {output site: its parameters that the chosen elements move}
 MovedParts = Mapping[str, tuple[str, ...]]
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Graph:
     """One run of the model with its autograd graph; drop it to free the activations.
 
     Attributes:
         leaves: Unconstrained value of every latent site, a leaf that needs gradients.
-        trace: The run's trace.
-        activation_bytes: What the run keeps for its backward pass.
-        latents: The latent sites.
+        activation_bytes: What a run on all data keeps for its backward pass.
     """
 
     leaves: Mapping[str, Tensor]
@@ -54,66 +53,39 @@ class Graph:
 
     @cached_property
     def prior_terms(self) -> list[DensityTerm]:
-        """The log prior in unconstrained space, with its graph to the latent sites.
-
-        One term for each latent site and each factor.
-        """
+        """Unconstrained log prior: one term for each latent site and factor."""
         with differentiable():
             return log_prior_terms(self.trace, self.latents, self.leaves)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class ModelCall:
     """The model, called on some data, as a function of its latent sites.
 
-    Build one with :meth:`read`, which runs and checks the model.
-
     Attributes:
-        model: The user's model.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        latents: The latent sites at the MAP.
-        fixed: Values of sites that would be drawn anew in every run.
-        trace: Reference trace at the MAP, detached.
-        sites: The output sites.
+        fixed: Values of the sites that would be drawn anew in every run.
+        trace: Reference trace at the MAP, without gradients.
+        sites: The output sites, in trace order.
     """
 
-    model: Model
+    at_map: ModelAtMAP
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    latents: Latents
     fixed: Mapping[str, Tensor]
     trace: poutine.Trace
     sites: tuple[OutputSite, ...]
 
     @classmethod
     def read(
-        cls,
-        model: Model,
-        latents: Latents,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        cls, at_map: ModelAtMAP, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
-        """Runs a model at the MAP and checks what it did.
-
-        Args:
-            model: The user's model.
-            latents: Its latent sites at the MAP.
-            args: Positional arguments of the call.
-            kwargs: Keyword arguments of the call.
-
-        Returns:
-            The call.
-
-        Raises:
-            ModelError: If a layer is in training mode, or the latent sites are not
-                those of the guide.
-            NonFiniteError: If the MAP or an output is NaN or infinite.
-        """
+        """The call, after a run at the MAP that checks sites, modes and finiteness."""
+        latents = at_map.latents
         _check_finite_map(latents)
         values = latents.constrain(latents.values)
         with torch.no_grad(), preserved_rng(), refuse_training_mode():
-            trace = run_model(model, args, kwargs, values, {})
+            trace = run_model(at_map.model, args, kwargs, values, {})
         _check_latents(trace, latents)
         fixed = {
             name: node["value"]
@@ -125,7 +97,12 @@ class ModelCall:
             for name, node in trace.nodes.items()
             if is_output(name, node, latents)
         )
-        return cls(model, args, kwargs, latents, fixed, trace, sites)
+        return cls(at_map, args, kwargs, fixed, trace, sites)
+
+    @property
+    def latents(self) -> Latents:
+        """The latent sites at the MAP."""
+        return self.at_map.latents
 
     @property
     def num_data(self) -> int:
@@ -135,11 +112,8 @@ class ModelCall:
 
     @property
     def num_seen(self) -> int:
-        """How many data the call shows.
-
-        Raises:
-            DataError: If the output sites differ in it, or it cannot be told.
-        """
+        """Number of data points shown; an error where the sites leave it open."""
+        # The rows of the first tensor tell the plate over the data from other plates.
         first = next((leaf for leaf in self._flatten()[0] if _has_rows(leaf)), None)
         rows = None if first is None else first.shape[0]
         counts = {site.name: site.num_seen(rows) for site in self.sites}
@@ -158,90 +132,48 @@ class ModelCall:
         unconstrained: Mapping[str, Tensor],
         rows: tuple[Tensor, ...] | None = None,
     ) -> poutine.Trace:
-        """Runs the model at given latent values, hidden from everything around.
-
-        Args:
-            unconstrained: Unconstrained value of every latent site.
-            rows: Replacements for the tensors that :meth:`data_rows` lists.
-
-        Returns:
-            The trace.
-        """
+        """Trace at unconstrained values; ``rows`` stand in for :meth:`data_rows`."""
         args, kwargs, fixed = self.args, self.kwargs, self.fixed
         if rows is not None:
             args, kwargs, fixed = self._with_rows(rows)
         values = self.latents.constrain(unconstrained)
-        return run_model(self.model, args, kwargs, values, fixed)
+        return run_model(self.at_map.model, args, kwargs, values, fixed)
 
-    def output_map(
-        self, subnet: Subnet, moved: MovedParts, activation_bytes: int
+    def map_of(
+        self,
+        read: Callable[[poutine.Trace], tuple[Tensor, ...]],
+        chosen: Mapping[str, Tensor],
+        activation_bytes: int,
     ) -> OutputMap:
-        """The outputs that a subnet moves, as a function of its elements.
-
-        Args:
-            subnet: The chosen elements.
-            moved: What :meth:`moved_parts` says of them.
-            activation_bytes: What a run keeps for its backward pass.
-
-        Returns:
-            The map; sites and parameters that no chosen site moves are left out.
-        """
-        sites = [site for site in self.sites if moved[site.name]]
+        """The map from the chosen flat positions of each site to what a run gives."""
         base = self.latents.values
-        chosen = subnet.indices
+
+        # One matrix a tensor: its first axis, which goes with the data, by the rest.
+        def matrices(trace: poutine.Trace) -> tuple[Tensor, ...]:
+            return tuple(
+                value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
+                for value in read(trace)
+            )
 
         def of_sites(
             values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
         ) -> tuple[Tensor, ...]:
-            return read(self.run({**base, **values}, rows))
-
-        def read(trace: poutine.Trace) -> tuple[Tensor, ...]:
-            found = [
-                site.outputs(trace.nodes[site.name], moved[site.name]) for site in sites
-            ]
-            return tuple(value.reshape(-1, value.shape[-1]) for value in found)
+            return matrices(self.run({**base, **values}, rows))
 
         return OutputMap(
             base={site: base[site] for site in chosen},
             chosen=chosen,
             of_sites=of_sites,
-            reference=read(self.trace),
+            reference=matrices(self.trace),
             rows=self.data_rows(),
             num_data=self.num_data,
             activation_bytes=activation_bytes,
         )
 
-    def factors(self, moved: MovedParts, without_plates: bool) -> Factors:
-        r"""Roots of the weighted output Hessians, :math:`\sqrt{w} R`, of each site.
-
-        Args:
-            moved: Which outputs: what :meth:`moved_parts` says of a subnet.
-            without_plates: Leaves out the N/B of subsampling plates.
-
-        Returns:
-            One (M, r, c) tensor for every site that is moved.
-        """
-        return tuple(
-            site.weighted_root(moved[site.name], without_plates)
-            for site in self.sites
-            if moved[site.name]
-        )
-
     def graph(self, *, with_prior: bool = True) -> Graph:
-        """Runs the model with a graph from latent leaves to everything.
-
-        On a few of the data if they tell the same: outputs that do not depend on other
-        data, and the same prior.
-
-        Args:
-            with_prior: Whether its prior will be read, and so must be that of all data.
-
-        Returns:
-            The run.
-
-        Raises:
-            ModelError: If the outputs differ from those of the reference run.
-        """
+        """A run with its graph to the latent leaves, on few data if they suffice."""
+        # The graph of a few data points serves if no output depends on other data
+        # points and, where the prior will be read, if the prior is that of all data.
         if self.num_data > _PROBE and self.data_rows():
             rows = tuple(row[:_PROBE] for row in self.data_rows())
             try:
@@ -264,7 +196,7 @@ class ModelCall:
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            # By its own size: some data are a view of all.
+            # The tensor's own size: the few data points are a view of all.
             storage = tensor.untyped_storage().data_ptr()
             saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
             return tensor
@@ -300,26 +232,19 @@ class ModelCall:
                     return False
             if not with_prior:
                 return True
-            base = self.latents.values
-            ours = [
-                term.log_density
-                for term in log_prior_terms(self.trace, self.latents, base)
-            ]
-            theirs = [term.log_density for term in graph.prior_terms]
+            ours = log_prior_terms(self.trace, self.latents, self.latents.values)
             return all(
-                torch.allclose(a, b.to(a)) for a, b in zip(ours, theirs, strict=True)
+                torch.allclose(a.log_density, b.log_density.to(a.log_density))
+                for a, b in zip(ours, graph.prior_terms, strict=True)
             )
 
+    def latent_parents(self) -> dict[str, frozenset[str]]:
+        """``{site: latent sites that its prior depends on}``, where there are any."""
+        graph = self.graph()
+        return latent_parents(graph.prior_terms, graph.leaves)
+
     def moved_parts(self, graph: Graph, subnet: Subnet) -> MovedParts:
-        """Parameters of each output site that the subnet's sites move.
-
-        Args:
-            graph: A run of this call.
-            subnet: The chosen elements.
-
-        Returns:
-            ``{site: names of parts}``; () for a site that none moves.
-        """
+        """Parameters of each output site that the subnet's sites move; () for none."""
         leaves = [graph.leaves[site] for site in subnet.indices]
         nodes = graph.trace.nodes
         with differentiable():
@@ -329,7 +254,7 @@ class ModelCall:
             }
 
     def data_rows(self) -> tuple[Tensor, ...]:
-        """Tensors of the call whose first axis is as long as the data."""
+        """The tensors of the call whose first axis is as long as the data."""
         leaves, _ = self._flatten()
         return tuple(leaf for leaf in leaves if self._is_row(leaf))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 from tqdm import tqdm
@@ -15,16 +15,17 @@ from pyro_subnet.exceptions import DataError
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Data:
     """The calls that together show the model all its data.
 
     Attributes:
-        batches: One item a call: ``(args, kwargs)``, a tuple or list of positional
-            arguments, a mapping of keyword arguments, or one tensor.
-        whole: Whether it is a single call whose plates state their own scale, as
-            ``laplace_approximation`` makes; minibatches are summed without it.
-        num_data: Number of data in all, if the batches hold only a part of them.
+        batches: One item for each call: ``(args, kwargs)``, a tuple or list of
+            positional arguments, a mapping of keyword arguments, or one tensor.
+        whole: Whether all data come in one call, whose plates state their own scale, as
+            in ``laplace_approximation``. Minibatches are summed without that scale.
+        num_data: Number of data points in all, if the batches hold only a part of them.
         progress: Whether to show a progress bar.
     """
 
@@ -91,18 +92,7 @@ class Data:
 
 
 def arguments(item: Any) -> Batch:
-    """Positional and keyword arguments from one item of the batches.
-
-    Args:
-        item: ``(args, kwargs)``, a tuple or list of positional arguments, a mapping of
-            keyword arguments, or one tensor.
-
-    Returns:
-        Both kinds of arguments.
-
-    Raises:
-        DataError: If it is none of these.
-    """
+    """Positional and keyword arguments from one item of :attr:`Data.batches`."""
     if isinstance(item, Tensor):
         return (item,), {}
     if isinstance(item, Mapping):

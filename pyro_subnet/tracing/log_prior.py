@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -11,23 +12,14 @@ from torch.distributions import Transform
 from torch.distributions.transforms import IndependentTransform
 
 from pyro_subnet.curvature.prior import DensityTerm
-from pyro_subnet.tracing.output_site import SiteDistribution
+from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import Latents, Node, is_factor, plate_scale
 
 
 def log_prior_terms(
     trace: poutine.Trace, latents: Latents, unconstrained: Mapping[str, Tensor]
 ) -> list[DensityTerm]:
-    """Terms of the log prior, changes of volume included.
-
-    Args:
-        trace: A run of the model.
-        latents: The latent sites.
-        unconstrained: The values that the run had, ``{site: value}``.
-
-    Returns:
-        One term for each latent site and each factor.
-    """
+    """One term for each latent site and factor of a run at these values."""
     nodes = trace.nodes
     return [
         prior_term(nodes[name], latents.transforms[name], value)
@@ -42,17 +34,9 @@ def _factor_term(node: Node) -> DensityTerm:
 
 
 def prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
-    """Log density of one latent site, in unconstrained space.
-
-    Args:
-        node: The site in a run of the model.
-        transform: From its unconstrained to its constrained values.
-        leaf: The unconstrained value that the run had.
-
-    Returns:
-        The term, summed over the site.
-    """
+    """Log density of one latent site whose unconstrained value is ``leaf``."""
     fn, value = node["fn"], node["value"]
+    # log p(u) = log p(theta) + log |d theta / d u|
     density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
     # As in a Pyro guide, the change of volume takes the plates' scale alone.
     volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
@@ -61,3 +45,26 @@ def prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
         transform = transform.base_transform
     plain = base.event_shape == () and transform.domain.event_dim == 0
     return DensityTerm(density + volume, node["name"], elementwise=plain)
+
+
+def latent_parents(
+    terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]
+) -> dict[str, frozenset[str]]:
+    """``{site: latent sites that its prior depends on}``, where there are any."""
+    found = {}
+    for term in terms:
+        others = {site: u for site, u in leaves.items() if site != term.site}
+        if term.site is None or not term.log_density.requires_grad or not others:
+            continue
+        # A graph from the prior to another site's leaf makes that site a parent.
+        gradients = torch.autograd.grad(
+            term.log_density,
+            list(others.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        pairs = zip(others, gradients, strict=True)
+        parents = frozenset(site for site, gradient in pairs if gradient is not None)
+        if parents:
+            found[term.site] = parents
+    return found

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
@@ -22,19 +23,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
-from pyro_subnet.subnet import Layout
+from pyro_subnet.subnet import Layout, Subnet
 
 Model = Callable[..., Any]
 Node = dict[str, Any]
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Latents:
     """The latent sites at the MAP.
 
     Attributes:
         layout: Where they lie in the packed vector.
-        transforms: From unconstrained to constrained values, one a site.
+        transforms: From unconstrained to constrained values, one for each site.
         loc: The MAP, packed, shape (D,), unconstrained.
     """
 
@@ -44,7 +46,7 @@ class Latents:
 
     @classmethod
     def from_guide(cls, guide: AutoContinuous, loc: Tensor) -> Latents:
-        """Reads what a guide found out about its latent sites when it was set up.
+        """The latent sites that a guide found when it was set up.
 
         Args:
             guide: A guide that was set up.
@@ -66,6 +68,26 @@ class Latents:
         """The MAP of every site, unconstrained."""
         return self.layout.unpack(self.loc)
 
+    @property
+    def everything(self) -> Subnet:
+        """The subnet of all D elements."""
+        return Subnet.whole(self.layout, self.loc.device)
+
+    def values_with(
+        self, subnet: Subnet, theta: Float[Tensor, " subnet"]
+    ) -> dict[str, Tensor]:
+        """Values of all sites at one draw of a subnet, the other elements at the MAP.
+
+        Args:
+            subnet: The chosen elements.
+            theta: Their values.
+
+        Returns:
+            ``{site: value}``, unconstrained.
+        """
+        packed = self.loc.index_copy(0, subnet.flat, theta.to(self.loc))
+        return self.layout.unpack(packed)
+
     def constrain(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Maps unconstrained values of sites to the values that the model sees.
 
@@ -78,6 +100,15 @@ class Latents:
         return {name: self.transforms[name](u) for name, u in unconstrained.items()}
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class ModelAtMAP:
+    """A user's model, and its latent sites at the MAP."""
+
+    model: Model
+    latents: Latents
+
+
 def run_model(
     model: Model,
     args: tuple[Any, ...],
@@ -85,24 +116,9 @@ def run_model(
     values: Mapping[str, Tensor],
     fixed: Mapping[str, Tensor],
 ) -> poutine.Trace:
-    """Traces a model at given latent values, hidden from all handlers around it.
-
-    Distributions are not validated: their run-time checks branch on values, which
-    ``vmap`` cannot do. Attention runs on its plain kernels, the ones with derivatives
-    of every order. The param store and the plates that are open around the call are
-    left as they were.
-
-    Args:
-        model: The user's model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        values: Constrained value of every latent site.
-        fixed: Values for other sites that would be drawn: subsample indices, and
-            observed sites that came without data.
-
-    Returns:
-        The trace, with the model's return value at ``_RETURN``.
-    """
+    """Trace of a model at constrained values, hidden from all handlers around it."""
+    # Validation branches on values, which `vmap` cannot do. Attention runs on its plain
+    # kernels, which have derivatives of every order.
     with (
         apart(),
         _plain_attention(),
@@ -117,6 +133,7 @@ def run_model(
     return trace
 
 
+@final
 class _Substitute(Messenger):
     """Gives latent sites their values and keeps other draws from happening again."""
 
@@ -145,16 +162,10 @@ class _Substitute(Messenger):
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Keeps the param store and the open plates as they are.
-
-    Plates that are open around the call would collide with the same plates inside it,
-    so the allocator of their dimensions is set aside.
-
-    Yields:
-        Nothing; entries of the store that are made inside are gone afterwards.
-    """
+    """Keeps the param store and the open plates around the call as they are."""
     store = pyro.get_param_store()
     known = set(store.keys())
+    # Plates open around the call would collide with the same plates inside it.
     open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
         yield
@@ -178,11 +189,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Gives the global RNG back as it was, on the CPU and the current GPU.
-
-    Yields:
-        Nothing.
-    """
+    """Gives the global RNG back as it was, on the CPU and the current GPU."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -190,14 +197,9 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def refuse_training_mode() -> Iterator[None]:
-    """Raises a ModelError when a layer runs in a mode that is not deterministic.
-
-    A layer of batch statistics would also change its buffers, so it is stopped before
-    it runs. The hook is global and is gone afterwards: no module is touched.
-
-    Yields:
-        Nothing.
-    """
+    """Raises a ModelError when a layer runs in a mode that is not deterministic."""
+    # Before it runs, because batch statistics would change the layer's buffers. The
+    # hook is global and is removed afterwards: no module is touched.
     handle = register_module_forward_pre_hook(_check_mode)
     try:
         yield
@@ -230,19 +232,8 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def is_output(name: str, node: Node, latents: Latents) -> bool:
-    """Whether a trace node is a site whose distribution is the model's output.
-
-    ``pyro.deterministic`` and ``pyro.factor`` sites count as observed in a trace, but
-    have no likelihood.
-
-    Args:
-        name: Name of the node.
-        node: Node of a model trace.
-        latents: The latent sites.
-
-    Returns:
-        True for observed sites, and for sites that would be observed if data came.
-    """
+    """Whether a node is a site that is observed, or would be if data were given."""
+    # `pyro.deterministic` and `pyro.factor` count as observed but have no likelihood.
     return (
         node["type"] == "sample"
         and name not in latents.layout.names
@@ -253,38 +244,17 @@ def is_output(name: str, node: Node, latents: Latents) -> bool:
 
 
 def is_deterministic(node: Node) -> bool:
-    """Whether a node is a ``pyro.deterministic`` site.
-
-    Args:
-        node: Node of a model trace.
-
-    Returns:
-        True if it is.
-    """
+    """Whether a node is a ``pyro.deterministic`` site."""
     return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
 
 
 def is_factor(node: Node) -> bool:
-    """Whether a node is a ``pyro.factor`` site.
-
-    Args:
-        node: Node of a model trace.
-
-    Returns:
-        True if it is.
-    """
+    """Whether a node is a ``pyro.factor`` site."""
     return node["type"] == "sample" and isinstance(node["fn"], dist.Unit)
 
 
 def plate_scale(node: Node) -> float:
-    """N/B, multiplied over the subsampling plates of a site.
-
-    Args:
-        node: Node of a model trace.
-
-    Returns:
-        1.0 if no plate subsamples.
-    """
+    """N/B, multiplied over the subsampling plates of a site; 1.0 without any."""
     scale = 1.0
     for frame in node["cond_indep_stack"]:
         if frame.full_size and frame.size and frame.full_size > 0:

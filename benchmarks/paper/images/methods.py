@@ -133,7 +133,7 @@ def _posterior(name: str, case: Case, shown: str) -> Fitted:
     scores = [
         Score("", "S", first.subnet.size),
         Score("", "D", first.subnet.num_params),
-        Score("", "scale", float(first.prior_scale)),
+        Score("", "scale", float(first.prior_factor)),
     ]
     batch_size = case.setup.batch_size
     if _POSTERIORS[name].covariance != "full":

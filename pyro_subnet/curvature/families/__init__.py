@@ -1,1 +1,1 @@
-"""Families of observed distributions whose Fisher information is known."""
+"""Families of observed distributions: their outputs and their information."""

@@ -1,4 +1,4 @@
-r"""The families whose Fisher information is known in closed form.
+"""The families whose Fisher information is known in closed form.
 
 Each function below is one family's Λ in its unconstrained parameters η, where a score
 in log σ is σ times the score in σ. Functions for :class:`Orthogonal` return the root of
@@ -55,10 +55,7 @@ _GUMBEL_LOG_SCALE = math.pi**2 / 6 + (1 - _EULER_GAMMA) ** 2
 
 def _normal(d: td.Normal | td.LogNormal) -> Scales:
     r"""Λ = diag(1/σ², 2) in (μ, log σ)."""
-    return {
-        "loc": 1 / d.scale,
-        "log_scale": torch.full_like(d.scale, math.sqrt(2)),
-    }
+    return {"loc": 1 / d.scale, "log_scale": torch.full_like(d.scale, math.sqrt(2))}
 
 
 def _half_normal(d: td.HalfNormal) -> Scales:
@@ -152,14 +149,11 @@ def _negative_binomial(d: td.NegativeBinomial, parts: tuple[str, ...]) -> Entrie
 
 
 def _student_t(d: td.StudentT, parts: tuple[str, ...]) -> Entries:
-    r"""Λ of Student's t, without :func:`student_t_log_df_information`.
+    r"""Returns Λ in (log ν, μ, log σ); :func:`student_t_log_df_information` has log ν.
 
     .. math:: \Lambda_{\mu\mu} = \frac{\nu+1}{(\nu+3)\sigma^2},\quad
         \Lambda_{\log\sigma\log\sigma} = \frac{2\nu}{\nu+3},\quad
         \Lambda_{\log\nu\log\sigma} = -\frac{2\nu}{(\nu+1)(\nu+3)}
-
-    Returns:
-        The entries in (log ν, μ, log σ).
 
     Source: Lange, Little and Taylor (1989), J. Amer. Statist. Assoc. 84, in logs here.
     """
@@ -236,7 +230,8 @@ class CategoricalInformation(Information):
         p = d.logits.softmax(-1)  # type: ignore[attr-defined]
         here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j-1}
         after = torch.cat([here[..., 1:], torch.zeros_like(p[..., :1])], dim=-1)  # q_j
-        # Where nothing is left to share, numerators are zero too.
+        # R_jj and R_ji share the factor sqrt(n p_j / q_{j-1}). Where q is zero, its
+        # numerator is zero too.
         share = p / torch.where(here > 0, here, 1.0)
         rest = torch.where(after > 0, after, 1.0)
         row = (getattr(d, "total_count", 1) * share).sqrt()
@@ -275,6 +270,7 @@ class GaussianInformation(Information):
         inverse = torch.linalg.solve_triangular(
             scale_tril, eye.expand_as(scale_tril), upper=False
         )
+        # (dmu)^T Sigma^-1 dmu = |L^-1 dmu|^2, so R of mu is L^-1
         if parts == ("loc",):
             return inverse
         scale_root = _scale_tril_root(scale_tril, inverse)
@@ -295,7 +291,7 @@ def _scale_tril_root(scale_tril: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _block_diagonal(first: Tensor, second: Tensor) -> Tensor:
-    """Two square blocks, batched."""
+    """Two square blocks on the diagonal of a batch of matrices."""
     size, other = first.shape[-1], second.shape[-1]
     upper = torch.nn.functional.pad(first, (0, other))
     lower = torch.nn.functional.pad(second, (size, 0))
@@ -317,9 +313,7 @@ _CLASS_LOGITS = (Part("logits", "logits", _VECTOR),)
 _SHAPE_RATE = (_log("concentration"), _log("rate"))
 _TRIALS = ("total_count",)
 _DIRICHLET = Part(
-    "log_concentration",
-    "concentration",
-    IndependentTransform(ExpTransform(), 1),
+    "log_concentration", "concentration", IndependentTransform(ExpTransform(), 1)
 )
 _GAUSSIAN = (
     Part("loc", "loc", _VECTOR),
@@ -371,7 +365,7 @@ _BY_CLASS = {family.distribution: family for family in _FAMILIES}
 
 CLOSED_FORMS: Mapping[type[Distribution], Family] = {
     **_BY_CLASS,
-    # It knows its Cholesky factor, and is a multivariate normal from there on.
+    # It has a `scale_tril`, and so everything that a multivariate normal is asked for.
     td.LowRankMultivariateNormal: _BY_CLASS[td.MultivariateNormal],
 }
 """The family of each torch class; its subclasses that keep its density share it."""

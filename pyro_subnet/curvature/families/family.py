@@ -60,42 +60,22 @@ class LowerTriangle(Transform):
 @final
 @dataclass(frozen=True)
 class Part:
-    r"""One parameter of a family in its unconstrained space, a part of η.
+    """One parameter of a family in its unconstrained space, a part of η."""
 
-    Attributes:
-        name: Its name there, such as ``"log_scale"``.
-        argument: The constructor's name for it, such as ``"scale"``.
-        transform: Maps unconstrained values to the constructor's.
-    """
-
-    name: str
-    argument: str
-    transform: Transform
+    name: str  # its name in that space, such as "log_scale"
+    argument: str  # the constructor's name for it, such as "scale"
+    transform: Transform  # from unconstrained values to the constructor's
 
     def output(self, d: Distribution) -> Output:
-        r"""The part of η at every batch element, differentiable.
-
-        Args:
-            d: A distribution of the family.
-
-        Returns:
-            Shape (\*batch_shape, width).
-        """
+        """The part of η at every batch element, differentiable."""
+        # A part is one vector a batch element: events flat, scalars of width 1.
         value = self.transform.inv(getattr(d, self.argument))
         dims = self.transform.domain.event_dim
         flat = value.flatten(-dims) if dims else value.unsqueeze(-1)
         return flat.expand(d.batch_shape + flat.shape[-1:])
 
     def value(self, d: Distribution, output: Output) -> Tensor:
-        r"""The constructor's argument at an output, the inverse of :meth:`output`.
-
-        Args:
-            d: A distribution of the family, read for the shape of its events.
-            output: Shape (\*leading, \*batch_shape, width).
-
-        Returns:
-            Shape (\*leading, \*batch_shape, \*event).
-        """
+        """The constructor's argument at an output, whose leading axes are kept."""
         dims = self.transform.domain.event_dim
         shape = self.transform.inverse_shape(getattr(d, self.argument).shape)
         flat = output.unflatten(-1, shape[-dims:]) if dims else output.squeeze(-1)
@@ -105,42 +85,20 @@ class Part:
 @final
 @dataclass(frozen=True)
 class Coordinates:
-    """The map between a distribution and η.
-
-    Attributes:
-        distribution: What is constructed from arguments.
-        parts: The parts of η.
-        constants: Arguments that no latent moves, such as a count of trials.
-    """
+    """The map between a distribution and η."""
 
     distribution: type[Distribution]
     parts: tuple[Part, ...]
-    constants: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()  # moved by no latent, as "total_count"
 
     def outputs(self, d: Distribution, names: Sequence[str]) -> dict[str, Tensor]:
-        """η by part.
-
-        Args:
-            d: A distribution of the family.
-            names: The parts that are wanted.
-
-        Returns:
-            ``{part: tensor}`` as :meth:`Part.output` gives it.
-        """
+        """η of the named parts, as :meth:`Part.output` gives them."""
         return {part.name: part.output(d) for part in self.parts if part.name in names}
 
     def arguments(
         self, d: Distribution, outputs: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """Arguments that construct the distribution at η.
-
-        Args:
-            d: Where constants and missing parts are read.
-            outputs: η by part.
-
-        Returns:
-            ``{argument: value}``.
-        """
+        """Arguments at η; constants, and parts not in ``outputs``, are those of d."""
         values = {name: getattr(d, name) for name in self.constants}
         for part in self.parts:
             output = outputs.get(part.name)
@@ -153,12 +111,7 @@ class Coordinates:
 @final
 @dataclass(frozen=True)
 class Family:
-    r"""A family of distributions p(y | η): its outputs η and their information Λ.
-
-    Attributes:
-        coordinates: The map between a distribution and η.
-        information: Λ in those coordinates.
-        exact: False where Λ is a Monte Carlo estimate.
+    """A family of distributions p(y | η): its outputs η and their information Λ.
 
     Source: Martens (2020), sections 8 and 9, arXiv 1412.1193, on Λ as the Hessian of
     the generalized Gauss-Newton matrix.
@@ -166,7 +119,7 @@ class Family:
 
     coordinates: Coordinates
     information: Information
-    exact: bool = True
+    exact: bool = True  # False where Λ is a Monte Carlo estimate
 
     @property
     def distribution(self) -> type[Distribution]:
@@ -181,78 +134,30 @@ class Family:
     def outputs(
         self, d: Distribution, parts: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        r"""η by part, differentiable in the parameters of ``d``.
-
-        Args:
-            d: A distribution of the family.
-            parts: The parts that are wanted; all by default.
-
-        Returns:
-            ``{part: tensor of shape (*batch_shape, width)}``, unconstrained.
-
-        Raises:
-            OptionError: If a part is unknown.
-        """
+        """η by part, each (*batch_shape, width); all parts by default."""
         names = self.part_names if parts is None else self._ordered(parts)
         return self.coordinates.outputs(d, names)
 
     def parameters(
         self, d: Distribution, outputs: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        r"""Arguments of :attr:`distribution` at η, the inverse of :meth:`outputs`.
-
-        Args:
-            d: Where the parts that ``outputs`` lacks, and constants, are read.
-            outputs: ``{part: tensor of shape (*leading, *batch_shape, width)}``.
-
-        Returns:
-            Keyword arguments.
-
-        Raises:
-            OptionError: If a part is unknown.
-        """
+        """Arguments of :attr:`distribution` at η; missing parts are those of d."""
         if outputs:
             self._ordered(tuple(outputs))
         return self.coordinates.arguments(d, outputs)
 
     @torch.no_grad()
     def fisher(self, d: Distribution, parts: Sequence[str]) -> Matrix:
-        r"""The Fisher information Λ in the named parts, others held.
-
-        Args:
-            d: A distribution of the family.
-            parts: Names of parts, in any order; rows and columns follow
-                :attr:`part_names`.
-
-        Returns:
-            Shape (\*batch_shape, c, c), c the sum of the parts' widths, in nats per
-            output squared, detached.
-
-        Raises:
-            OptionError: If a part is unknown.
-            NonFiniteError: If the information is infinite or NaN.
-        """
+        """Λ in the named parts in the order of :attr:`part_names`, others held."""
         return self._checked(d, self.information.fisher(d, self._ordered(parts)))
 
     @torch.no_grad()
     def root(self, d: Distribution, parts: Sequence[str]) -> Root:
-        r"""R with :math:`R^\top R = \Lambda` in the named parts.
-
-        Args:
-            d: A distribution of the family.
-            parts: Names of parts, as for :meth:`fisher`.
-
-        Returns:
-            Shape (\*batch_shape, r, c) with r at most c, detached.
-
-        Raises:
-            OptionError: If a part is unknown.
-            NonFiniteError: If the information is infinite or NaN.
-        """
+        r"""R with :math:`R^\top R = \Lambda`, no more rows than columns."""
         return self._checked(d, self.information.root(d, self._ordered(parts)))
 
     def _ordered(self, parts: Sequence[str]) -> tuple[str, ...]:
-        """The named parts in the family's order."""
+        """The named parts in the order of :attr:`part_names`."""
         unknown = sorted(set(parts) - set(self.part_names))
         if unknown or not parts:
             raise OptionError(
@@ -279,7 +184,7 @@ class Family:
         return matrix
 
     def _dtype(self, d: Distribution) -> torch.dtype:
-        """The widest dtype among the arguments; whole numbers count as default."""
+        """The widest dtype among the arguments; the default one for whole numbers."""
         arguments = (getattr(d, part.argument) for part in self.coordinates.parts)
         widest = functools.reduce(torch.promote_types, (a.dtype for a in arguments))
         return widest if widest.is_floating_point else torch.get_default_dtype()

@@ -1,9 +1,4 @@
-r"""Fisher information matrices by their shape, and their roots.
-
-.. math:: \Lambda = \operatorname{E}_{y \sim p(y \mid \eta)}
-    \left[\nabla_\eta \log p \, \nabla_\eta \log p^\top\right],
-    \qquad R^\top R = \Lambda
-"""
+"""Fisher information matrices by their shape, and their roots."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ from torch.distributions import Distribution
 from pyro_subnet.exceptions import UnsupportedLikelihoodError
 
 # A correlation matrix of scores may have eigenvalues below zero by round-off. Its
-# entries are good to 1e-9 or better in float64, so less than this is no round-off.
+# entries err by 1e-9 at most in float64, so what is below this is no round-off.
 _ROUND_OFF = -1e-8
 
 Matrix = Float[Tensor, "*batch out out"]
@@ -28,42 +23,30 @@ Root = Float[Tensor, "*batch rows out"]
 
 
 class Information(ABC):
-    r"""The Fisher information Λ of one family, and a root of it."""
+    r"""The Fisher information Λ of one family, and a root R of it.
+
+    .. math:: \Lambda = \operatorname{E}_{y \sim p(y \mid \eta)}
+        \left[\nabla_\eta \log p \, \nabla_\eta \log p^\top\right],
+        \qquad R^\top R = \Lambda
+
+    Both take the names of the parts of η in the family's order.
+    """
 
     @abstractmethod
     def fisher(self, d: Distribution, parts: tuple[str, ...]) -> Matrix:
-        r"""Λ of every batch element.
-
-        Args:
-            d: A distribution of the family.
-            parts: Names of the parts of η, in the family's order.
-
-        Returns:
-            Shape (\*batch_shape, c, c), in nats per output squared.
-        """
+        """Λ of every batch element, in nats per output squared."""
 
     @abstractmethod
     def root(self, d: Distribution, parts: tuple[str, ...]) -> Root:
-        r"""R with :math:`R^\top R = \Lambda`.
-
-        Args:
-            d: A distribution of the family.
-            parts: Names of the parts of η, in the family's order.
-
-        Returns:
-            Shape (\*batch_shape, r, c) with r at most c.
-        """
+        """R of every batch element, with no more rows than columns."""
 
 
 @final
 @dataclass(frozen=True)
 class Orthogonal(Information):
-    r"""Λ = diag(s²): scalar parts whose scores do not correlate.
+    """Λ = diag(s²): scalar parts whose scores do not correlate."""
 
-    Attributes:
-        scales: Maps a distribution to s, the root mean square score, per part.
-    """
-
+    # From a distribution to s, the root mean square score, of each part.
     scales: Callable[[Any], Mapping[str, Tensor]]
 
     def fisher(self, d: Distribution, parts: tuple[str, ...]) -> Matrix:
@@ -82,13 +65,10 @@ class Orthogonal(Information):
 @final
 @dataclass(frozen=True)
 class Coupled(Information):
-    """A dense Λ between scalar parts, computed in float64.
+    """A dense Λ between scalar parts, computed in float64."""
 
-    Attributes:
-        entries: Maps a distribution and the names of the parts to the entries of Λ on
-            and above the diagonal, in float64; an entry that is left out is zero.
-    """
-
+    # From a distribution and the names of the parts to the entries of Λ on and above
+    # the diagonal, in float64; an entry that is left out is zero.
     entries: Callable[[Any, tuple[str, ...]], Mapping[tuple[str, str], Tensor]]
 
     def fisher(self, d: Distribution, parts: tuple[str, ...]) -> Matrix:
@@ -107,18 +87,12 @@ class Coupled(Information):
 
 
 def psd_root(matrix: Matrix) -> Root:
-    r"""R with :math:`R^\top R = \Lambda` for any positive semidefinite Λ.
+    r"""Returns R with :math:`R^\top R = \Lambda`; Λ is positive semidefinite, float64.
 
     .. math:: \Lambda = D C D,\quad C = V E V^\top,\qquad R = E^{1/2} V^\top D
 
-    with D the root of the diagonal. Parts differ in units by many orders of magnitude;
-    the eigenvalues of the correlation matrix C do not see that.
-
-    Args:
-        matrix: Λ, shape (..., c, c), computed in float64.
-
-    Returns:
-        Shape (..., c, c).
+    D is the root of the diagonal: parts differ in units by many orders of magnitude,
+    which the eigenvalues of the correlation matrix C do not see.
 
     Raises:
         UnsupportedLikelihoodError: If Λ has a negative eigenvalue beyond round-off.

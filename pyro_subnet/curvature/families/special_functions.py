@@ -1,4 +1,4 @@
-r"""Functions that closed-form informations need, to full precision in float64.
+"""Functions that closed-form informations need, to full precision in float64.
 
 Differences of polygamma and Bessel functions lose all digits for large arguments;
 here they are summed as series or integrals of positive terms instead.
@@ -12,29 +12,21 @@ from torch import Tensor
 
 Values = Float[Tensor, "*batch"]
 
-# Where the exact difference has lost as many digits as the series still lacks: both
-# are good to 1e-12 there.
+# From here on series are used: here the exact difference has lost as many digits as the
+# series still lacks, and both are good to 1e-12.
 _LARGE_DF = 30.0
 _LARGE_CONCENTRATION = 30.0
 _NUM_BESSEL_TERMS = 20
 
 
 def trigamma(x: Values) -> Values:
-    r"""The trigamma function :math:`\psi'(x) = \zeta(2, x)`.
-
-    ``torch.polygamma(1, x)`` is good to 5e-10 only, which differences would magnify.
-
-    Args:
-        x: Positive, float64.
-
-    Returns:
-        Shape of ``x``.
-    """
+    r"""The trigamma function :math:`\psi'(x) = \zeta(2, x)` at positive x."""
+    # `torch.polygamma(1, x)` is good to 5e-10 only, which differences would magnify.
     return torch.special.zeta(2, x)
 
 
 def student_t_log_df_information(df: Values) -> Values:
-    r"""Information of Student's t in log ν.
+    r"""Returns the information of Student's t in log ν.
 
     .. math:: \nu^2 \left(\tfrac14 \psi'(\tfrac\nu2) - \tfrac14 \psi'(\tfrac{\nu+1}2)
         - \frac{\nu+5}{2\nu(\nu+1)(\nu+3)}\right)
@@ -42,12 +34,6 @@ def student_t_log_df_information(df: Values) -> Values:
     For large ν the difference of trigammas is :math:`\sum_k (-1)^k (\nu+k)^{-2}`, whose
     Boole expansion :math:`\frac12 \nu^{-2} + \frac12 \nu^{-3} - \frac12 \nu^{-5} +
     \frac32 \nu^{-7} - \dots` starts with what the fraction takes away.
-
-    Args:
-        df: ν, degrees of freedom, float64.
-
-    Returns:
-        Shape of ``df``.
 
     Source: Lange, Little and Taylor (1989), J. Amer. Statist. Assoc. 84, in log ν here.
     """
@@ -62,31 +48,18 @@ def student_t_log_df_information(df: Values) -> Values:
 
 
 def bessel_ratio(concentration: Values) -> Values:
-    r"""The mean resultant length :math:`A(\kappa) = I_1(\kappa) / I_0(\kappa)`.
-
-    Args:
-        concentration: κ, float64.
-
-    Returns:
-        Shape of ``concentration``, in [0, 1).
-    """
+    r"""The mean resultant length :math:`A(\kappa) = I_1(\kappa) / I_0(\kappa)`."""
     return torch.special.i1e(concentration) / torch.special.i0e(concentration)
 
 
 def von_mises_log_concentration_information(concentration: Values) -> Values:
-    r"""Information of the von Mises distribution in log κ: :math:`\kappa^2 A'(\kappa)`.
+    r"""Returns the information of the von Mises in log κ: :math:`\kappa^2 A'(\kappa)`.
 
     .. math:: A' = 1 - A^2 - A / \kappa
 
     which cancels for large κ. There :math:`A = \sum_m a_m \kappa^{-m}`, and the
     differential equation gives :math:`a_0 = 1`, :math:`a_1 = -\frac12` and
     :math:`2 a_m = (m - 2) a_{m-1} - \sum_{i=1}^{m-1} a_i a_{m-i}`.
-
-    Args:
-        concentration: κ, float64.
-
-    Returns:
-        Shape of ``concentration``.
 
     Source: Mardia and Jupp (2000), Directional Statistics, chapter 5, in log κ here.
     """
@@ -96,6 +69,7 @@ def von_mises_log_concentration_information(concentration: Values) -> Values:
     for m in range(2, _NUM_BESSEL_TERMS):
         products = sum(coefficients[i] * coefficients[m - i] for i in range(1, m))
         coefficients.append(((m - 2) * coefficients[m - 1] - products) / 2)
+    # kappa^2 A'(kappa) = -sum_m m a_m kappa^(1-m)
     series = sum(
         (-m * a * concentration ** (1 - m) for m, a in enumerate(coefficients)),
         start=torch.zeros_like(concentration),
@@ -106,14 +80,14 @@ def von_mises_log_concentration_information(concentration: Values) -> Values:
 def negative_binomial_log_count_information(
     total_count: Values, logits: Values
 ) -> Values:
-    r"""Information of the negative binomial in log r, r the total count.
+    r"""Returns the information of the negative binomial in log r, with l its logits.
 
     .. math:: r^2 \sum_{j \ge 0} \frac{P(X > j)}{(r + j)^2}
         = r^2 \operatorname{E}[\psi'(r) - \psi'(r + X)]
 
     The sum has as many terms as counts are likely, so the expectation is taken inside
     :math:`\psi'(z) = \int_0^\infty t e^{-zt} / (1 - e^{-t})\, dt`. With
-    :math:`t = x / r`, :math:`x = e^v` and the generating function of X, l the logits,
+    :math:`t = x / r`, :math:`x = e^v` and the generating function of X,
 
     .. math:: r \int_{-\infty}^\infty x e^{-x} \frac{t}{1 - e^{-t}}
         \left[1 - \left(1 + e^l (1 - e^{-t})\right)^{-r}\right] dv.
@@ -121,13 +95,6 @@ def negative_binomial_log_count_information(
     The integrand is positive and analytic for :math:`|\operatorname{Im} v| < \pi/2`,
     so the trapezoidal rule at step h errs by :math:`e^{-\pi^2 / h}`, relative, at any
     r and l; outside of [-40, 4] nothing is left in double precision.
-
-    Args:
-        total_count: r, float64.
-        logits: l, log odds of another count, float64.
-
-    Returns:
-        Shape of the arguments.
 
     Source: Fisher (1941), Annals of Eugenics 11, for the sum; its integral is our own.
     """

@@ -1,1 +1,1 @@
-"""Jacobians of model outputs with respect to the chosen elements only."""
+"""Jacobians over the chosen elements: two routes to the same numbers."""

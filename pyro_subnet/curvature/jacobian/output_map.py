@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# (values of the chosen sites, data rows or None for all data) -> per observed site
-# (elements, parts)
+# (values of the chosen sites, rows of data or None for all data)
+# -> one (elements, parameters) tensor for every observed site
 OutputFunction = Callable[
     [Mapping[str, Tensor], tuple[Tensor, ...] | None], tuple[Tensor, ...]
 ]
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class OutputMap:
     r"""The map :math:`\theta_S \mapsto \eta` of one call of a model.
@@ -30,10 +29,9 @@ class OutputMap:
     Attributes:
         base: The MAP of every site that holds a chosen element, unconstrained.
         chosen: Flat positions of the chosen elements within each of those, ascending.
-        of_sites: Maps those sites' values to one (M, c) tensor an observed site. With
-            ``rows`` (tensors whose first axis is a slice of the data) in place of the
-            data of the call, M shrinks in proportion.
-        reference: Its values at the MAP and the full data.
+        of_sites: Maps those sites' values to one (M, c) tensor an observed site. Given
+            ``rows`` of fewer data, M shrinks in proportion.
+        reference: Its values at the MAP and all data of the call.
         rows: Tensors of the call whose first axis is the data, () when there is no
             data axis that all observed sites share.
         num_data: N, length of that axis; 1 when there is none.
@@ -72,15 +70,7 @@ class OutputMap:
     def function(
         self, theta: Float[Tensor, " subnet"], rows: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
-        """Outputs at values of the chosen elements.
-
-        Args:
-            theta: Shape (S,), unconstrained.
-            rows: Replacements for :attr:`rows`; None for the data of the call.
-
-        Returns:
-            One (M, c) tensor for every observed site.
-        """
+        """Outputs at values of the chosen elements, one (M, c) tensor a site."""
         pieces = theta.split([at.numel() for at in self.chosen.values()])
         values = {
             site: _with_elements(self.base[site], at, piece)
@@ -89,44 +79,20 @@ class OutputMap:
         return self.of_sites(values, rows)
 
     def outputs(self, theta: Float[Tensor, " subnet"]) -> tuple[Tensor, ...]:
-        """Outputs at all data, one (M, c) tensor a site.
-
-        Args:
-            theta: Values of the chosen elements, shape (S,), unconstrained.
-
-        Returns:
-            One tensor for every observed site.
-        """
+        """Outputs at all data, one (M, c) tensor a site."""
         return self.function(theta, None)
 
     def datum_outputs(
         self, theta: Float[Tensor, " subnet"], datum: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """Outputs of one datum, one (M / N, c) tensor a site.
-
-        Args:
-            theta: Values of the chosen elements, shape (S,).
-            datum: The rows of that datum, without the data axis.
-
-        Returns:
-            One tensor for every observed site.
-        """
+        """Outputs of one data point, given without the data axis: (M / N, c) a site."""
         return self.function(theta, tuple(row.unsqueeze(0) for row in datum))
 
     def at(self, start: int, stop: int) -> OutputMap:
-        """The map of some consecutive data alone.
-
-        Args:
-            start: First datum.
-            stop: One past the last.
-
-        Returns:
-            The map; this one if those are all data.
-        """
+        """The map of consecutive data alone, ``start`` to ``stop`` - 1."""
         if stop - start == self.num_data:
             return self
         rows = tuple(row[start:stop] for row in self.rows)
-        each = [len(value) // self.num_data for value in self.reference]
 
         def of_sites(
             values: Mapping[str, Tensor], other: tuple[Tensor, ...] | None
@@ -136,24 +102,14 @@ class OutputMap:
         return replace(
             self,
             of_sites=of_sites,
-            reference=tuple(
-                value[start * m : stop * m]
-                for value, m in zip(self.reference, each, strict=True)
-            ),
+            reference=factors_of(self.reference, self.num_data, start, stop),
             rows=rows,
             num_data=stop - start,
             activation_bytes=self.activation_bytes * (stop - start) // self.num_data,
         )
 
     def over(self, sites: Collection[str]) -> OutputMap:
-        """The map of some of the chosen sites alone, the others at the MAP.
-
-        Args:
-            sites: Names of sites that hold chosen elements.
-
-        Returns:
-            The map, its columns in the same order.
-        """
+        """The map of some of the chosen sites alone, the others fixed at the MAP."""
 
         def of_sites(
             values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
@@ -168,40 +124,23 @@ class OutputMap:
         )
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class JacobianBlock:
-    r"""Some rows of :math:`R J`, with R a factor per element (the identity for J).
+    """Some rows of :math:`R J`, with one factor R an element of an observed site."""
 
-    Attributes:
-        site: Index of the observed site.
-        start: First element of the site that the block covers.
-        rows: Shape (m, r, S): for m elements, :math:`R_m J_m`.
-    """
-
-    site: int
-    start: int
-    rows: Float[Tensor, "elements rank subnet"]
+    site: int  # index of the observed site
+    start: int  # first of the site's elements in this block
+    rows: Float[Tensor, "elements rank subnet"]  # R_m J_m of consecutive elements m
 
 
-# Types with a larger epsilon have too few digits for the tolerance of the others.
-_HALF_EPS = 1e-4
-# Any fixed seed serves the one random direction.
-_SEED = 20_106_896
-Point = TypeVar("Point")
 Blocks = Iterator[JacobianBlock]
-# One (M, r, c) factor a site.
+# R of each element: one (M, r, c) tensor for every observed site.
 Factors = tuple[Tensor, ...]
 
 
 def identity_factors(outputs: OutputMap) -> Factors:
-    """Factors that leave J as it is.
-
-    Args:
-        outputs: The map to be differentiated.
-
-    Returns:
-        One (M, c, c) identity a site, without memory of its own.
-    """
+    """Factors that leave J as it is; they take no memory."""
     like = outputs.loc
     return tuple(
         torch.eye(width, dtype=like.dtype, device=like.device).expand(count, -1, -1)
@@ -209,124 +148,28 @@ def identity_factors(outputs: OutputMap) -> Factors:
     )
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to the round-off of another order of sums.
+def factors_of(factors: Factors, num_data: int, start: int, stop: int) -> Factors:
+    """Factors, or other tensors by element, of the data from start to stop - 1."""
+    return tuple(
+        factor[start * len(factor) // num_data : stop * len(factor) // num_data]
+        for factor in factors
+    )
 
-    Args:
-        found: Shape (..., c).
-        expected: What it should be.
 
-    Returns:
-        True if they are, relative to the largest entry; infinities must be the same.
-    """
-    if found.shape != expected.shape:
-        return False
-    if found.numel() == 0:
-        return True
-    finite = expected.isfinite()
-    if not bool(finite.all()):  # minus infinity is a class of probability zero
-        same = torch.equal(found.isfinite(), finite)
-        return same and agree(found[finite], expected[finite])
-    eps = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
-    if eps > _HALF_EPS:  # what is wrong is off by a large part of the scale
-        tolerance = 32 * eps
-    else:
-        tolerance = 100 * math.sqrt(found.shape[-1]) * eps**0.75
-    scale = expected.abs().amax()
-    return bool(((found - expected).abs() <= tolerance * scale).all())
+def cotangent_rows(factor: Tensor, num_data: int) -> Tensor:
+    """Rows of R, one of each data point at a time, (rows of a data point, M, c)."""
+    # Row (m, r) of every data point: R_m[r] at its element m, zero at its others.
+    per_datum = factor.unflatten(0, (num_data, -1))
+    _, count, rank, width = per_datum.shape
+    spread = factor.new_zeros(count, rank, num_data, count, width)
+    for element in range(count):
+        spread[element, :, :, element] = per_datum[:, element].transpose(0, 1)
+    return spread.reshape(count * rank, num_data * count, width)
 
 
 def num_rows(factor: Tensor, num_data: int) -> int:
-    """How many rows of R each datum has at an observed site.
-
-    Args:
-        factor: R of each element, shape (M, r, c).
-        num_data: N.
-
-    Returns:
-        M r / N.
-    """
+    """How many rows of R, shape (M, r, c), belong to each data point: M r / N."""
     return len(factor) // num_data * factor.shape[1]
-
-
-def directional_derivative(
-    function: Callable[[Point], tuple[Tensor, ...]],
-    point: Point,
-    direction: Point,
-    forward_mode: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    r"""Value and derivative of a function along a direction.
-
-    By forward mode, or by two reverse passes: :math:`u \mapsto J^\top u` is linear, and
-    its transpose is :math:`J`.
-
-    Args:
-        function: Maps a tensor, or a mapping of tensors, to a tuple of tensors.
-        point: Where.
-        direction: Same structure and shapes as ``point``.
-        forward_mode: Which; see :func:`forward_mode_agrees`.
-
-    Returns:
-        The outputs, and their derivatives, in the same shapes.
-    """
-    if forward_mode:
-        outputs, tangents = torch.func.jvp(function, (point,), (direction,))[:2]
-        return outputs, tangents
-    outputs, pullback = torch.func.vjp(function, point)[:2]
-    zeros = tuple(torch.zeros_like(output) for output in outputs)
-    pushforward = torch.func.vjp(lambda *u: pullback(u)[0], *zeros)[1]
-    return outputs, pushforward(direction)
-
-
-def forward_mode_agrees(
-    function: Callable[[Point], tuple[Tensor, ...]], point: Point
-) -> bool:
-    r"""Whether forward mode gives the Jacobian that reverse mode does.
-
-    Some operations lack it, and some have another one: the padding row of an embedding
-    is a constant to reverse mode, and so to training, but not to forward mode. One
-    random pair shows it: :math:`u \cdot (J v) = (J^\top u) \cdot v`.
-
-    Args:
-        function: Maps a tensor, or a mapping of tensors, to a tuple of tensors.
-        point: Where.
-
-    Returns:
-        True if forward mode runs under ``vmap``, and agrees up to round-off.
-    """
-    leaves, spec = tree_flatten(point)
-    generator = torch.Generator().manual_seed(_SEED)
-
-    def random_like(tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return noise.to(tensor)
-
-    def push(direction: list[Tensor]) -> tuple[Tensor, ...]:
-        at = tree_unflatten(direction, spec)
-        return torch.func.jvp(function, (point,), (at,))[1]
-
-    direction = [random_like(leaf) for leaf in leaves]
-    try:
-        # Under vmap, as it will be used.
-        batched = torch.func.vmap(push)([leaf.unsqueeze(0) for leaf in direction])
-        tangents = tuple(tangent.squeeze(0) for tangent in batched)
-        cotangents = tuple(random_like(tangent) for tangent in tangents)
-        pullback = torch.func.vjp(function, point)[1]
-        gradients = tree_flatten(pullback(cotangents)[0])[0]
-    # What an operation that cannot be transformed raises depends on the operation.
-    except (NotImplementedError, RuntimeError):
-        return False
-    forward = _products(tangents, cotangents)
-    reverse = _products(gradients, direction)
-    scale = forward.abs().sum() + reverse.abs().sum()
-    tolerance = torch.finfo(forward.dtype).eps ** 0.5 * scale
-    return bool((forward.sum() - reverse.sum()).abs() <= tolerance)
-
-
-def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Elementwise products, flattened: their sum is the inner product."""
-    pairs = zip(first, second, strict=True)
-    return torch.cat([(a * b).flatten() for a, b in pairs])
 
 
 def _with_elements(site: Tensor, within: Tensor, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.directional import forward_mode_agrees
 from pyro_subnet.curvature.jacobian.general.full_batch import (
     forward_blocks,
     forward_bytes,
@@ -24,7 +25,6 @@ from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     JacobianBlock,
     OutputMap,
-    forward_mode_agrees,
 )
 from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from pyro_subnet.curvature.jacobian.structured.rows import layered_blocks
@@ -48,16 +48,7 @@ _GENERAL = {
 
 
 def choose_route(outputs: OutputMap, factors: Factors, budget: int) -> Route:
-    """The cheapest route that gives right numbers within the budget.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes of Jacobian that may be held at once.
-
-    Returns:
-        ``"per-datum"``, ``"forward"`` or ``"reverse"``.
-    """
+    """The cheapest general route that gives right numbers within the budget."""
     num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
     forward = _FORWARD_PASSES * outputs.size
     per_datum = _REVERSE_PASSES * num_rows / outputs.num_data
@@ -75,19 +66,9 @@ def choose_route(outputs: OutputMap, factors: Factors, budget: int) -> Route:
 def jacobian_blocks(
     outputs: OutputMap, factors: Factors, budget: int, route: Route | None = None
 ) -> Blocks:
-    r"""Blocks of :math:`R J` that together hold every element of every site once.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site; see
-            :func:`~pyro_subnet.curvature.jacobian.output_map.identity_factors`.
-        budget: Bytes of Jacobian and activations that may be held at once; one datum
-            is always done, however large.
-        route: Forces a route; by default the cheapest right one.
-
-    Yields:
-        Blocks, detached from any outer graph.
-    """
+    """Yields blocks of :math:`R J`, by the cheapest right route unless one is named."""
+    # Together they hold every element of every site once, without an outer graph. One
+    # data point is always done, whatever the budget.
     with torch.no_grad():
         blocks = _blocks(outputs, factors, budget, route)
         block = next(blocks, None)
@@ -98,19 +79,9 @@ def jacobian_blocks(
 
 
 def differentiable_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
-    r"""Blocks of :math:`R J` that carry gradients to the data of the call.
-
-    By a general route: the structured one keeps activations apart from their graph.
-    All blocks' graphs stay in memory until the caller drops them.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes that a group of data, directions or rows may take.
-
-    Yields:
-        Blocks, with a graph wherever gradients are switched on.
-    """
+    """Yields blocks of :math:`R J` that carry gradients to the data of the call."""
+    # By a general route: the structured one keeps activations apart from their graph.
+    # All blocks' graphs stay in memory until the caller drops them.
     with torch.no_grad():
         route = choose_route(outputs, factors, budget)
     if route == "reverse":
@@ -119,17 +90,19 @@ def differentiable_blocks(outputs: OutputMap, factors: Factors, budget: int) -> 
         yield from _GENERAL[route](outputs, factors, budget)
 
 
+def joined_rows(
+    blocks: Blocks, num_sites: int, function: Callable[[Tensor], Tensor], dim: int = 0
+) -> list[Tensor]:
+    """What ``function`` makes of each block's rows, (m, r, S), joined site by site."""
+    parts: list[list[Tensor]] = [[] for _ in range(num_sites)]
+    for block in blocks:
+        parts[block.site].append(function(block.rows))
+    # A single result may be large, so it is not copied.
+    return [own[0] if len(own) == 1 else torch.cat(own, dim=dim) for own in parts]
+
+
 def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor:
-    r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements of all sites.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes that may be held at once; one datum is always done.
-
-    Returns:
-        Shape (S,), float64: sums over many data keep their digits.
-    """
+    r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements, (S,), float64."""
 
     def general(part: OutputMap, of_part: Factors) -> Tensor:
         route = choose_route(part, of_part, budget)
@@ -150,8 +123,8 @@ def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor
 def compare_routes() -> Iterator[None]:
     """Computes every Jacobian by the structured and by a general route, and compares.
 
-    For finding out whether a layer is differentiated as it should be; slow, and holds
-    whole Jacobians.
+    Use it to find out whether a layer is differentiated as it should be. It is slow,
+    and holds whole Jacobians in memory.
 
     ::
 
@@ -178,6 +151,8 @@ def _blocks(
     if route is not None and route != "layered":
         yield from _GENERAL[route](outputs, factors, budget)
         return
+    # The structured route may refuse after some blocks, which are right: the general
+    # one then gives the remaining elements of every site.
     done = [0] * len(factors)
     try:
         for block in layered_blocks(outputs, factors, budget, general):
@@ -216,7 +191,7 @@ def _compare(block: JacobianBlock, others: Blocks) -> None:
 
 
 def _after(block: JacobianBlock, start: int) -> JacobianBlock | None:
-    """What a block holds of the elements from ``start`` on."""
+    """The part of a block from element ``start`` of its site on."""
     skipped = max(0, start - block.start)
     if skipped >= len(block.rows):
         return None

@@ -2,71 +2,42 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.distributions as td
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# Nodes of a mixture. An error is stated as the difference that half the nodes make.
-NUM_NODES = 64
-# Weights below this move no sum in float64, and their nodes may overflow.
-_LEAST_WEIGHT = 1e-24
+from pyro_subnet.predictions.links.integration import (
+    Integrated,
+    Integration,
+    by_halves,
+    to_event,
+)
+from pyro_subnet.predictions.links.likelihood import mixture
+from pyro_subnet.predictions.links.nodes import gauss_hermite, mixture_nodes
+
 # Nodes and step of the two rules for the logistic function, and the standard deviation
 # at which they change over: both are good to 1e-13 there.
 _LOGISTIC_NODES, _LOGISTIC_STEP, _WIDE = 32, 0.5, 1.0
 _LOGISTIC_REACH = 40.0
 
 
-def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Nodes and log weights with :math:`E g(z) \approx \sum_k w_k g(z_k)`.
-
-    For z standard normal; exact for polynomials of degree 2K - 1. Nodes of weight below
-    1e-24 are left out.
-
-    Args:
-        num_nodes: K.
-        like: Dtype and device of the results.
-
-    Returns:
-        Nodes and log weights, shape (K,).
-
-    Source: Golub and Welsch (1969), doi 10.1090/S0025-5718-69-99647-1.
-    """
-    nodes, log_weights = _hermite(num_nodes)
-    return nodes.to(like), log_weights.to(like)
-
-
-@lru_cache(maxsize=32)
-def _hermite(num_nodes: int) -> tuple[Tensor, Tensor]:
-    off = torch.arange(1, num_nodes, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(off.diag(1) + off.diag(-1))
-    weights = vectors[0].square()
-    kept = weights > _LEAST_WEIGHT
-    return nodes[kept], (weights[kept] / weights[kept].sum()).log()
-
-
 def mean_logistic(
     loc: Float[Tensor, "*batch"], scale: Float[Tensor, "*batch"], *, coarse: bool
 ) -> Float[Tensor, "*batch"]:
-    r"""Logit of :math:`E\, \sigma(f)` for :math:`f \sim N(\mu, s^2)`.
+    r"""Returns the logit of :math:`E\, \sigma(f)` for :math:`f \sim N(\mu, s^2)`.
 
-    To 1e-13 in probability at every s: by Gauss-Hermite up to s = 1, and beyond, where
-    that would take thousands of nodes, with the two densities changing places,
+    To 1e-13 in probability at every s, with the digits of both tails: by Gauss-Hermite
+    up to s = 1. Beyond, where that would take thousands of nodes, the two densities
+    change places,
 
     .. math:: E\, \sigma(f) = P(t < f)
         = \int \sigma'(t)\, \Phi\big((\mu - t)/s\big)\, dt,
 
-    by the trapezoidal rule, whose error is :math:`e^{-2 \pi^2 / h}` at step h = 0.5.
-
-    Args:
-        loc: Means, any shape.
-        scale: Standard deviations, the same shape.
-        coarse: Whether to take half of the nodes, for an estimate of the error.
-
-    Returns:
-        The same shape; both tails keep their digits.
+    and the trapezoidal rule has an error of :math:`e^{-2 \pi^2 / h}` at step h = 0.5.
 
     Source: Trefethen and Weideman (2014), doi 10.1137/130932132, for the rule.
     """
@@ -77,10 +48,33 @@ def mean_logistic(
     return torch.where(wide, wide_logit, narrow_logit)
 
 
+def by_quadrature(problem: Integration) -> Integrated:
+    """The link ``"quadrature"``, for one scalar output an element."""
+    likelihood = problem.likelihood
+    loc, scale = problem.elementwise()
+    if likelihood.family.distribution is td.Bernoulli:
+        build: Any = likelihood.taken.constructor(likelihood.family)
+
+        def integrated(coarse: bool) -> Any:
+            logits = mean_logistic(loc, scale, coarse=coarse)
+            return to_event(build(logits=logits), likelihood.rest)
+
+        return by_halves(integrated)
+
+    def mixed(coarse: bool) -> Any:
+        z, log_weights = mixture_nodes(loc, coarse)
+        eta = loc + scale * z.reshape(-1, *(1 for _ in loc.shape))
+        flat = eta.reshape(len(z), len(loc), -1)
+        return mixture(likelihood, flat, log_weights, len(likelihood.shape))
+
+    return by_halves(mixed)
+
+
 def _by_outputs(loc: Tensor, scale: Tensor, num_nodes: int) -> Tensor:
     """Sums the logistic function over values of the output."""
     nodes, log_weights = gauss_hermite(num_nodes, loc)
     f = loc.unsqueeze(-1) + scale.unsqueeze(-1) * nodes
+    # logit E sigma(f) = log E sigma(f) - log E sigma(-f)
     one = (log_weights + logsigmoid(f)).logsumexp(-1)
     zero = (log_weights + logsigmoid(-f)).logsumexp(-1)
     return one - zero

@@ -12,12 +12,7 @@ from torch import Tensor
 
 @final
 class Reshaped(TorchDistribution):
-    """A distribution whose vector of values is read as an array.
-
-    Args:
-        base_dist: Distribution of event shape (E,).
-        shape: Shape of an event, with E elements.
-    """
+    """A distribution of event shape (E,) whose values are read as arrays."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch's own interface
 
@@ -56,14 +51,7 @@ class Reshaped(TorchDistribution):
         return self._shaped(self.base_dist.rsample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats.
-
-        Args:
-            value: Shape (..., *shape).
-
-        Returns:
-            Shape (...).
-        """
+        """Log density in nats, of values of shape (..., *shape)."""
         lead = value.shape[: value.ndim - len(self.event_shape)]
         return self.base_dist.log_prob(
             value.reshape(*lead, math.prod(self.event_shape))

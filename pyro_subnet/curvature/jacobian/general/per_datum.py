@@ -1,4 +1,4 @@
-"""Per-datum reverse mode: one backward pass serves a row of every datum at once."""
+"""Reverse mode by data point: one backward pass serves a row of each at once."""
 
 from __future__ import annotations
 
@@ -9,42 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.directional import (
+    agree,
+    directional_derivative,
+    random_direction,
+)
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
     JacobianBlock,
     OutputMap,
-    agree,
-    directional_derivative,
 )
-
-# The check draws one direction; any fixed seed serves.
-_SEED = 20_106_896
 
 
 def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> bool:
-    r"""Whether each datum's outputs, and their Jacobian, need that datum alone.
-
-    Runs the model on every datum by itself and compares with the call on all data:
-    the outputs, and the derivative along one random direction v. Two linear maps that
-    agree on a random v are equal with probability one, so a model that couples its
-    data (batch statistics, attention or centring over the batch) does not pass.
-
-    Args:
-        outputs: The map in question.
-        budget: Bytes that a group of data may take.
-        forward_mode: Whether forward mode gives this map's Jacobian.
-
-    Returns:
-        True if per-datum Jacobians are the Jacobians of the call.
-    """
+    """Whether outputs and Jacobian of each data point depend on that point alone."""
     if outputs.num_data == 1 or not outputs.rows:
         return False
-    generator = torch.Generator().manual_seed(_SEED)
+    # The model runs on every data point by itself. Outputs, and derivatives along a
+    # random direction, must be those of the call on all data: a model that couples its
+    # data (batch statistics, attention or centring over the batch) does not pass.
     like = outputs.loc
-    direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(
-        like
-    )
+    direction = random_direction(like.shape, like)
 
     def derivative(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Any:
         return directional_derivative(function, like, direction, forward_mode)
@@ -58,8 +44,8 @@ def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> b
             torch.func.vmap(of_datum)(*rows)
             for _, rows in _slices(outputs, _group(outputs, 1, budget))
         ]
-    # The user's code may fail here in many ways of its own: a fixed plate size, a view,
-    # an operation that torch.func cannot transform. The other routes serve.
+    # The user's code may fail here in many ways: a fixed plate size, a view, an
+    # operation that torch.func cannot transform. Then another route is taken.
     except Exception:
         return False
     for which in (0, 1):
@@ -71,26 +57,16 @@ def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> b
 
 
 def per_datum_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
-    """Reverse mode on single data, batched over data and rows.
+    """Yields blocks of groups of data, by reverse mode batched over data and rows.
 
     Valid only where :func:`separates_by_datum` holds. Costs as many backward passes of
-    the call as a datum has rows, and the dense per-datum gradients of the sites that
-    hold a chosen element.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes that a group of data may take.
-
-    Yields:
-        For every group of data, one block a site.
+    the call as a data point has rows, each with dense gradients of the chosen sites.
     """
     num_data = outputs.num_data
-    ranks = [factor.shape[1] for factor in factors]
     per_site = [factor.unflatten(0, (num_data, -1)) for factor in factors]
-    counts = [factor.shape[1] for factor in per_site]
-    num_rows = sum(m * r for m, r in zip(counts, ranks, strict=True))
-    group = _group(outputs, num_rows, budget)
+    sizes = [factor.shape[1:3] for factor in per_site]  # m elements of r rows each
+    num_rows = [m * r for m, r in sizes]
+    group = _group(outputs, sum(num_rows), budget)
     dense_row = 2 * outputs.num_touched * outputs.loc.element_size()
     chunk = max(1, budget // (group * dense_row))
 
@@ -100,18 +76,16 @@ def per_datum_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Block
         )[1]
         cotangents = _cotangents(factor)
         pull = torch.func.vmap(lambda *u: pullback(u)[0], chunk_size=chunk)
-        rows = pull(*cotangents).split(
-            [m * r for m, r in zip(counts, ranks, strict=True)]
-        )
+        rows = pull(*cotangents).split(num_rows)
         return tuple(
-            row.reshape(m, r, -1) for row, m, r in zip(rows, counts, ranks, strict=True)
+            row.reshape(m, r, -1) for row, (m, r) in zip(rows, sizes, strict=True)
         )
 
     for start, rows in _slices(outputs, group):
         stop = start + rows[0].shape[0]
         sliced = tuple(factor[start:stop] for factor in per_site)
         for site, block in enumerate(torch.func.vmap(rows_of)(sliced, *rows)):
-            yield JacobianBlock(site, start * counts[site], block.flatten(0, 1))
+            yield JacobianBlock(site, start * sizes[site][0], block.flatten(0, 1))
 
 
 def _cotangents(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -132,7 +106,7 @@ def _cotangents(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _group(outputs: OutputMap, num_rows: int, budget: int) -> int:
-    """How many data fit in the budget, at ``num_rows`` dense gradients a datum."""
+    """How many data fit in the budget, at ``num_rows`` dense gradients each."""
     dense = 3 * num_rows * outputs.num_touched * outputs.loc.element_size()
     activations = math.ceil(outputs.activation_bytes / outputs.num_data)
     one = dense + (1 + num_rows) * activations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -19,68 +19,39 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.structured.entries import (
     Contraction,
-    Entries,
+    broadcast,
     compact,
     is_dense,
     planned,
 )
-from pyro_subnet.curvature.jacobian.structured.layers import broadcast
-from pyro_subnet.curvature.jacobian.structured.tape import Layer, Part
+from pyro_subnet.curvature.jacobian.structured.tape import Entries, Layer, Part
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = (
-    "input",
-    "weight",
-    "bias",
-    "stride",
-    "padding",
-    "output_padding",
-    "groups",
-    "dilation",
-)
-
-
-# Shifted inputs are held entry by entry if they grow by no more.
+_TRANSPOSED = "input weight bias stride padding output_padding groups dilation".split()
+# Shifted inputs are held entry by entry if they grow by this factor at most.
 _GROWTH = 2
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class _Geometry:
-    """Where a kernel's offsets lie on the side that they shift over.
-
-    Attributes:
-        kernel: Kernel size along each spatial axis.
-        stride: Step along each.
-        dilation: Distance of kernel elements along each.
-        before: Padding before the first element along each.
-        positions: Number of kernel positions along each.
-        groups: Number of groups of channels.
-    """
+    """Where a kernel's offsets lie on the side that they shift over, axis by axis."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-    before: tuple[int, ...]
-    positions: tuple[int, ...]
-    groups: int
+    before: tuple[int, ...]  # padding before the first element
+    positions: tuple[int, ...]  # how many positions the kernel takes
+    groups: int  # of channels
 
     def shifted(self, tensor: Tensor, channels: Tensor, offsets: Tensor) -> Tensor:
-        """Values of some channels under some kernel offsets.
-
-        Args:
-            tensor: Shape (B, channels, *spatial).
-            channels: Which channel, shape (Q,).
-            offsets: Under which flat kernel offset, shape (Q,), ascending.
-
-        Returns:
-            Shape (B, Q, positions), flat over positions.
-        """
+        """Values of Q channels under Q ascending flat offsets: (B, Q, positions)."""
+        # A window for each distinct offset: all positions' inputs under it.
         padded = F.pad(tensor, self._padding(tensor.shape[2:]))
         distinct, counts = torch.unique_consecutive(offsets, return_counts=True)
         parts = []
-        for offset, picked in zip(
-            distinct.tolist(), channels.split(counts.tolist()), strict=True
-        ):
+        pairs = zip(distinct.tolist(), channels.split(counts.tolist()), strict=True)
+        for offset, picked in pairs:
             window = padded[(slice(None), slice(None), *self._window(offset))]
             parts.append(window.index_select(1, picked).flatten(2))
         return torch.cat(parts, dim=1)
@@ -118,7 +89,7 @@ def _geometry(
     if padding == "valid":
         padding = 0
     kernel = tuple(weight.shape[2:])
-    if padding == "same":  # an odd total leaves the larger half behind
+    if padding == "same":  # of an odd total the larger half goes behind
         before = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
     else:
         before = _tuple(padding, dims)
@@ -127,19 +98,13 @@ def _geometry(
     return _Geometry(kernel, stride, dilation, before, tuple(positions), groups)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class _Kernel:
-    """A kernel in use.
+    """A kernel in use."""
 
-    Attributes:
-        x: The layer's input, (rows, channels, *spatial).
-        shape: Shape of its output.
-        weight: The kernel.
-        geometry: Where its offsets lie on the side that they shift over.
-    """
-
-    x: Tensor
-    shape: torch.Size
+    x: Tensor  # the layer's input, (rows, channels, *spatial)
+    shape: torch.Size  # of its output
     weight: Tensor
     geometry: _Geometry
 
@@ -183,18 +148,10 @@ class _Kernel:
     def _plan(
         self, chosen: Tensor, fixed: int, width: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Channels of the two sides that hold a chosen entry, and its place in each.
-
-        Args:
-            chosen: Flat positions within the kernel.
-            fixed: Channels of the side that does not shift, axis 0 of the kernel.
-            width: Channels of the side that does.
-
-        Returns:
-            Of the first side, its channels and places; of the second, pairs of offset
-            and channel as ``offset * width + channel``, and places. Offset by offset,
-            so that each is cut out once.
-        """
+        """Channels of the two sides with a chosen entry, and its place in each."""
+        # The side that does not shift has `fixed` channels, the kernel's axis 0. Of the
+        # other side there are pairs, offset * width + channel, so that each offset is
+        # cut out once.
         size, per_group = math.prod(self.geometry.kernel), self.weight.shape[1]
         groups = self.geometry.groups
 
@@ -233,7 +190,7 @@ def _with_bias(weight: Part, bias: Tensor | None, result: Tensor) -> Mapping[str
 
 
 def _sorting(index: Tensor) -> tuple[Tensor, Tensor]:
-    """What sorts it, and what takes it back."""
+    """The permutation that sorts, and its inverse."""
     order = index.argsort(stable=True)
     return order, order.argsort()
 

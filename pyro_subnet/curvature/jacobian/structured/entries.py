@@ -1,4 +1,4 @@
-r"""Entries of J from a layer's input and the gradient of its output.
+"""Entries of J from a layer's input and the gradient of its output.
 
 The gradient of an output with respect to a layer's weight is a sum, over the positions
 at which the weight is used, of products of an input and an output gradient. Only the
@@ -7,11 +7,10 @@ chosen entries are formed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_subnet.curvature.jacobian.structured.tape import Entries
 from pyro_subnet.tensors.modes import at_least_float32
 
 # A gathered product moves memory where a dense block multiplies matrices: per
@@ -26,7 +26,6 @@ from pyro_subnet.tensors.modes import at_least_float32
 _GATHER_COST = 12
 # Elements that a gathered product holds at once: about what a cache holds.
 _GATHER_ELEMENTS = 2**19
-
 # Elements of the dense blocks of several data that are squared at once.
 _BLOCK_ELEMENTS = 2**20
 
@@ -34,77 +33,19 @@ Spread = Callable[[Tensor], Tensor]
 Plan = TypeVar("Plan")
 
 
-class Entries(ABC):
-    """Entries of J at the chosen elements of one weight, at one of its uses."""
-
-    @property
-    @abstractmethod
-    def held_bytes(self) -> int:
-        """Memory that it holds."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Memory that it holds, and that one call takes."""
-
-    @abstractmethod
-    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
-        """Entries for one output gradient.
-
-        Args:
-            delta: Gradient of the layer's output, in its shape.
-
-        Returns:
-            Shape (B, S of this use).
-        """
-
-    def new_squares(self) -> Tensor:
-        """What :meth:`add_squares_` adds to, and :meth:`squares` reads."""
-        return torch.zeros((), dtype=torch.float64)
-
-    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
-        """Adds the squared entries of one output gradient, summed over the data.
-
-        Args:
-            total: The sum so far; it may be overwritten.
-            delta: Gradient of the layer's output, in its shape.
-
-        Returns:
-            The sum.
-        """
-        return total + self(delta).square().sum(0)
-
-    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
-        """Sums of squares at the chosen elements.
-
-        Args:
-            total: The sum.
-
-        Returns:
-            Shape (S of this use,).
-        """
-        return total
-
-
+@final
 @dataclass(frozen=True, eq=False)
 class Broadcast(Entries):
-    r"""A weight that is added to, or multiplies, what it is broadcast to.
+    r"""A weight that is added to, or multiplies, a tensor that it is broadcast to.
 
     .. math:: J_{bs} = \sum_f [E_f = s]\, \delta_{bf} a_{bf}
-
-    Attributes:
-        num_data: B.
-        features: Flat positions f of a datum's outputs that a chosen element reaches.
-        columns: Which chosen element that is.
-        num_columns: How many chosen elements there are.
-        factor: a at those positions, shape (B, F) or (F,); None for one.
     """
 
     num_data: int
-    features: Int[Tensor, " f"]
-    columns: Int[Tensor, " f"]
+    features: Int[Tensor, " f"]  # positions f of a data point's outputs
+    columns: Int[Tensor, " f"]  # E, the chosen element that reaches each
     num_columns: int
-    factor: Float[Tensor, "... f"] | None
+    factor: Float[Tensor, "... f"] | None  # a, (B, F) or (F,); None for one
     _in_order: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,23 +77,18 @@ class Broadcast(Entries):
         return total.index_add_(1, self.columns, picked)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Channelwise(Entries):
-    r"""A weight per channel, that is added to or multiplies all positions of it.
+    r"""A weight of a channel, that is added to or multiplies all positions of it.
 
     .. math:: J_{bs} = \sum_t \delta_{b c_s t}\, a_{b c_s t}
-
-    Attributes:
-        num_data: B.
-        axis: The channels' axis of the output.
-        channels: The chosen channels, shape (S,).
-        factor: a at those channels, in the output's shape; None for one.
     """
 
     num_data: int
-    axis: int
-    channels: Int[Tensor, " s"]
-    factor: Tensor | None
+    axis: int  # of the channels, in the output
+    channels: Int[Tensor, " s"]  # c, the chosen ones
+    factor: Tensor | None  # a at those channels, in the output's shape; None for one
 
     @property
     def held_bytes(self) -> int:
@@ -174,6 +110,7 @@ class Channelwise(Entries):
         return rows.unflatten(0, (self.num_data, -1)).sum(1)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Contraction(Entries):
     r"""A weight that couples channels p of one side to channels q of the other.
@@ -182,36 +119,27 @@ class Contraction(Entries):
 
     By gathering the two factors of each chosen entry, or by the dense block of the
     channels that occur in any, whichever costs less.
-
-    Attributes:
-        left: From the output's gradient to its channels p, shape (B, P, T).
-        right: The other side, shape (B, Q, T).
-        p: Row of ``left`` of each chosen entry.
-        q: Row of ``right`` of each chosen entry; None where they are in order.
-        num_left: P.
-        order: Which of these entries is each of the result's; None where they are in
-            order.
     """
 
-    left: Spread
-    right: Float[Tensor, "batch q t"]
+    left: Spread  # l, from the output's gradient to shape (B, P, T)
+    right: Float[Tensor, "batch q t"]  # r
     p: Int[Tensor, " s"]
-    q: Int[Tensor, " s"] | None
-    num_left: int
-    order: Int[Tensor, " s"] | None = None
+    q: Int[Tensor, " s"] | None  # None where they are in order
+    num_left: int  # P
+    order: Int[Tensor, " s"] | None = None  # place of each result; None: in order
 
     def __post_init__(self) -> None:
-        """Makes sure that sums of half-precision products keep their digits."""
+        """Widens half precision, so that sums of products keep their digits."""
         object.__setattr__(self, "right", _widened(self.right))
 
     @property
     def one_position(self) -> bool:
-        """Whether the weight is used at a single position of each datum."""
+        """Whether each data point uses the weight at a single position."""
         return self.right.shape[-1] == 1
 
     @cached_property
     def _gathered(self) -> Tensor:
-        """What all output gradients share, at a single position: shape (B, S)."""
+        """Inputs at the chosen entries, for a single position: shape (B, S)."""
         right = self.right[..., 0]
         return right if self.q is None else right.index_select(1, self.q)
 
@@ -244,14 +172,10 @@ class Contraction(Entries):
         return places if self.order is None else places[self.order]
 
     def new_squares(self) -> Tensor:
-        r"""See :meth:`Entries.new_squares`.
-
-        Returns:
-            Where the weight is used once, :math:`\sum_k \ell_{kbp}^2`, shape (B, P):
-            there one product of matrices does the rest. Else squares of the dense block
-            of channels, shape (P, Q).
-        """
+        """See :meth:`Entries.new_squares`; (B, P) at a single position, else (P, Q)."""
         num_data, num_right, _ = self.right.shape
+        # At one position sum_kb (l_kbp r_bq)^2 = sum_b (sum_k l_kbp^2) r_bq^2, so the
+        # sum over the rows k is kept, and one product of matrices does the rest.
         if self.one_position:
             return self.right.new_zeros(num_data, self.num_left)
         return self.right.new_zeros(self.num_left, num_right)
@@ -298,16 +222,7 @@ class Contraction(Entries):
 
 
 def is_dense(num_left: int, num_right: int, num_entries: int) -> bool:
-    """Whether a dense block of channels costs less than gathered products.
-
-    Args:
-        num_left: Channels of one side.
-        num_right: Channels of the other.
-        num_entries: Chosen entries of the block.
-
-    Returns:
-        True if it does, with sums over several positions.
-    """
+    """Whether a dense block of channels costs less than gathered products."""
     return num_left * num_right <= _GATHER_COST * num_entries
 
 
@@ -318,27 +233,19 @@ def _widened(tensor: Tensor) -> Tensor:
 def _gathered_rows(
     tensor: Float[Tensor, "batch p t"], index: Int[Tensor, " s"]
 ) -> Float[Tensor, "batch s t"]:
-    """Rows of each datum's matrix; one lookup of whole rows, which CPUs do fastest."""
+    """Rows of each data point's matrix."""
+    # One lookup of whole rows is what CPUs do fastest.
     num_data, num_rows, num_positions = tensor.shape
     start = torch.arange(0, num_data * num_rows, num_rows, device=index.device)
     return F.embedding(start.unsqueeze(1) + index, tensor.reshape(-1, num_positions))
 
 
-# What follows from chosen positions alone, by their tensor: groups of data share them.
+# What depends on the chosen positions alone, by their tensor: groups of data share it.
 _PLANS: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 
 
 def planned(chosen: Int[Tensor, " s"], key: Any, make: Callable[[], Plan]) -> Plan:
-    """What follows from chosen positions, worked out once while their tensor lives.
-
-    Args:
-        chosen: The positions; not written to.
-        key: All else that it follows from, hashable.
-        make: Works it out.
-
-    Returns:
-        What ``make`` returns, or returned.
-    """
+    """What ``make`` returns, worked out once for a key while the tensor lives."""
     plans = _PLANS.setdefault(chosen, {})
     if key not in plans:
         plans[key] = make()
@@ -346,15 +253,37 @@ def planned(chosen: Int[Tensor, " s"], key: Any, make: Callable[[], Plan]) -> Pl
 
 
 def compact(index: Int[Tensor, " s"], bound: int) -> tuple[Tensor, Tensor]:
-    """Distinct values, and which of them each entry is.
-
-    Args:
-        index: Non-negative, shape (S,).
-        bound: One more than any value may be.
-
-    Returns:
-        The distinct values, ascending, and positions among them, shape (S,).
-    """
+    """Distinct values below ``bound``, ascending, and which of them each entry is."""
     found = torch.zeros(bound, dtype=torch.bool, device=index.device)
     found[index] = True
     return found.nonzero().squeeze(-1), (found.cumsum(0) - 1)[index]
+
+
+def broadcast(
+    weight: Tensor, shape: torch.Size, factor: Tensor | None
+) -> Callable[[Tensor, int], Entries]:
+    """Entries of a weight that is broadcast to ``shape``, times ``factor``."""
+    axes = [axis for axis, length in enumerate(weight.shape) if length > 1]
+
+    def channelwise(chosen: Tensor, num_data: int) -> Entries:
+        axis = len(shape) - weight.ndim + axes[0]
+        picked = None
+        if factor is not None:
+            picked = factor.detach().expand(shape).index_select(axis, chosen)
+        return Channelwise(num_data, axis, chosen, picked)
+
+    def entries(chosen: Tensor, num_data: int) -> Entries:
+        # Each output's chosen element, -1 where the element is not chosen.
+        column = torch.full((weight.numel(),), -1, device=weight.device)
+        column[chosen] = torch.arange(len(chosen), device=weight.device)
+        # The same for all rows of axis 0, along which the weight does not vary.
+        of_row = column.view(weight.shape).expand(shape[1:]).flatten()
+        of_datum = of_row.repeat(shape[0] // num_data)
+        features = (of_datum >= 0).nonzero().squeeze(-1)
+        picked = None
+        if factor is not None:
+            wide = factor.detach().expand(shape).reshape(num_data, -1)
+            picked = wide.index_select(1, features)
+        return Broadcast(num_data, features, of_datum[features], len(chosen), picked)
+
+    return channelwise if len(axes) == 1 else entries

@@ -1,9 +1,11 @@
-"""Uses of weights whose entries of J are products: of outputs' gradients and inputs."""
+"""Uses of weights whose entries of J are products of output gradients and inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,50 +14,34 @@ from pyro_subnet.curvature.jacobian.structured.entries import (
     Broadcast,
     Channelwise,
     Contraction,
-    Entries,
     Spread,
 )
 from pyro_subnet.curvature.jacobian.structured.recording import Column
+from pyro_subnet.curvature.jacobian.structured.tape import Entries
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class FactoredUse:
     r"""A use of a weight whose entries of J are a grid of products.
 
     .. math:: J_{b,pq} = \sum_t \ell_{bpt}\, r_{bqt}
-
-    Attributes:
-        column: The use.
-        left: From the output's gradient to shape (B, P, T).
-        right: Inputs, shape (B, Q, T).
-        positions: Columns of J in a grid, shape (P, Q), ascending along both axes.
-        rows: Which P each row of the grid is.
-        columns: Which Q each column of the grid is.
     """
 
     column: Column
-    left: Spread
-    right: Tensor
-    positions: Tensor
-    rows: Tensor
-    columns: Tensor
+    left: Spread  # l, from the output's gradient to shape (B, P, T)
+    right: Tensor  # r, inputs, shape (B, Q, T)
+    positions: Tensor  # columns of J, shape (P, Q), ascending along both axes
+    rows: Tensor  # which p each row of the grid is
+    columns: Tensor  # which q each column of the grid is
 
 
 def factored_uses(
     columns: Iterable[Column], num_data: int
 ) -> tuple[list[list[FactoredUse]], list[Column]]:
-    """Uses whose entries of J are grids of products, and the others.
-
-    A site has such uses alone or none: where one of them is no grid, or two grids hold
-    the same elements in different places, all are others.
-
-    Args:
-        columns: All uses of the weights.
-        num_data: How many data they are of.
-
-    Returns:
-        Uses that share a grid, grid by grid, and the uses of all other sites.
-    """
+    """Uses that share a grid, grid by grid, and all uses of sites without grids."""
+    # A site has grids alone or none: where one of its uses is no grid, or two grids
+    # hold the same elements in different places, none of its uses is factored.
     by_site: dict[str, list[Column]] = {}
     for column in columns:
         by_site.setdefault(column.site, []).append(column)
@@ -69,7 +55,7 @@ def factored_uses(
 
 
 def _blocks_of_site(own: Sequence[Column], num_data: int) -> list[list[FactoredUse]]:
-    """Blocks of one site; none if a use has no factors or blocks overlap."""
+    """Grids of one site; none if a use has no factors or grids overlap."""
     blocks = list[list[FactoredUse]]()
     for column in own:
         use = _factored(column, num_data)
@@ -88,7 +74,7 @@ def _blocks_of_site(own: Sequence[Column], num_data: int) -> list[list[FactoredU
 
 
 def _factored(column: Column, num_data: int) -> FactoredUse | None:
-    """A use as a grid of products; None if it is no such."""
+    """A use as a grid of products, or None."""
     sides = _sides(column, num_data) if column.affine else None
     if sides is None:
         return None
@@ -98,7 +84,7 @@ def _factored(column: Column, num_data: int) -> FactoredUse | None:
         at = torch.arange(at.start, at.stop, device=p.device)
     elif len(at.unique()) < len(at):  # an element several times in one matrix
         return None
-    if len(at) != num_left * right.shape[1]:
+    if len(at) != num_left * right.shape[1]:  # not every product is a chosen entry
         return None
     grid = torch.full((num_left, right.shape[1]), -1, device=p.device)
     grid[p, q] = at
@@ -111,20 +97,22 @@ def _factored(column: Column, num_data: int) -> FactoredUse | None:
 def _sides(
     column: Column, num_data: int
 ) -> tuple[Spread, Tensor, Tensor, Tensor, int] | None:
-    """Both sides of the products, the place of each entry in them, and P."""
+    """Both sides of the products, the places of each entry in them, and P."""
     entries = column.entries
     if isinstance(entries, Contraction):
         if entries.q is None or entries.order is not None:
             return None
         return entries.left, entries.right, entries.p, entries.q, entries.num_left
     if isinstance(entries, Channelwise):
-        at, left = entries.channels, _channel_positions(entries, num_data)
+        at, left = entries.channels, partial(_channel_positions, entries, num_data)
     elif isinstance(entries, Broadcast) and entries.num_columns == 1:
-        at, left = entries.columns[:1], _all_positions(entries, num_data)
+        at, left = entries.columns[:1], partial(_all_positions, entries, num_data)
     else:
         return None
+    # A layer's bias takes positions for further data, as its weights do; a vector that
+    # is added by a sum of its own has its exact block.
     if column.affine == "sum":
-        left = _summed(entries)
+        left = partial(_summed, entries)
     elif entries.factor is not None:
         return None
     p = torch.arange(len(at), device=at.device)
@@ -132,44 +120,24 @@ def _sides(
     return left, ones, p, torch.zeros_like(p), len(p)
 
 
-def _summed(entries: Entries) -> Spread:
-    """Entries of J themselves, sums over the positions that a vector is added at."""
-
-    def left(delta: Tensor) -> Tensor:
-        return entries(delta).unsqueeze(-1)
-
-    return left
+def _summed(entries: Entries, delta: Tensor) -> Tensor:
+    """Entries of J themselves: sums over the positions that a vector is added at."""
+    return entries(delta).unsqueeze(-1)
 
 
-def _channel_positions(entries: Channelwise, num_data: int) -> Spread:
+def _channel_positions(entries: Channelwise, num_data: int, delta: Tensor) -> Tensor:
     """Gradients at each position that a vector is added at."""
-
-    def left(delta: Tensor) -> Tensor:
-        side = delta.index_select(entries.axis, entries.channels)
-        side = side.movedim(entries.axis, 1)
-        return side.unflatten(0, (num_data, -1)).transpose(1, 2).flatten(2)
-
-    return left
+    side = delta.index_select(entries.axis, entries.channels)
+    side = side.movedim(entries.axis, 1)
+    return side.unflatten(0, (num_data, -1)).transpose(1, 2).flatten(2)
 
 
-def _all_positions(entries: Broadcast, num_data: int) -> Spread:
+def _all_positions(entries: Broadcast, num_data: int, delta: Tensor) -> Tensor:
     """Gradients at each position that a number is added at."""
-
-    def left(delta: Tensor) -> Tensor:
-        flat = delta.reshape(num_data, -1)
-        return flat.index_select(1, entries.features).unsqueeze(1)
-
-    return left
+    flat = delta.reshape(num_data, -1)
+    return flat.index_select(1, entries.features).unsqueeze(1)
 
 
 def same_positions(first: Tensor, second: Tensor) -> bool:
-    """Whether two grids hold the same elements.
-
-    Args:
-        first: Positions, shape (P, Q).
-        second: The others.
-
-    Returns:
-        True if they do, in the same places.
-    """
+    """Whether two grids hold the same elements in the same places."""
     return first.shape == second.shape and torch.equal(first, second)

@@ -1,23 +1,28 @@
-"""One run of a model, as its layers see it: what they read, and their gradients."""
+"""One run of a model: what its layers read, and the gradients of their outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.output_map import OutputMap, agree
+from pyro_subnet.curvature.jacobian.directional import agree, random_direction
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap, factors_of
 from pyro_subnet.curvature.jacobian.structured.convolution import CONVOLUTIONS
-from pyro_subnet.curvature.jacobian.structured.entries import Entries
 from pyro_subnet.curvature.jacobian.structured.layers import LAYERS, REARRANGEMENTS
-from pyro_subnet.curvature.jacobian.structured.tape import Affine, Tape, Use
-from pyro_subnet.tensors.grad_mode import differentiable
+from pyro_subnet.curvature.jacobian.structured.tape import Affine, Entries, Tape, Use
+from pyro_subnet.tensors.modes import differentiable
 
 _RULES = {**LAYERS, **CONVOLUTIONS}
-# Below this many bytes of activations a backward pass is mostly its calls, so several
-# rows share one.
+# How many data are differentiated together and apart. Odd, so that a pattern over the
+# data whose period is a power of two does not end where it began.
+_FEW = 7
+COUPLED = "the layers couple data, or have them on another axis than the first"
+# Below this many bytes of activations a backward pass mostly takes the time of its
+# calls, so several rows share one.
 _BATCHED_BYTES = 2**21
 
 # One tensor for every recorded edge; None where no output depends on it.
@@ -25,41 +30,25 @@ Gradients = Sequence[Tensor | None]
 
 
 class NotLayered(Exception):
-    """Raised when a model does not fit this route; another one serves."""
+    """Raised when a model does not fit this route; then another one is taken."""
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A use of a weight, and the columns of J that it adds to.
-
-    Attributes:
-        site: Name of the site.
-        edge: Index of the layer's output among the recording's.
-        entries: From the output's gradient to entries of J.
-        columns: Where they belong, (S of this use,).
-        first: Whether these are all columns of the site, and none were written before.
-        affine: See :class:`~pyro_subnet.curvature.jacobian.structured.tape.Layer`.
-    """
+    """A use of a weight, and the columns of J that it adds to."""
 
     site: str
-    edge: int
+    edge: int  # index of the layer's output among the recording's edges
     entries: Entries
     columns: Tensor | slice
-    first: bool
+    first: bool  # whether these are all columns of the site, with none written before
     affine: Affine | None
 
 
+@final
 class Recording:
-    """One run of an output map, and what its layers read.
-
-    Args:
-        outputs: The map.
-        whole: Whether it is that of the whole call.
-
-    Raises:
-        NotLayered: If the run differs from the reference, or no chosen site enters
-            layers only.
-    """
+    """A run of an output map, ``whole`` if on all data, and what its layers read."""
 
     def __init__(self, outputs: OutputMap, *, whole: bool):
         self.outputs = outputs
@@ -73,9 +62,9 @@ class Recording:
             with differentiable(), self.tape:
                 self.values = outputs.of_sites(self.leaves, None)
         except Exception as error:
-            if whole:  # it ran before, so this is no fault of the model's
+            if whole:  # the model ran before, so this is not its fault
                 raise
-            # On fewer data it may fail in ways of its own: a fixed plate size, a view.
+            # On fewer data a model may fail on a fixed plate size or a view.
             raise NotLayered("fewer data do not pass the layers") from error
         self.tape.settle()
         for value, reference in zip(self.values, outputs.reference, strict=True):
@@ -95,6 +84,7 @@ class Recording:
     def _check_axes(self) -> None:
         num_data = self.outputs.num_data
         for use in self.tape.uses:
+            # Axis 0 must be the data's, or data times positions.
             if not use.shape or use.shape[0] % num_data:
                 self.tape.escaped.add(use.weight.site)
         self.tape.settle()
@@ -109,11 +99,7 @@ class Recording:
         return of_column.nonzero().squeeze(-1).to(self.outputs.loc.device)
 
     def columns(self) -> list[Column]:
-        """Uses of the weights, with what they need besides output gradients.
-
-        Returns:
-            One for every use that holds a chosen element.
-        """
+        """Uses of the weights that hold a chosen element, with their entries."""
         result, start = list[Column](), 0
         for site, within in self.outputs.chosen.items():
             uses = [use for use in self.tape.uses if use.weight.site == site]
@@ -132,6 +118,7 @@ class Recording:
         else:
             index = use.weight.index.flatten()
             size = self.outputs.base[use.weight.site].numel()
+            # The chosen element at each place that the layer sees, -1 for no element.
             where = torch.full((size,), -1, device=index.device)
             where[within] = torch.arange(len(within), device=index.device)
             found = where[index]
@@ -150,21 +137,13 @@ class Recording:
         )
 
     def gradients(self, site: int, cotangents: Tensor) -> Iterator[Gradients]:
-        """Gradients of all layers' outputs, row by row.
-
-        Args:
-            site: Index of the observed site.
-            cotangents: Rows of cotangents of its outputs, (K, M, c).
-
-        Yields:
-            K times one tensor for every edge; None where no output depends on it.
-        """
+        """Yields the gradients of all layers' outputs, cotangent by cotangent."""
         value = self.values[site]
         small = self.outputs.activation_bytes * len(cotangents) <= _BATCHED_BYTES
         if small and len(cotangents) > 1 and not self._serial:
             try:
                 batched = self._pull(value, cotangents, is_grads_batched=True)
-            except RuntimeError:  # what has no batching rule
+            except RuntimeError:  # an operation has no batching rule
                 self._serial = True
             else:
                 for k in range(len(cotangents)):
@@ -184,3 +163,72 @@ class Recording:
             allow_unused=True,
             **options,
         )
+
+
+def recordings(
+    outputs: OutputMap, factors: Factors, group: int
+) -> Iterator[tuple[int, Recording, Factors]]:
+    """Yields the first data point of each group, the group's run, and its factors."""
+    # Parts of the data are differentiated by themselves only if that gives the same.
+    num_data = outputs.num_data
+    whole = group == num_data
+    if not whole:
+        _check_separation(outputs)
+    for start in range(0, num_data, group):
+        stop = min(start + group, num_data)
+        recording = Recording(outputs.at(start, stop), whole=whole)
+        yield start, recording, factors_of(factors, num_data, start, stop)
+
+
+def _check_separation(outputs: OutputMap) -> None:
+    """Compares a few data's gradient, for a random cotangent, with their parts'."""
+    # Each route also compares every group with autograd, and a group's values are those
+    # of the whole call. What these miss is a derivative that depends on other data, or
+    # on a data point's place, where values do not: a term whose gradient is stopped, a
+    # row of a constant weight.
+    stop = outputs.num_data
+    start = max(0, stop - _FEW)
+    middle = (start + stop) // 2
+    try:
+        together = outputs.at(start, stop)
+        cotangents = [
+            random_direction(value.shape, value) for value in together.reference
+        ]
+        for first, last in ((start, middle), (middle, stop)):
+            inside = slice(first - start, last - start)
+            own = [_of_data(u, together.num_data, inside) for u in cotangents]
+            alone = _gradient(outputs.at(first, last), own)
+            among = [torch.zeros_like(u) for u in cotangents]
+            for u, part in zip(among, own, strict=True):
+                _of_data(u, together.num_data, inside).copy_(part)
+            if not agree(alone, _gradient(together, among)):
+                raise NotLayered(COUPLED)
+    except NotLayered:
+        raise
+    # The user's code may fail on fewer data, with any error.
+    except Exception as error:
+        raise NotLayered("fewer data do not pass the layers") from error
+
+
+def _of_data(elements: Tensor, num_data: int, which: slice) -> Tensor:
+    """Elements of some data, a view."""
+    return elements.unflatten(0, (num_data, -1))[which].flatten(0, 1)
+
+
+def _gradient(outputs: OutputMap, cotangents: Sequence[Tensor]) -> Tensor:
+    """Gradient at the chosen elements, (S, 1), by plain reverse mode."""
+    leaves = {s: v.detach().requires_grad_() for s, v in outputs.base.items()}
+    with differentiable():
+        values = outputs.of_sites(leaves, None)
+    pairs = zip(values, cotangents, strict=True)
+    live = [(value, u.to(value)) for value, u in pairs if value.requires_grad]
+    if not live:
+        return outputs.loc.new_zeros(outputs.size, 1)
+    gradients = torch.autograd.grad(
+        [value for value, _ in live],
+        list(leaves.values()),
+        [u for _, u in live],
+        materialize_grads=True,
+    )
+    pieces = zip(gradients, outputs.chosen.values(), strict=True)
+    return torch.cat([part.flatten()[at] for part, at in pieces]).unsqueeze(-1)

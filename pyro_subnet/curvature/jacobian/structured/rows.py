@@ -1,4 +1,4 @@
-r"""The structured route: entries of J from each layer's input and output gradient.
+"""The structured route: entries of J from each layer's input and output gradient.
 
 One run of the model records where the chosen weights enter (``tape.py``). One backward
 pass a row of :math:`R` gives the gradients of those layers' outputs for all data at
@@ -6,7 +6,7 @@ once. Products of the two are the chosen entries; nothing else is formed, and
 backpropagation stops at the earliest layer that holds a chosen weight.
 
 This supposes that axis 0 of every layer is the data's, and that no layer couples data.
-Both are checked (``checks.py``) before a number is given out.
+Both are checked before a number is given out.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.directional import agree, random_direction
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
     JacobianBlock,
     OutputMap,
+    cotangent_rows,
     num_rows,
 )
-from pyro_subnet.curvature.jacobian.structured.checks import (
-    check_gradient,
-    check_separation,
-)
 from pyro_subnet.curvature.jacobian.structured.recording import (
+    COUPLED,
     Column,
     Gradients,
+    NotLayered,
     Recording,
+    recordings,
 )
 from pyro_subnet.tensors.modes import at_least_float32
 
-# What layers hold is a few times their activations: data this many times below the
-# budget fit without a look at it.
+# Layers hold a few times their activations: data that need less than the budget by this
+# factor are known to fit without a trial run.
 _FAR_BELOW = 32
 
 OtherRoute = Callable[[OutputMap, Factors], Blocks]
@@ -44,62 +45,60 @@ OtherRoute = Callable[[OutputMap, Factors], Blocks]
 def layered_blocks(
     outputs: OutputMap, factors: Factors, budget: int, other: OtherRoute
 ) -> Blocks:
-    """Rows of :math:`R J`, data in groups that fit the budget.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes that a group of data may take.
-        other: Route of the chosen sites that do not enter layers only.
-
-    Yields:
-        For every group of data, one block a site.
-
-    Raises:
-        NotLayered: If the model does not fit; blocks given out before are right.
-    """
-    num_data = outputs.num_data
+    """Yields rows of :math:`R J`, one block a site for every group of data."""
     group = _group(outputs, factors, budget)
-    whole = group == num_data
-    if not whole:
-        check_separation(outputs)
-    for start in range(0, num_data, group):
-        stop = min(start + group, num_data)
-        sliced = of_group(factors, num_data, start, stop)
-        recording = Recording(outputs.at(start, stop), whole=whole)
+    for start, recording, sliced in recordings(outputs, factors, group):
+        count = recording.outputs.num_data
         rows = _group_rows(recording, sliced)
-        check_gradient(recording, sliced, rows)
+        _check_gradient(recording, sliced, rows)
         if recording.tape.escaped:
             _fill_escaped(recording, sliced, other, rows)
-        per_site = rows.split([num_rows(f, stop - start) for f in sliced], dim=1)
+        per_site = rows.split([num_rows(f, count) for f in sliced], dim=1)
         for site, (block, factor) in enumerate(zip(per_site, sliced, strict=True)):
-            first = start * len(factor) // (stop - start)
+            first = start * len(factor) // count
             shaped = block.reshape(len(factor), factor.shape[1], -1)
             yield JacobianBlock(site, first, shaped)
 
 
-def of_group(factors: Factors, num_data: int, start: int, stop: int) -> Factors:
-    """Factors of some consecutive data.
-
-    Args:
-        factors: R of each element, one (M, r, c) tensor a site.
-        num_data: N.
-        start: First datum.
-        stop: One past the last.
-
-    Returns:
-        One tensor a site.
-    """
-    return tuple(
-        factor[start * len(factor) // num_data : stop * len(factor) // num_data]
-        for factor in factors
+def _check_gradient(recording: Recording, factors: Factors, rows: Tensor) -> None:
+    """Compares with autograd's gradient of the whole group, for a random cotangent."""
+    # Two linear maps that agree on a random vector, (R J)^T u, are equal with
+    # probability one: data that are coupled, or on another axis, do not agree.
+    outputs, num_data = recording.outputs, recording.outputs.num_data
+    weights = random_direction(rows.shape[:2], rows)
+    found = weights.flatten() @ rows.flatten(0, 1)
+    counts = [num_rows(factor, num_data) for factor in factors]
+    live, cotangents = [], []
+    for value, factor, part in zip(
+        recording.values, factors, weights.split(counts, dim=1), strict=True
+    ):
+        if value.requires_grad:
+            u = part.reshape(len(factor), 1, -1)
+            live.append(value)
+            cotangents.append((u.to(factor) @ factor).squeeze(1).to(value))
+    if not live:
+        return
+    sites = recording.layered_sites
+    gradients = torch.autograd.grad(
+        live,
+        [recording.leaves[site] for site in sites],
+        cotangents,
+        retain_graph=bool(recording.tape.escaped),
+        materialize_grads=True,
     )
+    sizes = [at.numel() for at in outputs.chosen.values()]
+    pieces = dict(zip(outputs.chosen, found.split(sizes), strict=True))
+    ours = torch.cat([pieces[site] for site in sites])
+    pairs = zip(sites, gradients, strict=True)
+    theirs = torch.cat([part.flatten()[outputs.chosen[site]] for site, part in pairs])
+    if not agree(ours.unsqueeze(-1), theirs.unsqueeze(-1)):
+        raise NotLayered(COUPLED)
 
 
 def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
     """How many data fit in the budget, by what a single one takes."""
     rows = sum(num_rows(factor, outputs.num_data) for factor in factors)
-    # A row is added to as it is made: a quarter more is there for a while.
+    # A quarter more is held while entries are added to a row.
     element_size = torch.finfo(at_least_float32(outputs.loc.dtype)).bits // 8
     jacobian = 5 * rows * outputs.size * element_size // 4
     activations = 2 * outputs.activation_bytes // outputs.num_data
@@ -112,7 +111,7 @@ def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
 
 
 def _group_rows(recording: Recording, factors: Factors) -> Tensor:
-    """Rows of :math:`R J` of a recording's data, shape (B, rows of a datum, S)."""
+    """Rows of R J of a recording's data, (B, rows of a data point, S)."""
     outputs = recording.outputs
     counts = [num_rows(factor, outputs.num_data) for factor in factors]
     rows = outputs.loc.new_zeros(
@@ -130,26 +129,8 @@ def _group_rows(recording: Recording, factors: Factors) -> Tensor:
     return rows
 
 
-def cotangent_rows(factor: Tensor, num_data: int) -> Tensor:
-    """Rows of R, one of each datum at a time.
-
-    Args:
-        factor: R of each element, shape (M, r, c).
-        num_data: N.
-
-    Returns:
-        Shape (rows of a datum, M, c).
-    """
-    per_datum = factor.unflatten(0, (num_data, -1))
-    _, count, rank, width = per_datum.shape
-    spread = factor.new_zeros(count, rank, num_data, count, width)
-    for element in range(count):
-        spread[element, :, :, element] = per_datum[:, element].transpose(0, 1)
-    return spread.reshape(count * rank, num_data * count, width)
-
-
 def _add_entries(target: Tensor, columns: Sequence[Column], deltas: Gradients) -> None:
-    """Adds what each use contributes to one row of J of each datum, (B, S)."""
+    """Adds every use's entries to one row of J of each data point, (B, S)."""
     for column in columns:
         delta = deltas[column.edge]
         if delta is None:

@@ -1,4 +1,4 @@
-r"""Diagonal of :math:`(R J)^\top R J`, without an entry for each datum and weight.
+r"""Diagonal of :math:`(R J)^\top R J`, without an entry for each data point and weight.
 
 Where a weight enters one layer, its squared entries are summed over the data inside the
 layer; a weight with several uses has its entries added up first.
@@ -6,22 +6,27 @@ layer; a weight with several uses has its entries added up first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.jacobian.structured.checks import (
-    MixtureCheck,
-    check_separation,
+from pyro_subnet.curvature.jacobian.directional import agree, random_direction
+from pyro_subnet.curvature.jacobian.output_map import (
+    Factors,
+    OutputMap,
+    cotangent_rows,
+    num_rows,
 )
 from pyro_subnet.curvature.jacobian.structured.recording import (
+    COUPLED,
     Column,
     Gradients,
+    NotLayered,
     Recording,
+    recordings,
 )
-from pyro_subnet.curvature.jacobian.structured.rows import cotangent_rows, of_group
 
 OtherDiagonal = Callable[[OutputMap, Factors], Tensor]
 
@@ -29,64 +34,83 @@ OtherDiagonal = Callable[[OutputMap, Factors], Tensor]
 def layered_diagonal(
     outputs: OutputMap, factors: Factors, budget: int, other: OtherDiagonal
 ) -> Tensor:
-    """Squared columns of :math:`R J`, summed over the data.
-
-    Args:
-        outputs: The map to be differentiated.
-        factors: R of each element, one (M, r, c) tensor a site.
-        budget: Bytes that a group of data may take.
-        other: What serves the chosen sites that do not enter layers only.
-
-    Returns:
-        Shape (S,), float64.
-
-    Raises:
-        NotLayered: If the model does not fit.
-    """
-    num_data = outputs.num_data
-    group = group_size(outputs, budget)
-    whole = group == num_data
-    if not whole:
-        check_separation(outputs)
+    """Squared columns of :math:`R J`, summed over the data, (S,), float64."""
     total = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
-    for start in range(0, num_data, group):
-        stop = min(start + group, num_data)
-        part = outputs.at(start, stop)
-        recording = Recording(part, whole=whole)
-        sliced = of_group(factors, num_data, start, stop)
-        _add_squares(total, recording, sliced)
+    group = group_size(outputs, budget)
+    for _, recording, sliced in recordings(outputs, factors, group):
+        squares = SquaredColumns(recording.columns(), recording.outputs)
+        for deltas in checked_gradients(recording, sliced):
+            squares.add(total, deltas)
+        squares.finish(total)
+        # Sites that do not enter layers alone are left to the other route.
         if recording.tape.escaped:
-            rest = other(part.over(recording.tape.escaped), sliced)
+            rest = other(recording.outputs.over(recording.tape.escaped), sliced)
             total[recording.escaped_columns()] += rest
     return total
 
 
 def group_size(outputs: OutputMap, budget: int) -> int:
-    """How many data fit in the budget, by what a single one takes.
-
-    Args:
-        outputs: The map to be differentiated.
-        budget: Bytes that a group of data may take.
-
-    Returns:
-        At least 1.
-    """
+    """How many data fit in the budget, by what a single one takes; at least 1."""
     if outputs.num_data == 1:
         return 1
     probe = Recording(outputs.at(0, 1), whole=False)
     held = 2 * sum(column.entries.held_bytes for column in probe.columns())
-    # With the gradients, and their mixture.
+    # Activations of the run, gradients of its layers, and their random mixture.
     activations = 4 * outputs.activation_bytes // outputs.num_data
     return max(1, min(outputs.num_data, budget // (held + activations)))
 
 
-class SquaredColumns:
-    """Sums of squares of columns of :math:`R J`, as the rows' gradients come in.
+def checked_gradients(recording: Recording, factors: Factors) -> Iterator[Gradients]:
+    r"""Yields gradients of all layers' outputs, one row of every data point at a time.
 
-    Args:
-        columns: Uses of the weights, all that a site has.
-        outputs: The map of the data.
+    Each comes from one backward pass of all data. After the last row, one more checks
+    that no layer couples data: then data point b of :math:`\sum_k u_{bk}\, \delta_k`, u
+    random, is that of the gradient of :math:`\sum_k u_{bk} R_{bk}\, \eta_b`.
+
+    Raises:
+        NotLayered: If they disagree.
     """
+    num_data = recording.outputs.num_data
+    counts = [num_rows(factor, num_data) for factor in factors]
+    u = random_direction((num_data, sum(counts)), recording.outputs.loc)
+    mixed: list[Tensor | None] = [None] * len(recording.edges)
+    row = 0
+    for site, factor in enumerate(factors):
+        for deltas in recording.gradients(site, cotangent_rows(factor, num_data)):
+            for edge, delta in enumerate(deltas):
+                if delta is not None:
+                    part = delta.reshape(num_data, -1) * u[:, row : row + 1].to(delta)
+                    before = mixed[edge]
+                    mixed[edge] = part if before is None else before.add_(part)
+            row += 1
+            yield deltas
+    expected = _gradients_of_mixture(recording, factors, u.split(counts, dim=1))
+    for sums, total in zip(mixed, expected, strict=True):
+        if sums is None or total is None:
+            continue
+        if not agree(sums.reshape(-1, 1), total.reshape(-1, 1)):
+            raise NotLayered(COUPLED)
+
+
+def _gradients_of_mixture(
+    recording: Recording, factors: Factors, weights: Sequence[Tensor]
+) -> Gradients:
+    r"""Gradients of :math:`\sum_k u_{bk} R_{bk}\, \eta_b`, summed over all sites."""
+    sums: list[Tensor | None] = [None] * len(recording.edges)
+    for site, (factor, own) in enumerate(zip(factors, weights, strict=True)):
+        u = own.reshape(len(factor), 1, -1).to(factor)
+        cotangent = (u @ factor).squeeze(1).unsqueeze(0)
+        (deltas,) = recording.gradients(site, cotangent)
+        for edge, delta in enumerate(deltas):
+            before = sums[edge]
+            if delta is not None:
+                sums[edge] = delta if before is None else before + delta
+    return sums
+
+
+@final
+class SquaredColumns:
+    """Sums of squares of columns of R J; ``columns`` are all uses of their sites."""
 
     def __init__(self, columns: Sequence[Column], outputs: OutputMap):
         uses: dict[str, list[Column]] = {}
@@ -98,12 +122,7 @@ class SquaredColumns:
         self._sums = [column.entries.new_squares() for column in self._single]
 
     def add(self, total: Tensor, deltas: Gradients) -> None:
-        """Adds one row of every datum.
-
-        Args:
-            total: Where sums at weights with several uses go, (S,).
-            deltas: Gradients of the layers' outputs.
-        """
+        """Adds a row of each data point; sites with several uses go to ``total``."""
         for place, column in enumerate(self._single):
             delta = deltas[column.edge]
             if delta is not None:
@@ -113,26 +132,9 @@ class SquaredColumns:
             _add_summed_squares(total, own, deltas, self._outputs)
 
     def finish(self, total: Tensor) -> None:
-        """Adds the sums at weights with one use, after the last row.
-
-        Args:
-            total: Where they go, (S,).
-        """
+        """Adds the sites with one use to ``total``, after the last row."""
         for column, squares in zip(self._single, self._sums, strict=True):
             total[column.columns] += column.entries.squares(squares)
-
-
-def _add_squares(total: Tensor, recording: Recording, factors: Factors) -> None:
-    squares = SquaredColumns(recording.columns(), recording.outputs)
-    check, row = MixtureCheck(recording, factors), 0
-    for site, factor in enumerate(factors):
-        cotangents = cotangent_rows(factor, recording.outputs.num_data)
-        for deltas in recording.gradients(site, cotangents):
-            check.add(row, deltas)
-            row += 1
-            squares.add(total, deltas)
-    check.finish()
-    squares.finish(total)
 
 
 def _add_summed_squares(
@@ -143,6 +145,7 @@ def _add_summed_squares(
     counts = [at.numel() for at in outputs.chosen.values()]
     site = names.index(uses[0].site)
     start, size = sum(counts[:site]), counts[site]
+    # Entries of all uses are added up before they are squared.
     entries = outputs.loc.new_zeros(outputs.num_data, size)
     for use in uses:
         delta = deltas[use.edge]

@@ -1,4 +1,4 @@
-r"""Records where a model's chosen weights enter its layers.
+"""Records where a model's chosen weights enter its layers.
 
 The model runs as it stands. Every torch function that takes a chosen site's value is
 seen: one with a rule leaves a :class:`Use` (its input, and the place in the graph at
@@ -8,105 +8,100 @@ alias; any other lets the site *escape*, and another route must serve it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_subnet.curvature.jacobian.structured.entries import Entries
-
+# How weights enter whose curvature has Kronecker factors: a layer multiplies inputs by
+# matrices and adds vectors to the results, a sum only adds.
 Affine = Literal["layer", "sum"]
 
 
+class Entries(ABC):
+    """Entries of J at the S chosen elements of one weight, at one of its uses."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes that it holds."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it holds, and that one call takes."""
+
+    @abstractmethod
+    def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
+        """Entries for one gradient of the layer's output, in that output's shape."""
+
+    def new_squares(self) -> Tensor:
+        """An empty sum of squares for :meth:`add_squares_`, in a shape of its own."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def add_squares_(self, total: Tensor, delta: Tensor) -> Tensor:
+        """The sum with one gradient's squared entries; ``total`` may be overwritten."""
+        return total + self(delta).square().sum(0)
+
+    def squares(self, total: Tensor) -> Float[Tensor, " s"]:
+        """Squared entries from that sum, summed over gradients and data."""
+        return total
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A site's value, or a rearrangement of it, as a layer sees it.
-
-    Attributes:
-        site: Name of the site.
-        index: Flat positions within the site, in the shape that the layer sees.
-        as_is: Whether it is the site's value, not a rearrangement.
-    """
+    """A site's value, or a rearrangement of it, as a layer sees it."""
 
     site: str
-    index: Tensor
-    as_is: bool = False
+    index: Tensor  # flat positions within the site, in the shape that the layer sees
+    as_is: bool = False  # whether it is the site's value, not a rearrangement
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One place at which a weight enters a layer.
-
-    Attributes:
-        weight: The weight.
-        edge: Where the gradient of the layer's output arrives.
-        shape: Shape of that output.
-        inputs: Tensors that ``entries`` reads, and their versions when recorded.
-        entries: From the chosen flat positions of the weight, as the layer sees it, and
-            the number of data to the entries of J.
-        affine: See :class:`Layer`.
-    """
+    """One place at which a weight enters a layer."""
 
     weight: Weight
-    edge: GradientEdge
-    shape: torch.Size
-    inputs: tuple[tuple[Tensor, int], ...]
+    edge: GradientEdge  # where the gradient of the layer's output arrives
+    shape: torch.Size  # of that output
+    inputs: tuple[tuple[Tensor, int], ...]  # that `entries` reads, with versions
+    # From chosen flat positions in the layer's view of the weight, and how many data.
     entries: Callable[[Tensor, int], Entries]
     affine: Affine | None = None
 
 
-# What a rule makes of a call: for each argument that may be a weight, what its entries
-# read, and how they follow; None if it does not serve this call.
+# A rule takes the arguments and the result of a call. For each argument that may be a
+# weight it gives what its entries read and how they follow; None if it does not apply.
 Part = tuple[tuple[Tensor, ...], Callable[[Tensor, int], Entries]]
 Rule = Callable[[Mapping[str, Any], Tensor], Mapping[str, Part] | None]
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A torch function that weights may enter.
+    """A torch function that weights may enter."""
 
-    Attributes:
-        parameters: Names of its arguments, in order.
-        rule: How entries of J follow.
-        affine: How weights enter whose curvature has Kronecker factors: ``"layer"``,
-            it multiplies inputs by matrices and adds vectors to the results; ``"sum"``,
-            it adds alone.
-    """
-
-    parameters: Sequence[str]
+    parameters: Sequence[str]  # names of its arguments, in order
     rule: Rule
     affine: Affine | None = None
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a call by name.
-
-        Args:
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-
-        Returns:
-            Those that were given.
-        """
+        """The given arguments of a call by name."""
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
 
+@final
 class Tape(TorchFunctionMode):
-    """Watches where marked tensors go while it is entered.
-
-    Args:
-        leaves: ``{site: value}``, tensors that need gradients.
-        layers: What is known about torch functions.
-        rearrangements: Functions that give elements other places and do no more.
-
-    Attributes:
-        uses: What was recorded.
-        escaped: Sites that were used in a way that no rule describes.
-    """
+    """Watches where sites' values, the ``leaves``, go while it is entered."""
 
     def __init__(
         self,
@@ -116,9 +111,9 @@ class Tape(TorchFunctionMode):
     ):
         super().__init__()
         self.uses: list[Use] = []
-        self.escaped: set[str] = set()
+        self.escaped: set[str] = set()  # sites with a use that no rule describes
         self._layers = layers
-        self._rearrangements = rearrangements
+        self._rearrangements = rearrangements  # functions that only move elements
         # By identity; the tensor is kept so that its identity stays its own.
         self._marked: dict[int, tuple[Tensor, Weight]] = {}
         for site, leaf in leaves.items():
@@ -157,6 +152,7 @@ class Tape(TorchFunctionMode):
     ) -> bool:
         """Records a call that takes ``count`` marked tensors; False if it cannot."""
         if func in self._rearrangements and count == 1 and id(args[0]) in self._marked:
+            # The same function moves the positions as it moved the values.
             weight = self._marked[id(args[0])][1]
             index = func(weight.index, *args[1:], **kwargs)
             if not isinstance(result, Tensor) or index.shape != result.shape:

@@ -1,0 +1,74 @@
+"""The interface of a sum of the likelihood's curvature over the calls of a fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
+from pyro_subnet.curvature.prior import DensityTerm, PriorPrecision, prior_precision
+from pyro_subnet.options import Curvature, FormName, HeldAs
+from pyro_subnet.subnet import Subnet
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """The likelihood's curvature G, summed over the data."""
+
+    form: FormName
+    ggn: Any  # G, as the `of` and `updated` of that form take it
+    is_zero: bool  # whether G is 0: no output depends on the subnet
+
+
+class CurvatureSum(ABC):
+    """The likelihood's curvature, summed call by call."""
+
+    form: HeldAs  # "auto" until it is decided
+
+    def read_prior(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> PriorPrecision:
+        """P0, in as much detail as the form holds of it."""
+        return prior_precision(terms, leaves, subnet, budget)
+
+    def meet(self, prior: PriorPrecision, kind: Curvature) -> None:  # noqa: B027
+        """Settles the form; raises an OptionError if it cannot hold both arguments."""
+
+    @abstractmethod
+    def add(
+        self,
+        outputs: OutputMap,
+        factors: Factors,
+        weights: Float[Tensor, " data"],
+        budget: int,
+    ) -> None:
+        r"""Adds the curvature of one call.
+
+        Args:
+            outputs: The subnet's outputs in this call.
+            factors: :math:`\sqrt{w_n} R_n` with :math:`R_n^\top R_n = \Lambda_n`.
+            weights: w of each data point, a sum over its elements, float64.
+            budget: Bytes of Jacobian and activations that may be held at once.
+        """
+
+    @abstractmethod
+    def finish(self, scale: float) -> Summed:
+        """The sum so far times ``scale``; nothing is added to it afterwards."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The state besides ``form``, not copied; OptionError if no file holds it."""
+
+    @abstractmethod
+    def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
+        """Undoes :meth:`tensors`; ``form`` is what :attr:`form` was then."""

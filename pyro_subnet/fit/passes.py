@@ -1,0 +1,181 @@
+"""One pass over the data, whatever is summed in it.
+
+Every call is run at the MAP and counted, its prior is compared with that of the first
+call, and its log likelihood is added up. What a fit, a selector or a diagnostic makes
+of the calls is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.laplace.summary import FitSummary
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.call import Graph, ModelCall
+from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.subnet_call import SubnetCall
+from pyro_subnet.tracing.trace import ModelAtMAP
+
+Prior = TypeVar("Prior")
+# From the log prior, term by term, and the latent leaves of its graph.
+ReadPrior = Callable[[Sequence[DensityTerm], Mapping[str, Tensor]], Prior]
+
+
+@final
+class DataPass(Generic[Prior]):
+    """One pass over the data, over a subnet.
+
+    Args:
+        read_prior: What is kept of the log prior; called once, with its graph.
+
+    Attributes:
+        seen: Number of data points that were passed, counted if ``num_data`` is given.
+        log_prior: The log prior of one call; all have the same.
+        has_outputs: Whether the model has any observed site.
+        numbers: Sums of :class:`FitSummary` so far: log likelihood, noise weight and
+            noise energy, shape (3,), float64.
+        scales_noise: As in :class:`FitSummary`.
+    """
+
+    def __init__(
+        self,
+        at_map: ModelAtMAP,
+        subnet: Subnet,
+        data: Data,
+        read_prior: ReadPrior[Prior],
+    ):
+        self.seen = 0
+        self.log_prior: float | None = None
+        self.has_outputs = False
+        self.numbers = torch.zeros(3, dtype=torch.float64)
+        self.scales_noise = True
+        self._at_map, self._subnet, self._data = at_map, subnet, data
+        self._read_prior = read_prior
+        self._prior: Prior | None = None
+
+    def calls(self, batches: Iterable[Batch]) -> Iterator[SubnetCall]:
+        """Passes over the data; yields the calls whose outputs the subnet moves."""
+        for args, kwargs in batches:
+            call = ModelCall.read(self._at_map, args, kwargs)
+            graph = call.graph()
+            self._meet(call, graph)
+            subnet_call = self._over_subnet(call, graph)
+            del graph  # frees the activations before the Jacobian needs the room
+            self._add_densities(subnet_call)
+            if subnet_call.is_moved:
+                yield subnet_call
+
+    @property
+    def prior(self) -> Prior:
+        """What was kept of the log prior; an error if there was no batch."""
+        if self._prior is None:
+            raise DataError(
+                "`batches` must hold at least one batch; got none. Check the loader."
+            )
+        return self._prior
+
+    @property
+    def scale(self) -> float:
+        """What a sum over the data that were seen is multiplied by, for all data."""
+        if self._data.num_data is None:
+            return 1.0
+        return self._data.num_data / self.seen
+
+    def summary(self, prior_gradient: Tensor) -> FitSummary:
+        """The log joint density of all data, with the log prior's gradient, (S,)."""
+        likelihood, weight, energy = (self.scale * self.numbers).tolist()
+        gradient = prior_gradient.detach().to(torch.float64)
+        scales = self.scales_noise and weight > 0
+        log_prior = self.log_prior or 0.0
+        return FitSummary(likelihood, log_prior, gradient, weight, energy, scales)
+
+    def log_likelihood_of(self, batch: Batch) -> float:
+        """Log likelihood of one batch, in nats, which is not added."""
+        call = ModelCall.read(self._at_map, *batch)
+        subnet_call = self._over_subnet(call, call.graph())
+        weigh = subnet_call.weights
+        return float(sum(_log_likelihood(site, weigh(site)) for site in call.sites))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that was counted but the prior: tensors, and what JSON holds."""
+        content = {
+            "seen": self.seen,
+            "log_prior": self.log_prior,
+            "has_outputs": self.has_outputs,
+            "scales_noise": self.scales_noise,
+        }
+        return {"summary": self.numbers}, content
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], content: Mapping[str, Any], prior: Prior
+    ) -> None:
+        """Undoes :meth:`state`."""
+        self.numbers, self._prior = tensors["summary"], prior
+        for name in ("seen", "log_prior", "has_outputs", "scales_noise"):
+            setattr(self, name, content[name])
+
+    def _over_subnet(self, call: ModelCall, graph: Graph) -> SubnetCall:
+        whole = self._data.whole
+        return SubnetCall.of(call, self._subnet, graph, without_plates=not whole)
+
+    def _meet(self, call: ModelCall, graph: Graph) -> None:
+        """Counts a call, and compares its prior with that of the others."""
+        terms = graph.prior_terms
+        value = sum(term.log_density.item() for term in terms)
+        tolerance = torch.finfo(call.latents.loc.dtype).eps ** 0.5
+        if self.log_prior is None:
+            self.log_prior = value
+        elif abs(value - self.log_prior) > tolerance * (1 + abs(value)):
+            raise ModelError(
+                "The log prior at the MAP must be the same for every batch; got "
+                f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
+                "depends on the data needs `laplace_approximation` on all of them."
+            )
+        self.has_outputs |= bool(call.sites)
+        for site in call.sites:
+            if not site.node["is_observed"]:
+                raise ModelError(
+                    "Every sample site must be latent in the guide or observed; got "
+                    f"site {site.name!r} without data. Pass its data to the Laplace "
+                    "approximation."
+                )
+        if self._data.num_data is not None:
+            self.seen += call.num_seen
+        if self._prior is None:
+            self._prior = self._read_prior(terms, graph.leaves)
+
+    def _add_densities(self, subnet_call: SubnetCall) -> None:
+        for site in subnet_call.call.sites:
+            weight = subnet_call.weights(site)
+            self.numbers[0] += _log_likelihood(site, weight)
+            # Normal sites of fixed scale: W = sum w, E = sum w (y - mu)^2 / sigma^2
+            is_normal = site.family.distribution is torch.distributions.Normal
+            if is_normal and set(subnet_call.moved[site.name]) <= {"loc"}:
+                self.numbers[1] += weight.sum().cpu()
+                self.numbers[2] += _noise_energy(site, weight)
+            else:
+                self.scales_noise = False
+
+
+@torch.no_grad()
+def _log_likelihood(site: OutputSite, weight: Tensor) -> Tensor:
+    taken = site.distribution
+    density = taken.base.log_prob(site.node["value"]).expand(taken.element_shape)
+    density = density.reshape(-1).to(torch.float64)
+    # What is masked may be NaN, which a weight of zero does not remove.
+    return (density * weight).where(weight != 0, 0.0).sum().cpu()
+
+
+@torch.no_grad()
+def _noise_energy(site: OutputSite, weight: Tensor) -> Tensor:
+    base: Any = site.distribution.base
+    residual = ((site.node["value"] - base.loc) / base.scale).to(torch.float64)
+    squared = residual.square().expand(site.distribution.element_shape).reshape(-1)
+    return (squared * weight).where(weight != 0, 0.0).sum().cpu()

@@ -1,0 +1,231 @@
+"""A Laplace posterior in numbers: what the guide holds, and how it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_subnet.curvature.sums import Summed
+from pyro_subnet.exceptions import OptionError
+from pyro_subnet.gaussians.base import CurvatureForm, Gaussian, PriorFactor
+from pyro_subnet.gaussians.registry import FORMS, as_it_pays
+from pyro_subnet.laplace.evidence import log_evidence, scaled_log_likelihood
+from pyro_subnet.laplace.search import Tuning
+from pyro_subnet.laplace.summary import FitSummary
+from pyro_subnet.laplace.tuning import tune_noise, tune_prior, tune_site_priors
+from pyro_subnet.options import FitOptions, FormName, check_positive
+from pyro_subnet.subnet import Layout, Subnet
+
+# What a prior precision may be multiplied by: one number for all sites, or one a site.
+SiteFactors = float | Tensor | Mapping[str, float | Tensor]
+_OWN_PRIOR = "the model's own prior precision"
+
+
+@final
+@dataclass(frozen=True)
+class PosteriorFacts:
+    """What a posterior holds beside its tensors; see :class:`PosteriorState`."""
+
+    form: FormName
+    options: FitOptions
+    prior_factor: float | dict[str, float]
+    noise_factor: float
+    explained_variance: float | None
+    tuning: Tuning | None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PosteriorState:
+    """The Gaussian over a subnet, the curvature behind it, and the factors it is under.
+
+    Attributes:
+        loc: The MAP, packed, shape (D,), unconstrained.
+        subnet: The chosen elements.
+        form: Curvature of likelihood and prior, at the present factors.
+        summary: The log joint density of the training data at the MAP.
+        options: How the curvature was asked for.
+        prior_factor: What the model's prior precision is multiplied by, over the
+            subnet: a number, or one for each site named.
+        noise_factor: What the scale of the model's normal noise is multiplied by.
+        tuning: How a factor was chosen, if by tuning.
+    """
+
+    loc: Float[Tensor, " params"]
+    subnet: Subnet
+    form: CurvatureForm
+    summary: FitSummary
+    options: FitOptions = field(default_factory=FitOptions)
+    prior_factor: float | dict[str, float] = 1.0
+    noise_factor: float = 1.0
+    tuning: Tuning | None = None
+
+    @property
+    def facts(self) -> PosteriorFacts:
+        """What it holds beside its tensors."""
+        return PosteriorFacts(
+            self.form.name,
+            self.options,
+            self.prior_factor,
+            self.noise_factor,
+            self.subnet.explained_variance,
+            self.tuning,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name: all that :attr:`facts` and the layout do not hold."""
+        return {
+            "loc": self.loc,
+            "subnet_positions": self.subnet.flat,
+            **self.form.tensors(),
+            **self.summary.tensors(),
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], facts: PosteriorFacts, layout: Layout
+    ) -> PosteriorState:
+        """Undoes :meth:`tensors`; the state shares the tensors."""
+        positions = tensors["subnet_positions"]
+        return cls(
+            tensors["loc"],
+            Subnet(layout, positions, facts.explained_variance),
+            FORMS[facts.form].from_tensors(tensors, layout),
+            FitSummary.from_tensors(tensors),
+            facts.options,
+            facts.prior_factor,
+            facts.noise_factor,
+            facts.tuning,
+        )
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian over the subnet."""
+        return self.form.gaussian(self.loc.index_select(0, self.subnet.flat))
+
+    @property
+    def prior_factors(self) -> Float[Tensor, "..."]:
+        """What each weight's prior precision is multiplied by, () or (S,), float64."""
+        return factor_of_each(self.prior_factor, self.subnet)
+
+    @property
+    def options_to_add(self) -> FitOptions:
+        """How more data's curvature must be summed to be added to this one."""
+        if self.options.covariance != "full":
+            return self.options
+        held: Any = self.form.name
+        return replace(self.options, form=held)
+
+    def with_prior_factor(
+        self, factor: float | Mapping[str, float], tuning: Tuning | None = None
+    ) -> PosteriorState:
+        """The posterior under ``factor`` times the model's own prior precision."""
+        each = factor_of_each(factor, self.subnet, "scale")
+        given = dict(factor) if isinstance(factor, Mapping) else float(factor)
+        form = self.form.rescaled(self._for_form(each))
+        return replace(self, form=form, prior_factor=given, tuning=tuning)
+
+    def with_noise_factor(
+        self, factor: float, tuning: Tuning | None = None
+    ) -> PosteriorState:
+        """The posterior under normal noise, ``factor`` times the model's own scale."""
+        factor = float(factor)
+        checked = torch.tensor(factor, dtype=torch.float64)
+        check_positive(checked, "scale", "the model's own noise")
+        scaled_log_likelihood(self.summary, checked)
+        form = self.form.rescaled(
+            self._for_form(self.prior_factors), self._likelihood_factor(factor)
+        )
+        return replace(self, form=form, noise_factor=factor, tuning=tuning)
+
+    def with_data(
+        self, more: Summed, summary: FitSummary, forgetting: float
+    ) -> PosteriorState:
+        r"""The posterior of :math:`\gamma G + G' + s P_0`; ``more`` is overwritten."""
+        prior_factor = self._for_form(self.prior_factors)
+        form = self.form.updated(
+            more.ggn,
+            prior_factor,
+            forgetting=forgetting,
+            # G' was summed at the model's own noise.
+            likelihood_factor=self.noise_factor**-self.options.noise_power,
+        )
+        if self.options.form == "auto":
+            form = as_it_pays(form, prior_factor)
+        summed = self.summary.plus(summary, forgetting)
+        return replace(self, form=form, summary=summed, tuning=None)
+
+    def log_marginal_likelihood(
+        self,
+        prior_factor: SiteFactors | None = None,
+        noise_factor: float | Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Log evidence in nats, differentiable once in factors, by default its own."""
+        prior = self.prior_factor if prior_factor is None else prior_factor
+        noise = self.noise_factor if noise_factor is None else noise_factor
+        noise = torch.as_tensor(noise, dtype=torch.float64)
+        check_positive(noise, "noise_factor", "the model's own noise")
+        each = factor_of_each(prior, self.subnet)
+        return log_evidence(
+            self.form, self.summary, each, noise, self._likelihood_factor(noise)
+        )
+
+    def tuned_prior(
+        self, bounds: tuple[float, float], *, per_site: bool
+    ) -> PosteriorState:
+        """The posterior under the prior precision of highest evidence."""
+        if per_site:
+            tuning = tune_site_priors(
+                self.form, self.summary, self.subnet, self.noise_factor, bounds
+            )
+        else:
+            tuning = tune_prior(self.form, self.summary, self.noise_factor, bounds)
+        return self.with_prior_factor(tuning.by_site or tuning.best, tuning)
+
+    def tuned_noise(self, bounds: tuple[float, float]) -> PosteriorState:
+        """The posterior under the normal noise of highest evidence."""
+        tuning = tune_noise(
+            self.form, self.summary, self.prior_factors, self._likelihood_factor, bounds
+        )
+        return self.with_noise_factor(tuning.best, tuning)
+
+    def _likelihood_factor(self, noise_factor: Any) -> Any:
+        """What the present G is multiplied by under another noise."""
+        # G falls with r^-2, the empirical Fisher with r^-4.
+        return (self.noise_factor / noise_factor) ** self.options.noise_power
+
+    def _for_form(self, each: Tensor) -> PriorFactor:
+        return each.to(self.loc.device) if each.ndim else float(each)
+
+
+def factor_of_each(
+    prior_factor: SiteFactors, subnet: Subnet, name: str = "prior_factor"
+) -> Float[Tensor, "..."]:
+    """What each weight's prior precision is multiplied by, () or (S,), float64."""
+    if not isinstance(prior_factor, Mapping):
+        factor = torch.as_tensor(prior_factor, dtype=torch.float64)
+        _check_number(factor, name)
+        return factor
+    for site, value in prior_factor.items():
+        subnet.layout.shape(site)
+        _check_number(torch.as_tensor(value), f"{name}[{site!r}]")
+    # A site that is left out keeps the model's own prior precision.
+    parts = [
+        torch.as_tensor(prior_factor.get(site, 1.0), dtype=torch.float64).expand(count)
+        for site, count in subnet.counts.items()
+    ]
+    return torch.cat(parts)
+
+
+def _check_number(factor: Tensor, name: str) -> None:
+    if factor.ndim:
+        raise OptionError(
+            f"`{name}` must be one number; got shape {tuple(factor.shape)}. Pass 1.0 "
+            f"for {_OWN_PRIOR}, or a mapping from sites to numbers."
+        )
+    check_positive(factor, name, _OWN_PRIOR)

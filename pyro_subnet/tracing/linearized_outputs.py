@@ -1,0 +1,151 @@
+"""The linearized outputs of one call: values and rows of J for each data point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
+    OutputMap,
+    identity_factors,
+)
+from pyro_subnet.curvature.jacobian.route import (
+    differentiable_blocks,
+    jacobian_blocks,
+    joined_rows,
+)
+from pyro_subnet.exceptions import ModelError
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.subnet_call import SubnetCall
+from pyro_subnet.tracing.trace import Node, preserved_rng
+
+# Blocks of fewer rows are put together before they are solved for: a solve reads the
+# whole factor, which at large S takes longer than the operations of a few rows.
+_FEW_ROWS = 512
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LinearizedOutputs:
+    r"""Values :math:`\eta(x; \hat\theta)` of one call, and :math:`J(x)` over a subnet.
+
+    Attributes:
+        outputs: The parameters that are moved, as a function of the subnet.
+        nodes: The observed sites of a run at the MAP, with a graph to the inputs where
+            those want gradients.
+        follows_inputs: Whether values and rows carry gradients to the inputs.
+        held: Rows of J by data point, if they are kept; None to compute them anew.
+    """
+
+    subnet_call: SubnetCall
+    outputs: OutputMap
+    nodes: Mapping[str, Node]
+    follows_inputs: bool
+    held: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def read(cls, call: ModelCall, subnet: Subnet) -> LinearizedOutputs:
+        """The outputs that a subnet moves; an error if it moves none."""
+        subnet_call = SubnetCall.of(call, subnet)
+        _check_axis(subnet_call)
+        follows = torch.is_grad_enabled() and wants_gradients(call.args, call.kwargs)
+        nodes = call.trace.nodes
+        if follows:
+            with preserved_rng():
+                nodes = call.run(call.latents.values).nodes
+        return cls(subnet_call, subnet_call.outputs(), nodes, follows)
+
+    @property
+    def sites(self) -> tuple[OutputSite, ...]:
+        """The sites that the subnet moves, in trace order."""
+        return self.subnet_call.sites
+
+    def loc(self, like: Tensor) -> Float[Tensor, "data out"]:
+        r""":math:`\eta(x; \hat\theta)`, shape (N, C), in the dtype of a tensor."""
+        values = self.outputs.reference
+        if self.follows_inputs:
+            values = self.outputs.outputs(self.outputs.loc)
+        found = [self._by_datum(index, value) for index, value in enumerate(values)]
+        return torch.cat(found, dim=-1).to(like)
+
+    def rows(self, like: Tensor) -> Iterator[Float[Tensor, "some_data out subnet"]]:
+        """Rows of J, (data points, C, S), in groups and in the dtype of ``like``."""
+        if self.held is not None:
+            yield from self.held
+            return
+        shapes = self.outputs.shapes
+        if len(shapes) == 1 and shapes[0][0] == self.outputs.num_data:
+            for rows in _few_joined(self._blocks()):
+                yield self._by_datum(0, rows.to(like))
+            return
+        joined = joined_rows(self._blocks(), len(shapes), lambda rows: rows.to(like))
+        # Several sites, or several elements a data point: all rows of J are joined.
+        yield torch.cat(
+            [self._by_datum(site, rows) for site, rows in enumerate(joined)], dim=1
+        )
+
+    def holding_rows(self, like: Tensor) -> LinearizedOutputs:
+        """The same, with the rows of J kept: N C S numbers in the dtype of ``like``."""
+        return replace(self, held=tuple(self.rows(like)))
+
+    def _by_datum(self, index: int, rows: Tensor) -> Tensor:
+        """Regroups a site's (M, c, ...) to (N, C, ...), parameter by parameter."""
+        site, num_data = self.sites[index], self.outputs.num_data
+        # (M, c, ...) -> (N, M / N, c, ...) -> (N, C, ...)
+        grouped = rows.unflatten(0, (-1, site.num_elements // num_data))
+        widths = site.widths(self.subnet_call.moved[site.name])
+        return _cat([part.flatten(1, 2) for part in grouped.split(widths, dim=2)], 1)
+
+    def _blocks(self) -> Blocks:
+        blocks = differentiable_blocks if self.follows_inputs else jacobian_blocks
+        return blocks(self.outputs, identity_factors(self.outputs), DEFAULT_BUDGET)
+
+
+def wants_gradients(args: Any, kwargs: Any) -> bool:
+    """Whether a tensor among the arguments of a call requires gradients."""
+    leaves = tree_leaves((args, dict(kwargs)))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _few_joined(blocks: Blocks) -> Iterator[Tensor]:
+    """Rows of successive blocks of one site, put together while they are few."""
+    few, count = list[Tensor](), 0
+    for block in blocks:
+        few.append(block.rows)
+        count += block.rows.shape[0] * block.rows.shape[1]
+        if count >= _FEW_ROWS:
+            yield _cat(few)
+            few, count = [], 0
+    if few:
+        yield _cat(few)
+
+
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """Joins tensors; a single one, which may be large, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _check_axis(subnet_call: SubnetCall) -> None:
+    moved, sites = subnet_call.moved, subnet_call.call.sites
+    if not any(moved.values()):
+        raise ModelError(
+            "The subnet must move a parameter of an observed site; got sites "
+            f"{list(moved)} that none of its weights reach. Choose weights of the "
+            "network."
+        )
+    lengths = {site.name: site.leading for site in sites}
+    if len(set(lengths.values())) > 1:
+        raise ModelError(
+            "Observed sites must share one data axis for a joint Gaussian over their "
+            f"outputs; got lengths {lengths}. Sample `linearized_model` instead."
+        )

@@ -1,0 +1,168 @@
+"""One call of the model as a function of its subnet: η, Λ and log densities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+
+from pyro_subnet.curvature.jacobian.output_map import (
+    Factors,
+    OutputMap,
+    identity_factors,
+)
+from pyro_subnet.options import Curvature
+from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
+from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.site_distribution import SiteDistribution
+from pyro_subnet.tracing.trace import preserved_rng
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SubnetCall:
+    """One call of the model over a subnet, other elements at the MAP.
+
+    Attributes:
+        moved: Parameters of each output site that the chosen sites move.
+        activation_bytes: What a run keeps for its backward pass.
+        without_plates: Whether weights leave out the N/B of subsampling plates, so that
+            minibatches which together hold every data point once can be summed.
+    """
+
+    call: ModelCall
+    subnet: Subnet
+    moved: MovedParts
+    activation_bytes: int
+    without_plates: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        call: ModelCall,
+        subnet: Subnet,
+        graph: Graph | None = None,
+        *,
+        without_plates: bool = False,
+    ) -> SubnetCall:
+        """The call over a subnet, with ``graph`` as its run if there is one already."""
+        graph = call.graph(with_prior=False) if graph is None else graph
+        moved = call.moved_parts(graph, subnet)
+        return cls(call, subnet, moved, graph.activation_bytes, without_plates)
+
+    @property
+    def sites(self) -> tuple[OutputSite, ...]:
+        """Observed sites with a parameter that the subnet moves, in trace order."""
+        return tuple(site for site in self.call.sites if self.moved[site.name])
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether there are data, and an output that the subnet moves."""
+        return bool(self.sites) and self.call.num_data > 0
+
+    def outputs(self) -> OutputMap:
+        r"""Map :math:`\theta_S \mapsto \eta` of the moved parameters, by site."""
+
+        def read(trace: poutine.Trace) -> tuple[Tensor, ...]:
+            found = (
+                site.outputs(trace.nodes[site.name], self.moved[site.name])
+                for site in self.sites
+            )
+            return tuple(value.reshape(-1, value.shape[-1]) for value in found)
+
+        return self.call.map_of(read, self.subnet.indices, self.activation_bytes)
+
+    def factors(self) -> Factors:
+        r"""Roots :math:`\sqrt{w} R` of weighted output Hessians, one a moved site."""
+        return tuple(
+            site.weighted_root(self.moved[site.name], self.without_plates)
+            for site in self.sites
+        )
+
+    def rows(self, kind: Curvature) -> tuple[OutputMap, Factors]:
+        """A map and factors whose weighted Jacobian's Gram matrix is the curvature."""
+        # G = A^T A: A = sqrt(w) R J for the GGN, else a row of A is the gradient of
+        # sum_e sqrt(w_ne) log p(y_ne). The Hessian is no such sum over rows.
+        if kind == "ggn":
+            return self.outputs(), self.factors()
+        outputs = self.log_likelihood(0.5, sampled=kind == "ggn-mc")
+        return outputs, identity_factors(outputs)
+
+    def data_weights(self) -> Float[Tensor, " data"]:
+        """Sum of w over a data point's moved elements, shape (N,), float64."""
+        weights = [
+            self.weights(site).reshape(self.call.num_data, -1).sum(1)
+            for site in self.sites
+        ]
+        return torch.stack(weights).sum(0)
+
+    def log_likelihood(self, power: float, *, sampled: bool = False) -> OutputMap:
+        r"""Map :math:`\theta_S \mapsto \sum_e w_{ne}^p \log p(y_{ne} \mid \theta)`."""
+        sites, base = self.sites, self.call.latents.values
+        # With `sampled`, labels that the model draws at the MAP replace the data.
+        labels = [part for site in sites for part in self._labels(site, power, sampled)]
+        outputs = self.outputs()
+        # A data point is a row of the axis that all observed sites share: its elements
+        # e, at all sites, add up. Without such an axis they add up within each site.
+        together = len({site.leading for site in sites}) == 1
+        own = len(outputs.rows)
+
+        def of_sites(
+            values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+        ) -> tuple[Tensor, ...]:
+            given = labels if rows is None else list(rows[own:])
+            rows = None if rows is None else rows[:own]
+            nodes = self.call.run({**base, **values}, rows).nodes
+            densities = [
+                _density(nodes[site.name]["fn"], value, weight)
+                for site, value, weight in zip(
+                    sites, given[::2], given[1::2], strict=True
+                )
+            ]
+            return (torch.stack(densities).sum(0),) if together else tuple(densities)
+
+        with torch.no_grad():
+            reference = of_sites({}, None)
+        rows = (*outputs.rows, *labels) if outputs.rows else ()
+        return replace(outputs, of_sites=of_sites, reference=reference, rows=rows)
+
+    def weights(self, site: OutputSite) -> Float[Tensor, " elements"]:
+        """w of each element of a site, shape (M,), float64."""
+        return site_weights(site.node, site.distribution, self.without_plates)
+
+    def _labels(
+        self, site: OutputSite, power: float, sampled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A site's labels, (N, ...), and its elements' weights, (N, M / N)."""
+        taken = site.distribution
+        weight = self.weights(site).pow(power).reshape(site.leading, -1)
+        event = taken.base.event_shape
+        value = site.node["value"].expand(taken.element_shape + event)
+        with torch.no_grad():
+            if sampled:
+                value = taken.base.expand(taken.element_shape).sample()
+            elif bool((weight == 0).any()):
+                # What is masked may be NaN, which a weight of zero does not remove.
+                with preserved_rng():
+                    other = taken.base.expand(taken.element_shape).sample()
+                live = (weight != 0).reshape(taken.element_shape + (1,) * len(event))
+                value = value.where(live, other)
+        if not taken.element_shape:
+            value = value.unsqueeze(0)
+        dtype = next(iter(site.family.outputs(taken.base).values())).dtype
+        return value.detach(), weight.to(dtype)
+
+
+def _density(
+    fn: torch.distributions.Distribution, value: Tensor, weight: Tensor
+) -> Tensor:
+    """Weighted log density of a site, data point by data point, shape (N, 1)."""
+    taken = SiteDistribution.of(fn, value)
+    density = taken.base.log_prob(value).expand(taken.element_shape)
+    return (density.reshape(weight.shape) * weight).sum(1, keepdim=True)

@@ -1,0 +1,83 @@
+"""The pages of docs/ that are one program run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def program(page: str) -> str:
+    """All code of a page, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+def test_the_posteriors_toolkit(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(program("posterior.md"), "posterior.md", "exec"), names)
+    posterior, x_test = names["posterior"], names["x_test"]
+    assert names["functions"].shape == (20, len(x_test), 1)
+    assert bool(names["gradient"].isfinite().all())
+    # Away from the data uncertainty grows.
+    stddev = posterior.output_distribution(x_test).stddev.squeeze(-1)
+    assert float(stddev[0]) > 2 * float(stddev[len(stddev) // 2])
+    evidence = [p.log_marginal_likelihood() for p in (names["by_evidence"], posterior)]
+    assert float(evidence[0]) >= float(evidence[1])
+    by_site = names["by_site"].log_marginal_likelihood()
+    assert float(by_site) >= float(evidence[0])
+    val = (names["x_val"], names["y_val"])
+    assert nll(names["by_nll"], *val) <= nll(posterior, *val)
+    assert names["updated"].summary.noise_weight == 110
+    assert names["streamed"].summary.noise_weight == 0.9 * 80 + 20
+    kept = {row.selector: row.kept_variance for row in names["report"].rows}
+    assert set(kept) >= set(names["choices"])
+    assert names["dual"].form_name == "dual"
+    assert names["tuned"].form_name == "kronecker"
+    printed = capsys.readouterr().out
+    assert "largest variance" in printed
+
+
+def nll(posterior: Any, x: Any, y: Any) -> float:
+    return -float(posterior.predictive_distribution(x).log_prob(y).mean())
+
+
+def test_diagnostics() -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        exec(compile(program("diagnostics.md"), "diagnostics.md", "exec"), names)
+        assert len(plt.get_fignums()) == 6
+        plt.close("all")
+    assert 0 < names["determined"] < names["posterior"].subnet.size
+    assert sum(names["by_site"].values()) == pytest.approx(names["determined"])
+    assert 0 < names["kept"] < 1
+    # Inputs of no class stand out, by the epistemic part above all.
+    assert 0.7 < names["by_entropy"] < names["by_information"]
+    entropies = names["entropies"]
+    assert float(entropies[-1]) > 2 * float(entropies[0])
+    assert float(names["curve"].risk[-1]) == pytest.approx(float(names["wrong"].mean()))
+    # What the page says of calibrated predictions: five standard errors of 1,000 data.
+    for level, share in zip((0.5, 0.9), names["coverage"], strict=True):
+        assert abs(float(share) - level) < 5 * (level * (1 - level) / 1000) ** 0.5
+
+
+# What ArviZ says of the page's 200 draws, and what pandas says of ArviZ 0.23.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
+def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(program("arviz.md"), "arviz.md", "exec"), names)
+    assert list(names["laplace"].posterior["v_elem"].values) == ["[0]", "[1]", "[2]"]
+    assert names["laplace"].predictions["y"].shape == (2, 500, 5)
+    assert set(names["table"].index) == {"laplace", "nuts"}
+    assert "v[[2]]" in capsys.readouterr().out

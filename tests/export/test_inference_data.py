@@ -1,0 +1,797 @@
+"""The export to ArviZ against dense computation, closed forms and ArviZ itself."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import arviz
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import HMC, MCMC
+from pyro.infer.autoguide.initialization import init_to_value
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_subnet
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.export.inference_data import from_hybrid_mcmc, to_inference_data
+from tests.models.test_hybrid import (
+    MODELS,
+    Fit,
+    constrained,
+    fitted,
+    log_density,
+    whole,
+)
+from tests.tolerances import num_standard_errors, tolerance
+
+DOUBLE = torch.float64
+CLOSED = tolerance(DOUBLE, "closed_form")
+SUM = tolerance(DOUBLE, "reordered")
+AUTOGRAD = tolerance(DOUBLE, "autograd")
+EQUAL = {"rtol": 0.0, "atol": 0.0}
+NOISE = 0.5
+
+
+def tensor(array: Any) -> Tensor:
+    """Values of a variable, chains joined."""
+    values = torch.as_tensor(array.values)
+    return values.flatten(0, 1) if array.dims[:2] == ("chain", "draw") else values
+
+
+def linear(x: Tensor, y: Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, dtype=DOUBLE), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+
+def linear_data(count: int = 20) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 3, dtype=DOUBLE)
+    w = torch.tensor([1.0, -0.5, 0.2], dtype=DOUBLE)
+    return x, x @ w + NOISE * torch.randn(count, dtype=DOUBLE)
+
+
+def fit_linear(
+    x: Tensor, y: Tensor, subnet: Any = None
+) -> AutoSubnetMultivariateNormal:
+    precision = x.T @ x / NOISE**2 + torch.eye(3, dtype=DOUBLE)
+    at = torch.linalg.solve(precision, x.T @ y / NOISE**2)
+    init = init_to_value(values={"w": at})
+    return AutoSubnetLaplace(linear, subnet, init_loc_fn=init).laplace_approximation(
+        x, y
+    )
+
+
+def draws_of(idata: Any, posterior: AutoSubnetMultivariateNormal) -> Tensor:
+    """Draws of a subnet whose sites are not constrained, (K, S)."""
+    parts = [tensor(idata.posterior[site]) for site in posterior.subnet.indices]
+    return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+
+# ----------------------------------------------------------------------------------
+# Densities.
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize("subnet", [None, {"w": torch.tensor([2, 0])}])
+def test_log_likelihood_is_pointwise(linearized: bool, subnet: Any) -> None:
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y, subnet)
+    idata = to_inference_data(
+        posterior, x, y, num_samples=6, chains=3, linearized=linearized
+    )
+    w = posterior.loc.expand(6, 3).clone()
+    w[:, posterior.subnet.flat] = draws_of(idata, posterior)
+    expected = dist.Normal(w @ x.T, NOISE).log_prob(y)
+    assert idata.log_likelihood["y"].dims == ("chain", "draw", "y_dim_0")
+    assert idata.log_likelihood["y"].shape == (3, 2, 7)
+    assert_close(tensor(idata.log_likelihood["y"]), expected, **CLOSED)
+
+
+def classes(x: Tensor, y: Tensor | None = None) -> None:
+    """Three classes, two labels a datum, one of them missing, a tempered likelihood."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, 2, dtype=DOUBLE), 1.0).to_event(2))
+    b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+    logits = (x @ w.mT + b * torch.tensor([0.0, 1.0, 2.0], dtype=DOUBLE)).tanh()
+    both = torch.stack([logits, -logits], dim=1)
+    present = torch.ones(len(x), 2, dtype=torch.bool)
+    present[0, 1] = False
+    fn = dist.Categorical(logits=both).mask(present).to_event(1)
+    with poutine.scale(scale=0.5), pyro.plate("data", 3 * len(x), len(x)):
+        pyro.sample("y", fn, obs=y)
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_masks_scales_and_events(linearized: bool) -> None:
+    """Against the logits by hand; the expansion by dense autograd."""
+    x = torch.randn(7, 2, dtype=DOUBLE)
+    y = torch.randint(3, (7, 2))
+    guide = AutoSubnetLaplace(
+        classes,
+        {"w": torch.tensor([5, 1]), "b": torch.tensor([0])},
+        init_loc_fn=init_to_value(
+            values={
+                "w": torch.randn(3, 2, dtype=DOUBLE),
+                "b": torch.randn((), dtype=DOUBLE),
+            }
+        ),
+    )
+    posterior = guide.laplace_approximation(x, y)
+    idata = to_inference_data(posterior, x, y, num_samples=5, linearized=linearized)
+    theta = draws_of(idata, posterior)
+
+    def logits(theta: Tensor) -> Tensor:
+        values = whole(posterior, theta)
+        slopes = torch.tensor([0.0, 1.0, 2.0], dtype=DOUBLE)
+        f = (x @ values["w"].mT + values["b"] * slopes).tanh()
+        return torch.stack([f, -f], dim=1).log_softmax(-1)
+
+    found = tensor(idata.log_likelihood["y"])
+    assert found.shape == (5, 7)
+    total = []
+    for k in range(5):
+        at = logits(theta[k])
+        if linearized:
+            loc = posterior.get_posterior().loc
+            jac = torch.autograd.functional.jacobian(logits, loc)
+            at = (logits(loc) + jac @ (theta[k] - loc)).log_softmax(-1)
+        density = at.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        density[0, 1] = 0.0
+        assert_close(found[k], density.sum(1), **AUTOGRAD)
+        total.append(0.5 * 3 * density.sum())
+    prior = dist.Normal(0.0, 1.0).log_prob(
+        torch.cat([u.flatten() for u in whole(posterior, theta[0]).values()])
+    )
+    stats = idata.sample_stats
+    log_joint = tensor(stats["log_importance_ratio"] + stats["lp"])
+    assert_close(log_joint[0], total[0] + prior.sum(), **AUTOGRAD)
+    assert idata.posterior_predictive["y"].shape == (1, 5, 7, 2)
+
+
+def test_what_is_masked_may_be_nan() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=DOUBLE), 1.0).to_event(1))
+        seen = torch.arange(len(x)) != 2
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = torch.randn(5, 2, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    y[2] = math.nan
+    with pyro.validation_enabled(False):
+        guide = AutoSubnetLaplace(
+            model, init_loc_fn=init_to_value(values={"w": torch.zeros(2, dtype=DOUBLE)})
+        )
+        posterior = guide.laplace_approximation(x, y)
+    idata = to_inference_data(posterior, x, y, num_samples=4, seed=1)
+    w = draws_of(idata, posterior)
+    expected = dist.Normal(w @ x.T, 1.0, validate_args=False).log_prob(y)
+    expected[:, 2] = 0.0
+    assert_close(tensor(idata.log_likelihood["y"]), expected, **CLOSED)
+    assert bool(np.isfinite(idata.sample_stats["log_importance_ratio"]).all())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("linearized", [False, True])
+def test_importance_ratio_is_the_hybrid_models(name: str, linearized: bool) -> None:
+    """Hierarchies, simplexes, Cholesky factors, scales, masks, factors among them."""
+    fit = fitted(name)
+    idata = to_inference_data(
+        fit.posterior, fit.x, fit.y, num_samples=4, linearized=linearized, seed=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        theta = fit.posterior.get_posterior().sample(torch.Size([4]))
+    hybrid = fit.posterior.hybrid_model(linearized)
+    log_q = fit.posterior.get_posterior().log_prob(theta)
+    assert_close(tensor(idata.sample_stats["lp"]), log_q, **CLOSED)
+    with torch.no_grad():
+        joint = [log_density(hybrid, row, fit.x, fit.y) for row in theta]
+    found = tensor(idata.sample_stats["log_importance_ratio"])
+    assert_close(found, torch.stack(joint) - log_q, **SUM)
+
+
+@pytest.mark.parametrize("subnet", [None, {"w": torch.tensor([1])}])
+@pytest.mark.parametrize("linearized", [False, True])
+def test_importance_ratio_is_constant_where_exact(
+    subnet: Any, linearized: bool
+) -> None:
+    x, y = linear_data()
+    posterior = fit_linear(x, y, subnet)
+    idata = to_inference_data(
+        posterior, x, y, num_samples=30, linearized=linearized, prior=False
+    )
+    ratio = tensor(idata.sample_stats["log_importance_ratio"])
+    assert_close(ratio, ratio[:1].expand(30), **SUM)
+    # It is the log evidence then.
+    assert_close(ratio[0], posterior.log_marginal_likelihood(), **SUM)
+
+
+def test_tuned_scales_have_no_importance_ratio() -> None:
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y)
+    tuned = (posterior.with_prior_precision(3.0), posterior.with_noise_scale(2.0))
+    for other in tuned:
+        idata = to_inference_data(other, x, y, num_samples=4, prior=False)
+        assert set(idata.sample_stats) == {"lp"}
+    w = draws_of(idata, posterior)
+    expected = dist.Normal(w @ x.T, 2 * NOISE).log_prob(y)
+    assert_close(tensor(idata.log_likelihood["y"]), expected, **CLOSED)
+    assert idata.attrs["noise_factor"] == 2.0
+
+
+def test_loo_is_the_exact_one() -> None:
+    """Closed form; the bound is the weights' own standard error, by quadrature."""
+    x, y = linear_data()
+    idata = to_inference_data(
+        fit_linear(x, y), x, y, num_samples=4000, prior=False, seed=0
+    )
+    found = arviz.loo(idata, pointwise=True)
+    grid = torch.linspace(-12, 12, 4001, dtype=DOUBLE)
+    mass = dist.Normal(0.0, 1.0).log_prob(grid).softmax(0)
+    eye = torch.eye(3, dtype=DOUBLE)
+    exact, error = [], []
+    for n in range(len(x)):
+        rest = torch.arange(len(x)) != n
+        covariance = torch.linalg.inv(x[rest].T @ x[rest] / NOISE**2 + eye)
+        mean = covariance @ x[rest].T @ y[rest] / NOISE**2
+        spread = (x[n] @ covariance @ x[n] + NOISE**2).sqrt()
+        exact.append(dist.Normal(x[n] @ mean, spread).log_prob(y[n]))
+        covariance = torch.linalg.inv(x.T @ x / NOISE**2 + eye)
+        mean = covariance @ x.T @ y / NOISE**2
+        f = x[n] @ mean + (x[n] @ covariance @ x[n]).sqrt() * grid
+        weight = (-dist.Normal(f, NOISE).log_prob(y[n])).exp()
+        moments = [(mass * weight**power).sum() for power in (1, 2)]
+        error.append(((moments[1] / moments[0] ** 2 - 1) / 4000).sqrt())
+    gap = (torch.as_tensor(found.loo_i.values) - torch.stack(exact)).abs()
+    bound = num_standard_errors(len(x)) * torch.stack(error)
+    assert bool((gap < bound).all()), (gap / bound).max()
+    assert float(bound.max()) < 0.2  # it would tell leave-one-out from in-sample
+    assert found.n_data_points == 20
+
+
+# ----------------------------------------------------------------------------------
+# Variables.
+
+
+def test_draws_are_the_posteriors() -> None:
+    x, y = linear_data()
+    posterior = fit_linear(x, y, {"w": torch.tensor([0, 2])})
+    idata = to_inference_data(posterior, x, y, num_samples=4000, chains=4, seed=5)
+    w = idata.posterior["w"]
+    assert w.dims == ("chain", "draw", "w_elem")
+    assert list(w.coords["w_elem"].values) == ["[0]", "[2]"]
+    summary = arviz.summary(idata, round_to="none")
+    assert list(summary.index) == ["w[[0]]", "w[[2]]"]
+    drawn = draws_of(idata, posterior)
+    assert_close(torch.tensor(summary["mean"].values), drawn.mean(0), **SUM)
+    assert_close(torch.tensor(summary["sd"].values), drawn.std(0), **SUM)
+    q = posterior.get_posterior()
+    z = num_standard_errors(4)
+    error = q.variance.sqrt() / math.sqrt(4000)
+    assert bool(((drawn.mean(0) - q.loc).abs() < z * error).all())
+    assert bool(((drawn.std(0) - q.variance.sqrt()).abs() < z * error / 1.41).all())
+
+
+@pytest.mark.parametrize("name", ["awkward", "network"])
+def test_values_are_constrained(name: str) -> None:
+    """A simplex appears whole, a Cholesky factor too, others element by element."""
+    fit = fitted(name)
+    idata = to_inference_data(fit.posterior, fit.x, fit.y, num_samples=3, seed=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        theta = fit.posterior.get_posterior().sample(torch.Size([3]))
+    assert list(idata.posterior) == list(fit.posterior.subnet.indices)
+    for k in range(3):
+        u = whole(fit.posterior, theta[k])
+        values = constrained(MODELS[name], u, fit.x, fit.y)
+        for site, within in fit.posterior.subnet.indices.items():
+            expected = values[site]
+            if site not in {"shares", "corr"}:
+                expected = expected.flatten()[within]
+            found = tensor(idata.posterior[site])[k]
+            assert_close(found, expected.reshape(found.shape), **SUM)
+    if name == "network":
+        assert idata.posterior["scale"].dims == ("chain", "draw")
+        labels = ["[0, 0]", "[1, 0]", "[3, 1]"]
+        assert list(idata.posterior["w1_elem"].values) == labels
+    else:
+        labels = [f"[{i}]" for i in range(4)]
+        assert list(idata.posterior["shares_elem"].values) == labels
+        assert list(idata.posterior["rates_elem"].values) == ["[2, 0]", "[4, 0]"]
+
+
+def test_only_touched_simplexes_appear() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        alpha = torch.full((4, 3), 2.0, dtype=DOUBLE)
+        p = pyro.sample("p", dist.Dirichlet(alpha).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ p.flatten(), 1.0), obs=y)
+
+    x, y = torch.randn(5, 12, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    guide = AutoSubnetLaplace(model, {"p": torch.tensor([3, 6])})  # of 4 x 2
+    posterior = guide.laplace_approximation(x, y)
+    p = to_inference_data(posterior, x, y, num_samples=4).posterior["p"]
+    labels = [f"[{row}, {i}]" for row in (1, 3) for i in range(3)]
+    assert list(p["p_elem"].values) == labels
+    by_row = tensor(p).reshape(4, 2, 3).sum(-1)
+    assert_close(by_row, torch.ones(4, 2, dtype=DOUBLE), **CLOSED)
+
+
+def test_some_sites_alone() -> None:
+    fit = fitted()
+    idata = to_inference_data(fit.posterior, fit.x, fit.y, num_samples=2, sites=["w1"])
+    assert list(idata.posterior) == list(idata.prior) == ["w1"]
+    with pytest.raises(SelectionError, match=r"in the subnet.*'w1'.*got 'w2'"):
+        to_inference_data(fit.posterior, fit.x, fit.y, num_samples=2, sites=["w2"])
+
+
+# ----------------------------------------------------------------------------------
+# Other groups.
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_predictive_draws(linearized: bool) -> None:
+    """Standardized by each draw's own mean they are standard normal."""
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y)
+    idata = to_inference_data(
+        posterior,
+        x,
+        y,
+        num_samples=2000,
+        linearized=linearized,
+        predictions_args=(3 * x[:4],),
+        seed=3,
+    )
+    w = draws_of(idata, posterior)
+    prior = tensor(idata.prior["w"])
+    for group, at, weights in (
+        ("posterior_predictive", x, w),
+        ("predictions", 3 * x[:4], w),
+        ("prior_predictive", x, prior),
+    ):
+        z = (tensor(idata[group]["y"]) - weights @ at.T) / NOISE
+        bound = num_standard_errors(12)
+        assert abs(float(z.mean())) < bound / math.sqrt(z.numel()), group
+        spread = abs(float(z.square().mean()) - 1)
+        assert spread < bound * math.sqrt(2 / z.numel()), group
+    assert abs(float(prior.mean())) < num_standard_errors(12) / math.sqrt(6000)
+    bound = num_standard_errors(12) * math.sqrt(2 / 6000)
+    assert abs(float(prior.square().mean()) - 1) < bound
+    assert_close(tensor(idata.observed_data["y"]), y, **EQUAL)
+    assert_close(tensor(idata.constant_data["x"]), x, **EQUAL)
+    assert set(idata.constant_data) == {"x"}
+    assert_close(tensor(idata.predictions_constant_data["x"]), 3 * x[:4], **EQUAL)
+
+
+def test_the_priors_other_elements_are_at_the_map() -> None:
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y, {"w": torch.tensor([1])})
+    idata = to_inference_data(posterior, x, y, num_samples=2000, seed=3)
+    drawn = tensor(idata.prior["w"])
+    rest = posterior.loc * torch.tensor([1.0, 0.0, 1.0], dtype=DOUBLE)
+    mean = x @ rest + drawn * x[:, 1]
+    z = (tensor(idata.prior_predictive["y"]) - mean) / NOISE
+    assert abs(float(z.mean())) < num_standard_errors() / math.sqrt(z.numel())
+
+
+def test_a_hierarchical_prior_is_drawn_by_the_model() -> None:
+    """w1 of the network has a latent scale, half-normal: its variance is 1."""
+    fit = fitted()
+    idata = to_inference_data(fit.posterior, fit.x, fit.y, num_samples=2000, seed=1)
+    w1, scale = tensor(idata.prior["w1"]), tensor(idata.prior["scale"])
+    assert bool((scale > 0).all())
+    # Given its scale w1 is normal; E w^4 = 3 E s^4 = 9 bounds the error of E w^2.
+    bound = num_standard_errors(2) * math.sqrt(8 / 2000)
+    assert abs(float(w1.square().mean()) - 1) < bound
+    z = (w1 / scale.unsqueeze(-1)).square().mean()
+    assert abs(float(z) - 1) < num_standard_errors(2) * math.sqrt(2 / w1.numel())
+
+
+def test_without_observations() -> None:
+    x, y = linear_data(7)
+    idata = to_inference_data(fit_linear(x, y), x, num_samples=3, prior=False)
+    groups = {"posterior", "posterior_predictive", "sample_stats", "constant_data"}
+    assert set(idata.groups()) == groups
+    assert set(idata.sample_stats) == {"lp"}
+
+
+def test_names_of_axes_and_labels_are_the_users() -> None:
+    x, y = linear_data(7)
+    idata = to_inference_data(
+        fit_linear(x, y),
+        x,
+        y,
+        num_samples=3,
+        predictions_args=(x[:2],),
+        dims={"y": ["city"], "x": ["city", "feature"]},
+        coords={"city": list("abcdefg"), "feature": ["p", "q", "r"]},
+    )
+    for group in ("posterior_predictive", "log_likelihood", "observed_data"):
+        assert list(idata[group]["y"]["city"].values) == list("abcdefg")
+    assert idata.constant_data["x"].dims == ("city", "feature")
+    assert idata.predictions["y"].dims == ("chain", "draw", "city")
+    assert list(idata.predictions["y"]["city"].values) == [0, 1]
+
+
+class Module(PyroModule):  # type: ignore[misc]
+    """Arguments inside of a mapping, and one that is no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        prior = dist.Normal(torch.zeros(2, dtype=DOUBLE), 1.0).to_event(1)
+        self.w = PyroSample(prior)
+
+    def forward(self, batch: dict[str, Tensor], shift: Tensor, *, flag: bool) -> Tensor:
+        f = batch["x"] @ self.w + shift if flag else batch["x"] @ self.w
+        with pyro.plate("data", len(f)):
+            return pyro.sample("out", dist.Bernoulli(logits=f), obs=batch.get("y"))
+
+
+def test_arguments_inside_of_mappings() -> None:
+    x, y = torch.randn(5, 2, dtype=DOUBLE), torch.tensor([1.0, 0, 1, 0, 0]).double()
+    shift = torch.ones((), dtype=DOUBLE)
+    posterior = AutoSubnetLaplace(Module()).laplace_approximation(
+        {"x": x, "y": y}, shift, flag=True
+    )
+    idata = to_inference_data(
+        posterior,
+        {"x": x, "y": y},
+        shift,
+        flag=True,
+        num_samples=3,
+        predictions_args=(({"x": x[:2]}, shift), {"flag": False}),
+    )
+    assert set(idata.constant_data) == {"batch.x"}
+    assert set(idata.observed_data) == {"out"}
+    assert idata.predictions["out"].shape == (1, 3, 2)
+
+
+def test_attributes_and_a_file(tmp_path: Path) -> None:
+    x, y = linear_data(7)
+    idata = to_inference_data(
+        fit_linear(x, y), x, y, num_samples=6, chains=2, predictions_args=x[:2], seed=9
+    )
+    path = tmp_path / "posterior.nc"
+    idata.to_netcdf(str(path))
+    read = arviz.from_netcdf(str(path))
+    assert set(read.groups()) == set(idata.groups())
+    for group in idata.groups():
+        assert idata[group].identical(read[group]), group
+    assert read.attrs == idata.attrs
+    assert read.posterior.attrs["num_subnet"] == 3
+    assert read.attrs["num_params"] == 3
+    assert read.attrs["seed"] == 9
+    assert read.attrs["linearized"] == 1
+    assert read.attrs["curvature"] == "ggn"
+    assert read.attrs["inference_library"] == "pyro_subnet"
+    assert read.attrs["inference_library_version"] == pyro_subnet.__version__
+
+
+# ----------------------------------------------------------------------------------
+# What ArviZ does with it.
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """Laplace and NUTS on one subnet."""
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    x, y = linear_data()
+    posterior = fit_linear(x, y, {"w": torch.tensor([0, 2])})
+    hybrid = posterior.hybrid_model()
+    mcmc = MCMC(
+        hybrid.nuts(),
+        num_samples=300,
+        warmup_steps=100,
+        initial_params=hybrid.initial_params(),
+        disable_progbar=True,
+    )
+    mcmc.run(x, y)
+    laplace = to_inference_data(
+        posterior, x, y, num_samples=600, chains=2, linearized=False, seed=0
+    )
+    return laplace, from_hybrid_mcmc(mcmc, hybrid, x, y, seed=0)
+
+
+PLOTS: dict[str, Callable[[Any], Any]] = {
+    "ppc": lambda i: arviz.plot_ppc(i, num_pp_samples=5),
+    "ppc of the prior": lambda i: arviz.plot_ppc(i, group="prior", num_pp_samples=5),
+    "trace": arviz.plot_trace,
+    "forest": arviz.plot_forest,
+    "pair": arviz.plot_pair,
+    "loo_pit": lambda i: arviz.plot_loo_pit(i, y="y"),
+    "khat": lambda i: arviz.plot_khat(arviz.loo(i, pointwise=True)),
+}
+
+
+# What matplotlib 3.11 says of ArviZ 0.23.
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
+@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize("which", [0, 1], ids=["laplace", "nuts"])
+def test_arviz_draws_it(name: str, which: int, pair: tuple[Any, Any]) -> None:
+    mpl.use("Agg")
+    try:
+        PLOTS[name](pair[which])
+        assert plt.get_fignums()
+    finally:
+        plt.close("all")
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["laplace", "nuts"])
+def test_arviz_sums_it_up(which: int, pair: tuple[Any, Any]) -> None:
+    idata = pair[which]
+    assert list(arviz.summary(idata).index) == ["w[[0]]", "w[[2]]"]
+    loo, waic = arviz.loo(idata), arviz.waic(idata)
+    # In a model this regular both estimate the same to a few percent of their error.
+    assert abs(loo.elpd_loo - waic.elpd_waic) < 0.1 * loo.se
+
+
+# What pandas 3.1 says of ArviZ 0.23.
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
+def test_laplace_and_nuts_side_by_side(pair: tuple[Any, Any]) -> None:
+    laplace, nuts = pair
+    both = {"laplace": laplace, "nuts": nuts}
+    table = arviz.compare(both)
+    gap = abs(float(table["elpd_loo"].diff().iloc[1]))
+    assert gap < 0.1 * float(table["se"].iloc[0])
+    mpl.use("Agg")
+    try:
+        (axes,) = arviz.plot_forest([laplace, nuts], model_names=list(both))
+        assert len(axes.get_yticklabels()) == 2
+    finally:
+        plt.close("all")
+    for group in ("posterior", "posterior_predictive", "log_likelihood"):
+        assert set(laplace[group]) == set(nuts[group])
+    assert list(laplace.posterior["w_elem"]) == list(nuts.posterior["w_elem"])
+    # The Laplace posterior is exact here; MCMC finds it within its own error.
+    for i in range(2):
+        draws = nuts.posterior["w"].values[..., i]
+        mcse = float(arviz.mcse(draws))
+        mean = float(laplace.posterior["w"].values[..., i].mean())
+        error = math.hypot(mcse, float(draws.std()) / math.sqrt(600))
+        assert abs(float(draws.mean()) - mean) < num_standard_errors(2) * error
+
+
+# ----------------------------------------------------------------------------------
+# MCMC.
+
+
+def run(fit: Fit, kernel: Any, **options: Any) -> MCMC:
+    mcmc = MCMC(kernel, num_samples=6, warmup_steps=4, disable_progbar=True, **options)
+    mcmc.run(fit.x, fit.y)
+    return mcmc
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_a_chain(linearized: bool) -> None:
+    fit = fitted()
+    hybrid = fit.posterior.hybrid_model(linearized)
+    mcmc = run(fit, hybrid.nuts(), initial_params=hybrid.initial_params())
+    before = set(pyro.get_param_store().keys())
+    args = (fit.x, fit.y)
+    idata = from_hybrid_mcmc(mcmc, hybrid, *args, predictions_args=fit.x[:2])
+    assert set(pyro.get_param_store().keys()) == before
+    theta = mcmc.get_samples()["subnet"]
+    with torch.no_grad():
+        joint = [log_density(hybrid, row, fit.x, fit.y) for row in theta]
+    assert_close(tensor(idata.sample_stats["lp"]), torch.stack(joint), **SUM)
+    w1 = theta[:, fit.posterior.subnet.names.index("w1[0, 0]") :][:, :3]
+    assert_close(tensor(idata.posterior["w1"]), w1, **EQUAL)
+    (rate,) = idata.sample_stats.attrs["acceptance_rate"]
+    (told,) = mcmc.diagnostics()["acceptance rate"].values()
+    assert rate == told
+    diverged = mcmc.diagnostics()["divergences"]["chain 0"]
+    assert list(np.flatnonzero(idata.sample_stats["diverging"])) == diverged
+    assert idata.predictions["y"].shape == (1, 6, 2)
+    assert idata.attrs["sampler"] == "NUTS"
+    again = from_hybrid_mcmc(mcmc, fit.posterior, *args, linearized=linearized)
+    assert_close(
+        tensor(again.sample_stats["lp"]), tensor(idata.sample_stats["lp"]), **SUM
+    )
+
+
+def test_divergences_are_marked() -> None:
+    """Steps far too long: the sampler tells which draws they spoiled."""
+    fit = fitted()
+    hybrid = fit.posterior.hybrid_model()
+    kernel = HMC(
+        hybrid,
+        step_size=60.0,
+        num_steps=2,
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+    )
+    idata = from_hybrid_mcmc(
+        run(fit, kernel, initial_params=hybrid.initial_params()), hybrid, fit.x, fit.y
+    )
+    assert bool(idata.sample_stats["diverging"].any())
+
+
+def train(site: str, value: Tensor) -> None:
+    """Moves the one parameter of a hybrid model that is named for a site."""
+    store = pyro.get_param_store()
+    (key,) = [key for key in store.keys() if key.endswith(f".{site}")]
+    store[key] = value
+
+
+def test_trained_parameters_count() -> None:
+    fit = fitted()
+    hybrid = fit.posterior.hybrid_model()
+    mcmc = run(fit, hybrid.nuts(), initial_params=hybrid.initial_params())
+    train("noise", torch.tensor(1.5, dtype=DOUBLE))
+    train("w2", torch.zeros(4, dtype=DOUBLE))
+    idata = from_hybrid_mcmc(mcmc, hybrid, fit.x, fit.y)
+    expected = dist.Normal(torch.zeros(7, dtype=DOUBLE), 1.5).log_prob(fit.y)
+    assert_close(tensor(idata.log_likelihood["y"]), expected.expand(6, 7), **SUM)
+
+
+def test_trained_parameters_of_a_linearized_model() -> None:
+    fit = fitted()
+    hybrid = fit.posterior.hybrid_model(linearized=True)
+    mcmc = run(fit, hybrid.nuts(), initial_params=hybrid.initial_params())
+    train("w2", torch.zeros(4, dtype=DOUBLE))
+    with pytest.raises(ModelError, match="at the MAP; got some that were trained"):
+        from_hybrid_mcmc(mcmc, hybrid, fit.x, fit.y)
+
+
+def test_a_run_on_something_else() -> None:
+    fit, x = fitted(), linear_data(7)
+    other = fit_linear(*x)
+    hybrid = fit.posterior.hybrid_model()
+    mcmc = run(fit, hybrid.nuts(), initial_params=hybrid.initial_params())
+    with pytest.raises(
+        OptionError, match=r"with 3 elements; got \{'subnet': \(1, 6, 4"
+    ):
+        from_hybrid_mcmc(mcmc, other, *x)
+    with pytest.raises(OptionError, match="hybrid model's, False; got True"):
+        from_hybrid_mcmc(mcmc, hybrid, fit.x, fit.y, linearized=True)
+
+
+# ----------------------------------------------------------------------------------
+# What it costs, and what it leaves alone.
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                # A view of all, broadcast, holds no numbers of its own.
+                held = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.numel = max(self.numel, held)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("num_params", "linearized", "prior"),
+    [(10**6, True, False), (10**5, True, True), (10**5, False, True)],
+)
+def test_no_tensor_of_draws_times_parameters(
+    num_params: int, linearized: bool, prior: bool
+) -> None:
+    """D = 1e6, S = 10, K = 500: K x D would take 4 GB. With less, all groups."""
+    count = 500
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        zeros = torch.zeros(num_params - 1, dtype=DOUBLE)
+        w = pyro.sample("w", dist.Normal(zeros, 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w[:4] + b, 0.5), obs=y)
+
+    x, y = torch.randn(6, 4, dtype=DOUBLE), torch.randn(6, dtype=DOUBLE)
+    subnet = {"w": torch.tensor([0, 1, 2, 3, *range(9000, 9005)]), "b": torch.tensor(0)}
+    subnet["b"] = subnet["b"].reshape(1)
+    init = init_to_value(
+        values={
+            "w": torch.ones(num_params - 1, dtype=DOUBLE),
+            "b": torch.zeros((), dtype=DOUBLE),
+        }
+    )
+    guide = AutoSubnetLaplace(model, subnet, init_loc_fn=init)
+    posterior = guide.laplace_approximation(x, y)
+    with Largest() as largest:
+        idata = to_inference_data(
+            posterior,
+            x,
+            y,
+            num_samples=count,
+            linearized=linearized,
+            prior=prior,
+        )
+    assert idata.posterior["w"].shape == (1, count, 9)
+    assert num_params <= largest.numel < 10 * num_params
+
+
+def test_random_numbers() -> None:
+    """A seed leaves torch's own stream alone; without one it is drawn from."""
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y)
+    before = torch.get_rng_state()
+    first = to_inference_data(posterior, x, y, num_samples=4, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    second = to_inference_data(posterior, x, y, num_samples=4, seed=1)
+    for group in ("posterior", "posterior_predictive", "prior", "prior_predictive"):
+        assert first[group].equals(second[group]), group
+    third = to_inference_data(posterior, x, y, num_samples=4)
+    assert not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    fourth = to_inference_data(posterior, x, y, num_samples=4)
+    assert third.posterior.equals(fourth.posterior)
+    assert third.attrs["seed"] == "global random state"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_in_any_gradient_mode(mode: Callable[[], Any]) -> None:
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y)
+    expected = to_inference_data(posterior, x, y, num_samples=4, seed=1)
+    with mode():
+        found = to_inference_data(posterior, x, y, num_samples=4, seed=1)
+    assert found.log_likelihood.equals(expected.log_likelihood)
+
+
+@pytest.mark.parametrize(("count", "chains"), [(10, 3), (10, 0), (2, 4)])
+def test_chains_must_divide_the_draws(count: int, chains: int) -> None:
+    x, y = linear_data(7)
+    posterior = fit_linear(x, y)
+    match = f"divide `num_samples`; got chains={chains} and num_samples={count}"
+    with pytest.raises(OptionError, match=match):
+        to_inference_data(posterior, x, y, num_samples=count, chains=chains)
+
+
+def test_the_package_does_without_arviz() -> None:
+    """A star import too; what needs ArviZ says so when it is asked for."""
+    code = """
+import sys
+sys.modules["arviz"] = None
+from pyro_subnet import *
+import pyro_subnet
+assert AutoSubnetLaplace
+assert "to_inference_data" in dir(pyro_subnet)
+try:
+    pyro_subnet.to_inference_data
+except ImportError as error:
+    print(error)
+try:
+    pyro_subnet.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    first, second = done.stdout.splitlines()
+    assert "`to_inference_data` needs ArviZ" in first
+    assert "pip install pyro-subnet[arviz]" in first
+    assert "has no attribute 'nothing'" in second
+
+
+def test_the_package_has_the_functions() -> None:
+    assert pyro_subnet.to_inference_data is to_inference_data
+    assert pyro_subnet.from_hybrid_mcmc is from_hybrid_mcmc

@@ -1,0 +1,403 @@
+"""Prior precisions and noise scales by tuning, against fine grids and gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import types
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet.exceptions import (
+    DataError,
+    NoOutputVarianceWarning,
+    OptionError,
+    PrecisionError,
+)
+from pyro_subnet.laplace.search import Tuning, minimize, nearest_to_own
+from tests.cases import CASES, DOUBLE, draw
+from tests.laplace.test_evidence import Linear
+
+EXACT = {"rtol": 1e-10, "atol": 1e-8}
+WIDE = (1e-6, 1e6)
+GRID = torch.logspace(-6, 6, 241, dtype=torch.float64)
+
+
+def fitted(name: str, **options: Any) -> AutoSubnetMultivariateNormal:
+    case = CASES[name](DOUBLE)
+    guide = case.guide(case.scattered(), **options)
+    return guide.laplace_approximation(*case.args, **case.kwargs)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+def test_no_prior_has_more_evidence(name: str, form: str) -> None:
+    posterior = fitted(name, form=form)
+    tuned = posterior.tune_prior_precision()
+    best = tuned.log_marginal_likelihood()
+    grid = torch.stack([posterior.log_marginal_likelihood(float(s)) for s in GRID])
+    assert float(best) >= float(grid.max()) - 1e-9
+    nearest = float(GRID[grid.argmax()])
+    assert abs(math.log(tuned.prior_factor / nearest)) < math.log(10) * 12 / 240
+    # Stationary.
+    scale = torch.tensor(tuned.prior_factor, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(posterior.log_marginal_likelihood(scale), scale)
+    assert abs(float(slope) * tuned.prior_factor) < 1e-3
+
+
+def test_the_record_is_that_of_the_evidence() -> None:
+    posterior = fitted("regression_mlp").with_noise_scale(1.5)
+    tuned = posterior.tune_prior_precision()
+    tuning = tuned.tuning
+    assert tuning is not None
+    assert (tuning.method, tuning.at_bound, tuning.by_site) == ("evidence", False, None)
+    expected = [posterior.log_marginal_likelihood(float(s)) for s in tuning.scales]
+    assert_close(tuning.objective, torch.stack(expected), **EXACT)
+    assert tuning.best == tuned.prior_factor
+    assert float(tuning.objective.max()) == float(
+        tuning.objective[tuning.scales == tuning.best].max()
+    )
+    assert posterior.tuning is None
+    assert tuned.with_prior_precision(1.0).tuning is None
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_each_site_has_its_stationary_scale(form: str) -> None:
+    posterior = fitted("several_outputs", form=form)
+    tuned = posterior.tune_prior_precision(per_site=True)
+    assert isinstance(tuned.prior_factor, dict)
+    assert tuned.tuning is not None
+    assert tuned.tuning.by_site == tuned.prior_factor
+    uniform = posterior.tune_prior_precision().log_marginal_likelihood()
+    assert float(tuned.log_marginal_likelihood()) >= float(uniform)
+    inside = {
+        site: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for site, value in tuned.prior_factor.items()
+        if WIDE[0] * 1.01 < value < WIDE[1] / 1.01
+    }
+    assert len(inside) >= 2
+    evidence = posterior.log_marginal_likelihood({**tuned.prior_factor, **inside})
+    slopes = torch.autograd.grad(evidence, list(inside.values()))
+    for slope, value in zip(slopes, inside.values(), strict=True):
+        assert abs(float(slope * value.detach())) < 1e-4
+
+
+@pytest.mark.parametrize("prior_factor", [1.0, {"w": 3.0}])
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_no_noise_has_more_evidence(form: str, prior_factor: Any) -> None:
+    case = Linear.of()
+    at = case.map(torch.ones(4).double(), 1.0)
+    posterior = case.fitted(at, form=form).with_prior_precision(prior_factor)
+    tuned = posterior.tune_noise_scale()
+    grid = torch.stack(
+        [posterior.log_marginal_likelihood(None, float(r)) for r in GRID[80:161]]
+    )
+    assert float(tuned.log_marginal_likelihood()) >= float(grid.max()) - 1e-9
+    assert tuned.prior_factor == prior_factor
+    assert tuned.tuning is not None
+    expected = [
+        posterior.log_marginal_likelihood(None, float(r)) for r in tuned.tuning.scales
+    ]
+    assert_close(tuned.tuning.objective, torch.stack(expected), **EXACT)
+
+
+def test_the_best_outside_the_bounds_is_at_one_of_them() -> None:
+    posterior = fitted("regression_mlp")
+    best = posterior.tune_prior_precision().prior_factor
+    assert isinstance(best, float)
+    low = posterior.tune_prior_precision(bounds=(2 * best, 10 * best))
+    high = posterior.tune_prior_precision(bounds=(0.1 * best, 0.5 * best))
+    for tuned, edge in ((low, 2 * best), (high, 0.5 * best)):
+        assert tuned.tuning is not None
+        assert tuned.tuning.at_bound
+        assert abs(math.log(tuned.prior_factor / edge)) < 1e-3
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize("call", ["tune_prior_precision", "tune_noise_scale"])
+def test_bad_bounds(call: str, bounds: tuple[float, float]) -> None:
+    posterior = fitted("regression_mlp")
+    message = (
+        rf"`bounds` must be positive, finite and in order; got {re.escape(str(bounds))}"
+    )
+    with pytest.raises(OptionError, match=message):
+        getattr(posterior, call)(bounds=bounds)
+
+
+def test_bad_options() -> None:
+    posterior = fitted("regression_mlp")
+    with pytest.raises(OptionError, match="must be 'evidence' or 'nll'; got 'grid'"):
+        posterior.tune_prior_precision("grid")
+    with pytest.raises(OptionError, match="method='nll' and no `val`"):
+        posterior.tune_prior_precision("nll")
+    with pytest.raises(OptionError, match="method='evidence' and some `val`"):
+        posterior.tune_prior_precision(val=(torch.zeros(1),))
+    with pytest.raises(OptionError, match="`scale` must be a number, a mapping"):
+        posterior.with_prior_precision("half")
+
+
+def test_the_papers_scaling_by_the_share_of_weights() -> None:
+    posterior = fitted("regression_mlp")
+    scaled = posterior.with_prior_precision("fraction")
+    share = posterior.subnet.size / posterior.subnet.num_params
+    assert scaled.prior_factor == share
+    expected = posterior.with_prior_precision(share).get_posterior()
+    assert_close(scaled.get_posterior().precision_matrix, expected.precision_matrix)
+
+
+def test_a_search_finds_the_lower_of_two_minima() -> None:
+    def loss(s: float) -> float:
+        log = math.log(s)
+        return min((log + 8) ** 2 + 0.5, (log - 5.2) ** 2)
+
+    found = minimize(loss, WIDE, "evidence")
+    assert abs(math.log(found.best) - 5.2) < 1e-4
+    assert not found.at_bound
+
+
+def test_a_search_steps_around_what_does_not_exist() -> None:
+    """NaN and indefinite precisions are no minimum, and are on the record."""
+
+    def loss(s: float) -> float:
+        if s < 1.0:
+            raise PrecisionError("no")
+        return math.nan if s > 1e4 else (math.log(s) - 2.0) ** 2
+
+    found = minimize(loss, WIDE, "evidence")
+    assert abs(math.log(found.best) - 2.0) < 1e-4
+    assert bool(found.objective.isinf().any())
+    assert not bool(found.objective.isnan().any())
+    with pytest.raises(PrecisionError, match="must be finite at some scale between"):
+        minimize(lambda s: math.nan, WIDE, "evidence")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [(WIDE, 1.0), ((2.0, 8.0), 2.0), ((0.01, 0.5), 0.5)]
+)
+def test_where_nothing_moves_the_scale_stays(
+    bounds: tuple[float, float], expected: float
+) -> None:
+    """The minimum of round-off is no choice."""
+    found = minimize(lambda s: 0.5 + 1e-6 * math.sin(40 * s), bounds, "nll")
+    assert found.is_flat
+    assert abs(found.best - expected) < 1e-12
+    assert found.at_bound is (expected != 1.0)
+    assert not minimize(lambda s: 2e-3 * math.log(s), bounds, "nll").is_flat
+
+
+def test_data_that_the_subnet_does_not_move_keep_the_prior() -> None:
+    """Weights of an input that is always zero: held-out data say nothing."""
+    x, y = draw(1, 9, 2), draw(2, 9)
+    x[:, 1] = 0.0
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    guide = AutoSubnetLaplace(model, {"w": torch.tensor([1])})
+    with pytest.warns(NoOutputVarianceWarning, match="moves no output at any"):
+        posterior = guide.laplace_approximation(x, y)
+    tuned = posterior.tune_prior_precision("nll", val=(x, y))
+    assert tuned.tuning is not None
+    assert tuned.tuning.is_flat
+    assert tuned.prior_factor == 1.0
+
+
+def tensors(posterior: AutoSubnetMultivariateNormal) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in posterior.named_buffers()}
+
+
+def test_tuning_leaves_the_posterior_alone() -> None:
+    posterior = fitted("regression_mlp")
+    before = tensors(posterior)
+    posterior.tune_prior_precision(per_site=True).tune_noise_scale()
+    assert (posterior.prior_factor, posterior.noise_factor) == (1.0, 1.0)
+    for name, buffer in posterior.named_buffers():
+        assert_close(buffer, before[name], rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def held_out_nll(posterior: AutoSubnetMultivariateNormal, val: Any) -> float:
+    """Mean, from the posterior's own predictive distribution."""
+    x, y, *rest = val
+    found = posterior.predictive_distribution(x, None, *rest)
+    return -float(found.log_prob(y).mean())
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+def test_held_out_data_choose_the_prior(name: str, form: str) -> None:
+    case = CASES[name](DOUBLE)
+    posterior = fitted(name, form=form)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_prior_precision("nll", val=val)
+    assert tuned.tuning is not None
+    assert tuned.tuning.method == "nll"
+    grid = [
+        held_out_nll(posterior.with_prior_precision(float(s)), val) for s in GRID[::4]
+    ]
+    best = held_out_nll(tuned, val)
+    assert best <= min(grid) + 1e-9
+    expected = [
+        held_out_nll(posterior.with_prior_precision(float(s)), val)
+        for s in tuned.tuning.scales[::5]
+    ]
+    found = tuned.tuning.objective[::5]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_held_out_data_choose_the_noise() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp").with_prior_precision(0.5)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_noise_scale("nll", val=val)
+    assert tuned.prior_factor == 0.5
+    grid = [
+        held_out_nll(posterior.with_noise_scale(float(r)), val) for r in GRID[80:161:2]
+    ]
+    assert held_out_nll(tuned, val) <= min(grid) + 1e-9
+
+
+def serving(
+    posterior: AutoSubnetMultivariateNormal,
+    val: Any,
+    tuning: Tuning,
+    errors: int | float,
+) -> list[float]:
+    """Scales whose loss to the best is within errors, by the textbook's formula."""
+    x, y = val
+    tried = tuning.scales.tolist()
+    losses = [
+        posterior.with_prior_precision(s).predictive_distribution(x).log_prob(y).neg()
+        for s in tried
+    ]
+    best = losses[int(tuning.objective.argmin())]
+    found = []
+    for scale, loss in zip(tried, losses, strict=True):
+        worse = (loss - best).tolist()
+        mean = statistics.fmean(worse)
+        if mean <= errors * statistics.pstdev(worse) / len(worse) ** 0.5 + 1e-12:
+            found.append(scale)
+    return found
+
+
+@pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
+@pytest.mark.parametrize("errors", [0.5, 3.0])
+def test_what_held_out_data_do_not_tell_apart_keeps_the_prior(
+    name: str, errors: float
+) -> None:
+    case = CASES[name](DOUBLE)
+    posterior = fitted(name).with_prior_precision(3.0)
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    tuned = posterior.tune_prior_precision("nll", val=val, standard_errors=errors)
+    assert tuned.tuning is not None
+    assert 1.0 in tuned.tuning.scales.tolist()
+    serve = serving(posterior, val, tuned.tuning, errors)
+    assert tuned.prior_factor == min(serve, key=lambda scale: abs(math.log(scale)))
+
+
+def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp")
+    x, y = case.args
+    val = (x[2:5] + 0.3, y[2:5])
+    best = posterior.tune_prior_precision("nll", val=val)
+    assert best.prior_factor != 1.0
+    none = posterior.tune_prior_precision("nll", val=val, standard_errors=0.0)
+    assert none.prior_factor == best.prior_factor
+    many = posterior.tune_prior_precision("nll", val=val, standard_errors=1e6)
+    assert many.prior_factor == 1.0
+    assert not many.tuning.at_bound
+    edge = posterior.tune_prior_precision(
+        "nll", val=val, standard_errors=1e6, bounds=(2.0, 8.0)
+    )
+    assert edge.prior_factor == 2.0
+    assert edge.tuning.at_bound
+    assert len(edge.tuning.scales) == len(best.tuning.scales) + 1
+
+
+def test_errors_count_the_weights_of_data() -> None:
+    """A datum of weight 2 pulls twice, and one of weight 0 not at all."""
+    losses = {
+        0.1: torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64),
+        # Worse by 0, 0.9 and 9, which under the weights is 0.3 in the mean.
+        1.0: torch.tensor([1.0, 1.9, 10.0], dtype=torch.float64),
+    }
+    weights = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    tried = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    tuning = Tuning("nll", tried, tried, 0.1, at_bound=False)
+    error = (4 * 0.3**2 + 0.6**2) ** 0.5 / 3
+    for factor, expected in ((0.999, 0.1), (1.001, 1.0)):
+        errors = factor * 0.3 / error
+        found = nearest_to_own(tuning, losses, weights, errors, WIDE)
+        assert found.best == expected
+
+
+def test_bad_standard_errors() -> None:
+    posterior = fitted("regression_mlp")
+    with pytest.raises(OptionError, match=r"must be finite and at least 0; got -1"):
+        posterior.tune_prior_precision("nll", val=(0,), standard_errors=-1)
+    with pytest.raises(OptionError, match=r"at least 0; got nan"):
+        posterior.tune_prior_precision("nll", val=(0,), standard_errors=math.nan)
+    with pytest.raises(OptionError, match=r"must go with method='nll'.*'evidence'"):
+        posterior.tune_prior_precision(standard_errors=1.0)
+
+
+def test_held_out_data_without_room_for_their_jacobian(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same scale, with a run of the network or more for each that is tried."""
+    case, runs = CASES["regression_mlp"](DOUBLE), 0
+
+    def counted(x: Tensor, y: Tensor) -> Any:
+        nonlocal runs
+        runs += 1
+        return case.model(x, y)
+
+    guide = replace(case, model=counted).guide(case.scattered())
+    posterior = guide.laplace_approximation(*case.args)
+    fitting = runs
+    held = posterior.tune_prior_precision("nll", val=case.args)
+    few = runs - fitting
+    memory_now = types.SimpleNamespace(available=8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_now)
+    anew = posterior.tune_prior_precision("nll", val=case.args)
+    assert held.prior_factor == anew.prior_factor
+    assert anew.tuning is not None
+    num_tried = len(anew.tuning.scales)
+    assert few < num_tried
+    assert runs - fitting - few >= num_tried
+
+
+def test_held_out_data_that_do_not_serve() -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior = fitted("regression_mlp")
+    with pytest.raises(DataError, match="must hold observations; got none at site 'y'"):
+        posterior.tune_prior_precision("nll", val=(case.args[0],))
+    with pytest.raises(DataError, match=r"A batch must be .* got int"):
+        posterior.tune_prior_precision("nll", val=3)
+
+
+def test_held_out_data_leave_the_random_numbers_alone() -> None:
+    """Also where a family takes draws: these are the search's own."""
+    posterior = fitted("weighted_poisson")
+    args = CASES["weighted_poisson"](DOUBLE).args
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    first = posterior.tune_prior_precision("nll", val=args)
+    second = posterior.tune_prior_precision("nll", val=args)
+    assert bool((torch.get_rng_state() == state).all())
+    assert first.prior_factor == second.prior_factor

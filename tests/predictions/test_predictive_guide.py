@@ -1,0 +1,117 @@
+"""The posterior's predictive methods: what they pass on, and how they follow tuning."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pyro.infer import Predictive
+from torch.testing import assert_close
+
+from pyro_subnet.exceptions import OptionError
+from tests.cases import CASES, DOUBLE
+from tests.tolerances import num_standard_errors, tolerance
+
+EXACT = tolerance(torch.float64, "closed_form")
+
+
+def fitted(name: str, **options: Any) -> Any:
+    case = CASES[name](DOUBLE)
+    guide = case.guide(case.scattered(), **options)
+    return guide.laplace_approximation(*case.args, **case.kwargs)
+
+
+def test_noise_adds_to_the_variance_of_the_outputs() -> None:
+    posterior = fitted("regression_mlp")
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+    outputs = posterior.output_distribution(x)
+    for scale in (1.0, 2.5):
+        found = posterior.with_noise_scale(scale)
+        outputs = found.output_distribution(x)
+        predictive = found.predictive_distribution(x)
+        assert_close(predictive.mean, outputs.mean.squeeze(-1), **EXACT)
+        expected = outputs.variance.squeeze(-1) + (scale * 0.3) ** 2
+        assert_close(predictive.variance, expected, **EXACT)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_a_tuned_posterior_is_coherent_with_its_linearized_model(form: str) -> None:
+    """Moments of draws from it, and of the closed form; 14 checks, 4,000 draws."""
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+    posterior = fitted("regression_mlp", form=form)
+    posterior = posterior.with_prior_precision(0.3).with_noise_scale(2.0)
+    torch.manual_seed(1)
+    count = 4_000
+    draws = Predictive(
+        posterior.linearized_model, guide=posterior, num_samples=count, parallel=True
+    )(x)["y"]
+    closed = posterior.predictive_distribution(x)
+    limit = num_standard_errors(2 * len(x))
+    error = (draws.mean(0) - closed.mean) / (closed.stddev / math.sqrt(count))
+    assert float(error.abs().max()) < limit
+    ratio = draws.var(0) / closed.variance - 1
+    assert float(ratio.abs().max()) < limit * math.sqrt(2 / count)
+
+
+def test_weight_space_draws_run_the_model_as_it_is_written() -> None:
+    """The noise scale belongs to the linearized model and the closed forms."""
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+    posterior = fitted("regression_mlp").with_noise_scale(100.0)
+    torch.manual_seed(1)
+    model = CASES["regression_mlp"](DOUBLE).model
+    narrow = posterior.with_prior_precision(1e6)
+    draws = Predictive(model, guide=narrow, num_samples=200)(x)["y"]
+    assert float(draws.std(0).max()) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "is_exact"),
+    [
+        ("regression_mlp", None, True),
+        ("classification_mlp", "probit", True),
+        ("classification_mlp", "mc", False),
+        ("heteroscedastic", "mc", False),
+    ],
+)
+def test_the_error_is_stated(name: str, link: str | None, is_exact: bool) -> None:
+    case = CASES[name](DOUBLE)
+    if name == "heteroscedastic":
+        guide = case.guide([8, 9, 10])
+        posterior = guide.laplace_approximation(*case.args)
+    else:
+        posterior = fitted(name)
+    x, y = case.args
+    error = posterior.predictive_error(y, x, link=link, num_samples=500)
+    assert error.shape == (len(x),)
+    assert bool((error == 0).all()) is is_exact
+    more = posterior.predictive_error(y, x, link=link, num_samples=32_000)
+    # Of 64 times as many draws an eighth, up to what the estimates themselves vary.
+    assert is_exact or 4 < float((error / more).median()) < 16
+
+
+def test_functions_share_one_draw_of_the_weights() -> None:
+    """Their covariance across inputs is that of ``joint=True``; 10,000 draws."""
+    case = CASES["regression_mlp"](DOUBLE)
+    posterior, x = fitted("regression_mlp"), case.args[0]
+    generator = torch.Generator().manual_seed(5)
+    count = 10_000
+    draws = posterior.sample_functions(count, x, generator=generator).squeeze(-1)
+    joint = posterior.output_distribution(x, joint=True)
+    covariance = joint.covariance_matrix
+    found = (draws - joint.mean).T @ (draws - joint.mean) / count
+    variance = covariance.diagonal()
+    spread = (covariance.square() + torch.outer(variance, variance)) / count
+    error = ((found - covariance) / spread.sqrt()).abs()
+    assert float(error.max()) < num_standard_errors(covariance.numel())
+    again = posterior.sample_functions(count, x, generator=generator.manual_seed(5))
+    assert_close(again.squeeze(-1), draws, **EXACT)
+
+
+def test_a_link_that_means_nothing() -> None:
+    posterior = fitted("regression_mlp")
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+    message = r"`link` must be one of 'exact', 'mc' for Normal; got 'bridge'"
+    with pytest.raises(OptionError, match=message):
+        posterior.predictive_distribution(x, link="bridge")
