@@ -168,6 +168,24 @@ def test_low_rank_in_awkward_sizes(
     assert_log_dets(log_dets(form, factors), precisions, dtype)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e12])
+@pytest.mark.parametrize("size", SIZES)
+def test_factoring_keeps_every_digit_of_the_curvature(
+    size: int, factor: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """However small beside the prior it is: other priors are found from it."""
+    rows = draw(1, 3 * size, size).to(device, dtype)
+    ggn, diagonal = rows.T @ rows, draw(2, size).exp().to(device, dtype)
+    prior = PriorPrecision.of_diagonal(diagonal)
+    form = PrimalForm.factored_(ggn.tril(), prior, factor)
+    for each in (form, form.rescaled(1.0), form.rescaled(1.0).rescaled(factor)):
+        assert_close(each.ggn().tril(), ggn.tril(), **EXACT)
+    precision = ggn.double() + factor * diagonal.double().diag()
+    expected = torch.linalg.cholesky(precision).to(dtype)
+    close = tolerance(dtype, "closed_form")
+    assert_close(form.factor_and_ggn.tril(), expected, **close)
+
+
 def form_of(curvature: Tensor, diagonal: Tensor) -> PrimalForm:
     """The form of a curvature and a prior that couples nothing, not factored."""
     prior = PriorPrecision.of_diagonal(diagonal)

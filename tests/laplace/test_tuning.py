@@ -346,6 +346,26 @@ def test_errors_count_the_weights_of_data() -> None:
         assert found.best == expected
 
 
+@pytest.mark.parametrize(
+    ("scales", "nearest"),
+    [
+        ((0.2, 2.5), 2.5),  # farther from 1 than 0.2 in value, nearer in ratio
+        ((0.5, 1.6), 1.6),
+        ((0.7, 1.6), 0.7),
+        ((1e-3, 500.0), 500.0),
+    ],
+)
+def test_the_nearest_scale_is_so_in_ratio(
+    scales: tuple[float, float], nearest: float
+) -> None:
+    losses = {scale: torch.zeros(3, dtype=torch.float64) for scale in scales}
+    tried = torch.tensor(scales, dtype=torch.float64)
+    weights = torch.ones(3, dtype=torch.float64)
+    for best in scales:
+        tuning = Tuning("nll", tried, torch.zeros_like(tried), best, at_bound=False)
+        assert nearest_to_own(tuning, losses, weights, 1.0, WIDE).best == nearest
+
+
 def test_bad_standard_errors() -> None:
     posterior = fitted("regression_mlp")
     with pytest.raises(OptionError, match=r"must be finite and at least 0; got -1"):

@@ -278,6 +278,36 @@ def test_log_density_of_many_values_at_once() -> None:
     assert fn.sample(torch.Size([2, 3])).shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("batch", "value"),
+    [
+        ((5,), ()),
+        ((3, 1), ()),
+        ((4, 1), (4,)),  # draws in parallel, without the axes of inner plates
+        ((3, 2), (2,)),
+        ((3, 1), (3, 2)),
+        ((1,), (2, 3)),
+    ],
+)
+def test_log_density_has_the_shape_of_the_batch(
+    batch: tuple[int, ...], value: tuple[int, ...]
+) -> None:
+    """Each draw's own number, wherever it stands."""
+    fit = fitted()
+    hybrid = fit.posterior.hybrid_model()
+    fn = poutine.trace(hybrid).get_trace(fit.x, fit.y).nodes["subnet"]["fn"]
+    rows = torch.stack([fit.theta() for _ in range(math.prod(value))])
+    each = torch.stack([fn.log_prob(row) for row in rows])
+    assert len(each.unique()) == len(each)
+    found = fn.expand(batch).log_prob(rows.reshape(*value, -1))
+    if math.prod(value) == math.prod(batch):
+        expected = each.reshape(batch)
+    else:
+        shape = torch.broadcast_shapes(value, batch)
+        expected = each.reshape(value).expand(shape)
+    assert_close(found, expected, **EQUAL)
+
+
 # ----------------------------------------------------------------------------------
 # The param store, copies and pickles.
 
