@@ -105,6 +105,6 @@ def _possible(likelihood: Likelihood, joint: bool) -> tuple[str, ...]:
         return ("probit", "bridge", "bridge-norm", "mc")
     if len(moved) > 1 or likelihood.own()[moved[0]].shape[-1] > 1:
         return ("mc",)
-    links = ("quadrature", "probit") if kind is td.Bernoulli else ("quadrature",)
-    # Elements of one data point share the subnet: draws keep their correlation.
-    return (*links, "mc") if likelihood.per_datum == 1 else ("mc", *links)
+    # Of several elements a data point, too: what most ask for is each one's marginal,
+    # which quadrature has to 1e-13, the same in every call.
+    return ("quadrature", *(["probit"] if kind is td.Bernoulli else []), "mc")

@@ -508,12 +508,49 @@ def test_other_scalar_outputs_by_quadrature(name: str) -> None:
 
 def test_quadrature_of_several_elements_is_by_element() -> None:
     fit = Fit(lambda f: dist.Poisson((f / 2).exp()).to_event(1), 3)
-    fit.assert_link("mc")
-    d = fit.predict(link="quadrature").distribution
+    fit.assert_link("quadrature")
+    d = fit.predict().distribution
     assert (d.batch_shape, d.event_shape) == ((NUM_TEST,), (3,))
     loc, covariance = fit.each()
     mean = (loc / 2 + covariance.diagonal(dim1=-2, dim2=-1) / 8).exp()
     assert_close(d.mean, mean, **tolerance(torch.float64, "autograd"))
+
+
+@pytest.mark.parametrize("num_data", [1, NUM_TEST])
+@pytest.mark.parametrize("way", ["event", "plate", "one label"])
+def test_probabilities_of_several_labels_are_marginals_and_no_draws(
+    way: str, num_data: int, dtype: torch.dtype
+) -> None:
+    """As the model may be written; also for one label, and one datum."""
+    labels = 1 if way == "one label" else 5
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        prior = dist.Normal(torch.zeros(labels, 3, dtype=dtype), 1.0)
+        logits = x @ pyro.sample("w", prior.to_event(2)).mT
+        with pyro.plate("data", len(x), dim=-2 if way == "plate" else -1):
+            if way == "plate":
+                with pyro.plate("labels", labels, dim=-1):
+                    pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
+            else:
+                pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    x, test = torch.randn(9, 3, dtype=dtype), torch.randn(num_data, 3, dtype=dtype)
+    y = torch.randint(0, 2, (9, labels)).to(dtype)
+    start = init_to_value(values={"w": torch.randn(labels, 3, dtype=dtype)})
+    guide = AutoSubnetLaplace(model, init_loc_fn=start)
+    posterior = guide.laplace_approximation(x, y)
+    outputs = posterior.output_distribution(test)
+    expected = [
+        integral(lambda f: 1 / (1 + math.exp(-f)), float(loc), math.sqrt(variance))
+        for loc, variance in zip(
+            outputs.mean.flatten(), outputs.variance.flatten(), strict=True
+        )
+    ]
+    found = posterior.predictive_distribution(test)
+    wide = torch.tensor(expected, dtype=dtype).reshape(num_data, labels)
+    assert_close(found.mean, wide, **tolerance(dtype, "autograd"))
+    again = posterior.predictive_distribution(test).mean
+    assert_close(again, found.mean, rtol=0.0, atol=0.0)
 
 
 # ----------------------------------------------------------------------------------
