@@ -605,7 +605,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         .. math:: P = \gamma G + \sum_{n\ \text{new}} w_n J_n^\top \Lambda_n J_n + s P_0
 
         With :math:`\gamma = 1` it equals the fit to all data at once at the same MAP,
-        which stays where it is.
+        which stays where it is. Each new datum counts once: the N/B of a subsampling
+        plate is left out of the sum, as in :meth:`update_from`.
 
         Args:
             args: Positional arguments of the model, with the new data alone.
@@ -623,7 +624,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         Source: Ritter, Botev and Barber (2018), arXiv 1805.07810, for adding curvature
         as tasks come; they move the MAP as well.
         """
-        return self._updated(Data.single(args, kwargs), forgetting)
+        return self._updated(Data.single(args, kwargs, whole=False), forgetting)
 
     def update_from(
         self,

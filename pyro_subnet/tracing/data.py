@@ -35,17 +35,20 @@ class Data:
     progress: bool = False
 
     @classmethod
-    def single(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Data:
-        """All data in one call.
+    def single(
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, whole: bool = True
+    ) -> Data:
+        """Data in one call.
 
         Args:
             args: Positional arguments of the model.
             kwargs: Its keyword arguments.
+            whole: Whether they are all data there are, and not more of them.
 
         Returns:
             The data.
         """
-        return cls([(args, dict(kwargs))], whole=True)
+        return cls([(args, dict(kwargs))], whole)
 
     @property
     def repeatable(self) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.testing import assert_close
@@ -135,3 +140,67 @@ def test_more_data_never_raise_a_variance() -> None:
         found = posterior.get_posterior().variance
         assert bool((found <= variance * (1 + 1e-12)).all())
         variance = found
+
+
+# New data of a model whose plate knows how many data there were.
+
+NUM_OLD = 11
+
+
+def by_size(x: Tensor) -> pyro.plate:
+    """The plate is told how many data there are, and how many are shown."""
+    return pyro.plate("data", NUM_OLD, subsample_size=len(x))
+
+
+def by_index(x: Tensor) -> pyro.plate:
+    """The plate is told which data are shown."""
+    return pyro.plate("data", NUM_OLD, subsample=torch.arange(len(x)))
+
+
+def linear(plate: Callable[[Tensor], Any]) -> Callable[..., None]:
+    """A linear regression of noise 0.5 and unit prior, in the dtype of its data."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with plate(x):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 1), (1, 1, 3)])
+@pytest.mark.parametrize("plate", [by_size, by_index])
+def test_new_data_count_once_under_a_subsampling_plate(
+    plate: Callable[[Tensor], Any], sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, y = torch.randn(NUM_OLD + 5, 3, dtype=dtype), torch.randn(NUM_OLD + 5).to(dtype)
+    parts = list(zip(x[NUM_OLD:].split(sizes), y[NUM_OLD:].split(sizes), strict=True))
+    at_zero = init_to_value(values={"w": x.new_zeros(3)})
+    guide = AutoSubnetLaplace(linear(plate), init_loc_fn=at_zero)
+    first = guide.laplace_approximation(x[:NUM_OLD], y[:NUM_OLD])
+    updated = first
+    for part in parts:
+        updated = updated.update(*part)
+    streamed = first.update_from(parts)
+    dense = x.double()
+    right = (4.0 * dense.T @ dense + torch.eye(3, dtype=torch.float64)).to(dtype)
+    close = tolerance(dtype, "closed_form")
+    for found in (updated, streamed):
+        assert_close(found.get_posterior().precision_matrix, right, **close)
+    # At zero: log N(y; 0, 0.5), and the prior's density.
+    log_joint = -2.0 * y.double().square().sum() - len(y) * math.log(0.5)
+    log_joint -= (len(y) + 3) * 0.5 * math.log(2 * math.pi)
+    evidence = log_joint + 1.5 * math.log(2 * math.pi) - 0.5 * right.double().logdet()
+    assert_close(updated.log_marginal_likelihood(), evidence, **close)
+    assert_close(streamed.log_marginal_likelihood(), evidence, **close)
+
+
+def test_a_scale_of_the_users_own_is_kept_by_an_update() -> None:
+    x, y = torch.randn(NUM_OLD, 3).double(), torch.randn(NUM_OLD).double()
+    tempered = poutine.scale(linear(by_size), scale=0.25)
+    first = AutoSubnetLaplace(tempered).laplace_approximation(x, y)
+    updated = first.update(x[:2], y[:2]).get_posterior().precision_matrix
+    dense = torch.cat([x, x[:2]])
+    # The scale is around the whole model, the prior too.
+    right = 0.25 * (4.0 * dense.T @ dense + torch.eye(3, dtype=torch.float64))
+    assert_close(updated, right, **tolerance(torch.float64, "closed_form"))
