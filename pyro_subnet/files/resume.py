@@ -36,8 +36,8 @@ class Sums(Protocol):
     def restore(self, tensors: dict[str, Tensor], content: Content) -> None:
         """Undoes :meth:`state`."""
 
-    def check_again(self, batch: Batch) -> None:
-        """Checks the model's log likelihood of the batch that was added last."""
+    def check_again(self, batch: Batch, *, same_prior: bool) -> None:
+        """Checks the model in the batch that was added last, and reads its prior."""
 
 
 @final
@@ -128,7 +128,9 @@ class FitCheckpoint:
                 # The file's last batch: all before it are hashed into its digest.
                 if count == self.done:
                     self._check_batches(hashed)
-                    sums.check_again(batch)
+                    # A subnet that took a pass was chosen under the file's prior.
+                    chosen = self.identity["selector"] is not None
+                    sums.check_again(batch, same_prior=chosen)
                     self._restore_rng()
                 continue
             yield batch

@@ -27,6 +27,9 @@ Prior = TypeVar("Prior")
 # From the log prior, term by term, and the latent leaves of its graph.
 ReadPrior = Callable[[Sequence[DensityTerm], Mapping[str, Tensor]], Prior]
 
+# What a pass has counted besides its numbers.
+_COUNTED = ("seen", "log_prior", "has_outputs", "scales_noise")
+
 
 @final
 class DataPass(Generic[Prior]):
@@ -96,29 +99,26 @@ class DataPass(Generic[Prior]):
         log_prior = self.log_prior or 0.0
         return FitSummary(likelihood, log_prior, gradient, weight, energy, scales)
 
-    def log_likelihood_of(self, batch: Batch) -> float:
-        """Log likelihood of one batch, in nats, which is not added."""
+    def see_again(self, batch: Batch) -> float:
+        """Reads the prior anew in a batch that was added; its log likelihood."""
         call = ModelCall.read(self._at_map, *batch)
-        subnet_call = self._over_subnet(call, call.graph())
-        weigh = subnet_call.weights
+        graph = call.graph()
+        self.log_prior = None
+        self._meet_prior(graph)
+        weigh = self._over_subnet(call, graph).weights
         return float(sum(_log_likelihood(site, weigh(site)) for site in call.sites))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that was counted but the prior: tensors, and what JSON holds."""
-        content = {
-            "seen": self.seen,
-            "log_prior": self.log_prior,
-            "has_outputs": self.has_outputs,
-            "scales_noise": self.scales_noise,
-        }
+        content = {name: getattr(self, name) for name in _COUNTED}
         return {"summary": self.numbers}, content
 
     def restore(
-        self, tensors: Mapping[str, Tensor], content: Mapping[str, Any], prior: Prior
+        self, tensors: Mapping[str, Tensor], content: Mapping[str, Any]
     ) -> None:
-        """Undoes :meth:`state`."""
-        self.numbers, self._prior = tensors["summary"], prior
-        for name in ("seen", "log_prior", "has_outputs", "scales_noise"):
+        """Undoes :meth:`state`; the prior is still to be read."""
+        self.numbers = tensors["summary"]
+        for name in _COUNTED:
             setattr(self, name, content[name])
 
     def _over_subnet(self, call: ModelCall, graph: Graph) -> SubnetCall:
@@ -127,17 +127,7 @@ class DataPass(Generic[Prior]):
 
     def _meet(self, call: ModelCall, graph: Graph) -> None:
         """Counts a call, and compares its prior with that of the others."""
-        terms = graph.prior_terms
-        value = sum(term.log_density.item() for term in terms)
-        tolerance = torch.finfo(call.latents.loc.dtype).eps ** 0.5
-        if self.log_prior is None:
-            self.log_prior = value
-        elif abs(value - self.log_prior) > tolerance * (1 + abs(value)):
-            raise ModelError(
-                "The log prior at the MAP must be the same for every batch; got "
-                f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
-                "depends on the data needs `laplace_approximation` on all of them."
-            )
+        self._meet_prior(graph)
         self.has_outputs |= bool(call.sites)
         for site in call.sites:
             if not site.node["is_observed"]:
@@ -148,6 +138,19 @@ class DataPass(Generic[Prior]):
                 )
         if self._data.num_data is not None:
             self.seen += call.num_seen
+
+    def _meet_prior(self, graph: Graph) -> None:
+        terms = graph.prior_terms
+        value = sum(term.log_density.item() for term in terms)
+        tolerance = torch.finfo(graph.latents.loc.dtype).eps ** 0.5
+        if self.log_prior is None:
+            self.log_prior = value
+        elif abs(value - self.log_prior) > tolerance * (1 + abs(value)):
+            raise ModelError(
+                "The log prior at the MAP must be the same for every batch; got "
+                f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
+                "depends on the data needs `laplace_approximation` on all of them."
+            )
         if self._prior is None:
             self._prior = self._read_prior(terms, graph.leaves)
 

@@ -112,34 +112,40 @@ class FitSums:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that was added so far: tensors, and what JSON holds."""
-        prior, gradient = self._pass.prior
+        # Without the prior, which may be another one when the fit goes on.
         tensors, content = self._pass.state()
-        own = {**self.total.tensors(), **prior.tensors(), "prior_gradient": gradient}
         content = {"form": self.total.form, "last": self._last, **content}
-        return {**own, **tensors}, content
+        return {**self.total.tensors(), **tensors}, content
 
     def restore(self, tensors: dict[str, Tensor], content: Mapping[str, Any]) -> None:
         """Undoes :meth:`state`."""
-        # Only the prior's tensors go to the model's device: the form moves its own.
-        moved = {
-            name: tensor.to(self._like.device) if "prior" in name else tensor
-            for name, tensor in tensors.items()
-        }
-        prior = PriorPrecision.from_tensors(moved), moved["prior_gradient"]
-        self._pass.restore(tensors, content, prior)
+        self._pass.restore(tensors, content)
         self.total.restore(content["form"], tensors)
         self._last = content["last"]
 
-    def check_again(self, batch: Batch) -> None:
-        """Raises an error if the last batch's log likelihood is not what it was."""
-        found, expected = self._pass.log_likelihood_of(batch), self._last
-        if abs(found - expected) > self._tolerance * (1 + abs(expected)):
+    def check_again(self, batch: Batch, *, same_prior: bool) -> None:
+        """Compares the model with the file's in the last batch; reads its prior."""
+        # The prior of now is taken: a fit that failed may go on under another one.
+        prior, expected = self._pass.log_prior, self._last
+        found = self._pass.see_again(batch)
+        if self._differ(found, expected):
             raise CheckpointError(
                 "The model must be as it was when the file was written: the log "
                 f"likelihood of the batch that was summed last was {expected:.6g}; got "
                 f"{found:.6g}. Put its parameters back to resume, or delete the file "
                 "to start over."
             )
+        now = self._pass.log_prior
+        if same_prior and prior is not None and now is not None:
+            if self._differ(now, prior):
+                raise CheckpointError(
+                    "The prior must be the one under which `subnet` was chosen: its "
+                    f"log density at the MAP was {prior:.6g}; got {now:.6g}. Put it "
+                    "back to resume, or delete the file to start over."
+                )
+
+    def _differ(self, found: float, expected: float) -> bool:
+        return abs(found - expected) > self._tolerance * (1 + abs(expected))
 
     def _noting_last(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         for batch in batches:

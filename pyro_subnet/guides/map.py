@@ -239,7 +239,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         posterior to the bit. The batches summed by then are loaded, and skipped: they
         must come again in the same order, so ``shuffle=True`` cannot be resumed. What
         is found to differ (the batches, the MAP, the model's sites, shapes or
-        likelihood, the subnet, an option) is an error, never a mixture.
+        likelihood, the subnet, an option) is an error, never a mixture. The prior may
+        differ, unless the subnet was chosen under it: the present one is taken.
 
         Args:
             batches: A ``DataLoader``, list or other iterable. An item is

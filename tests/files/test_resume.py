@@ -432,7 +432,7 @@ SWAPPED = [BATCHES[1], BATCHES[0], *BATCHES[2:]]
         (lambda: guide(curvature="ef"), BATCHES, "`options` must be as in the fit"),
         (lambda: of_model(renamed), BATCHES, r"without 'w'.*delete the file"),
         (lambda: of_model(other_model), BATCHES, "log likelihood of the batch"),
-        (lambda: of_model(other_prior), BATCHES, "log prior at the MAP must be"),
+        (lambda: of_model(other_prior), BATCHES, "prior must be the one under which"),
         (guide, MOVED, "`batches` must begin with the 4 .*in the same order"),
         (guide, SWAPPED, "in the same order; got others"),
         (guide, BATCHES[:3], r"begin with the 4 .*got 3 in all"),
@@ -449,6 +449,65 @@ def test_another_fit(
     # The fit that it belongs to goes on.
     again = guide().laplace_approximation_from(BATCHES, checkpoint=begun)
     same(again, whole_fit())
+
+
+def of_prior(scale: float, subnet: Any, options: dict[str, Any]) -> AutoSubnetLaplace:
+    """Softmax regression under a normal prior of some scale."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        weight = pyro.sample("w", dist.Normal(x.new_zeros(4, C), scale).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=x @ weight), obs=y)
+
+    init = init_to_value(values={"w": MAP})
+    return AutoSubnetLaplace(model, subnet, init_loc_fn=init, **options)
+
+
+@pytest.mark.parametrize("stop", [1, NUM_BATCHES])
+@pytest.mark.parametrize("kind", ["auto", "dual", "hessian", "diag", "ggn-mc"])
+def test_the_prior_of_now_is_taken(kind: str, stop: int, tmp_path: Path) -> None:
+    options, kept = KINDS[kind], {"checkpoint": tmp_path / "fit"}
+    subnet = RandomSubnet(4, seed=2)
+    first = of_prior(1.0, subnet, options)
+    torch.manual_seed(5)
+    interrupt(first, Loader(stop), **kept, checkpoint_every=1)
+    resumed = of_prior(0.1, subnet, options)
+    resumed = resumed.laplace_approximation_from(BATCHES, **kept)
+    torch.manual_seed(5)
+    right = of_prior(0.1, subnet, options).laplace_approximation_from(BATCHES)
+    same(resumed, right)
+    assert_close(
+        resumed.log_marginal_likelihood(),
+        right.log_marginal_likelihood(),
+        rtol=0.0,
+        atol=0.0,
+    )
+
+
+def test_the_advice_of_a_fit_that_failed_after_its_last_batch(tmp_path: Path) -> None:
+    x = torch.linspace(-1.0, 1.0, 6).double()
+    y = -3.0 * torch.sin(3.0 * x)
+    batches, kept = list(zip(x.split(2), y.split(2), strict=True)), tmp_path / "fit"
+
+    def of(scale: float) -> AutoSubnetLaplace:
+        def model(x: Tensor, y: Tensor) -> None:
+            w = pyro.sample("w", dist.Normal(x.new_zeros(()), scale))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(torch.sin(3.0 * w * x), 0.1), obs=y)
+
+        init = init_to_value(values={"w": x.new_ones(())})
+        return AutoSubnetLaplace(model, init_loc_fn=init, curvature="hessian")
+
+    with pytest.raises(PrecisionError, match="raise the prior's precision"):
+        of(1.0).laplace_approximation_from(batches, checkpoint=kept, checkpoint_every=1)
+    found = of(1e-3).laplace_approximation_from(batches, checkpoint=kept)
+    w = torch.tensor(1.0, dtype=torch.float64)
+    right = torch.func.hessian(
+        lambda w: 50.0 * (y - torch.sin(3.0 * w * x)).square().sum() + 5e5 * w.square()
+    )(w)
+    precision = found.get_posterior().precision_matrix
+    assert_close(precision, right.reshape(1, 1), rtol=1e-10, atol=1e-10)
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("chosen", [{"w": [0, 5]}, None, RandomSubnet(4, seed=2)])
