@@ -17,6 +17,7 @@ from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
+from pyro_subnet.tensors.modes import one_thread_at_a_time
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
 from pyro_subnet.tracing.site_distribution import SiteDistribution
@@ -54,7 +55,7 @@ class OutputDraws:
         # Linearized outputs cost one Jacobian of the chosen elements and one product.
         # The network itself runs once for each draw, with one set of D weights at a
         # time.
-        with pyro.validation_enabled(False):
+        with one_thread_at_a_time(), pyro.validation_enabled(False):
             if linearized:
                 return _linearized(call, subnet, theta, math.log(noise_factor))
             return _sampled_network(call, subnet, theta)

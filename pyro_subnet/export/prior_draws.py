@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.modes import one_thread_at_a_time
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.log_prior import log_prior_terms, prior_term
 from pyro_subnet.tracing.trace import is_factor, run_model
@@ -50,7 +51,7 @@ def log_prior_at(
     chosen = set(subnet.indices)
     parents = set[str]().union(*call.latent_parents().values())
     runs = bool(chosen & parents) or any(map(is_factor, nodes.values()))
-    with pyro.validation_enabled(False):
+    with one_thread_at_a_time(), pyro.validation_enabled(False):
         if runs:
             found = []
             for row in theta:

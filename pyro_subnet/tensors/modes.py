@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import torch
+
+# Held while a thread changes what a process has one of, and until it is given back. A
+# thread that holds it may take it again.
+_ALONE = threading.RLock()
+
+
+@contextmanager
+def one_thread_at_a_time() -> Iterator[None]:
+    """Keeps other threads of the package out of what a process has only one of."""
+    with _ALONE:
+        yield
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -35,15 +47,43 @@ def full_precision() -> Iterator[None]:
     """Switches off TF32 and bfloat16 shortcuts of float32 products for a while."""
     # TF32 keeps 10 bits of a factor, and is on by default for convolutions on GPUs. A
     # curvature summed from such products is off by 1e-3, and may have no factor.
-    settings = _precision_settings()
-    before = [getattr(module, name) for module, name, _ in settings]
+    _FULL_PRECISION.enter()
     try:
-        for module, name, exact in settings:
-            setattr(module, name, exact)
         yield
     finally:
-        for (module, name, _), value in zip(settings, before, strict=True):
-            setattr(module, name, value)
+        _FULL_PRECISION.leave()
+
+
+@final
+class _FullPrecision:
+    """Torch's settings, one of each a process: the last thread gives them back."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._before: list[Any] = []
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        """Sets them, if no thread has."""
+        with self._lock:
+            if not self._inside:
+                settings = _precision_settings()
+                self._before = [getattr(module, name) for module, name, _ in settings]
+                for module, name, exact in settings:
+                    setattr(module, name, exact)
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Gives them back, if no other thread needs them."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                settings = zip(_precision_settings(), self._before, strict=True)
+                for (module, name, _), value in settings:
+                    setattr(module, name, value)
+
+
+_FULL_PRECISION = _FullPrecision()
 
 
 def _precision_settings() -> list[tuple[Any, str, Any]]:

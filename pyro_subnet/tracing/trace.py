@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.tensors.modes import one_thread_at_a_time
+from pyro_subnet.tracing.one_thread import OneThread
 
 Model = Callable[..., Any]
 Node = dict[str, Any]
@@ -126,6 +129,7 @@ def run_model(
         poutine.block(),
         poutine.trace() as tracer,
         _Substitute(values, fixed),
+        OneThread(),
     ):
         returned = model(*args, **kwargs)
     trace = tracer.trace
@@ -162,17 +166,21 @@ class _Substitute(Messenger):
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Keeps the param store and the open plates around the call as they are."""
-    store = pyro.get_param_store()
-    known = set(store.keys())
-    # Plates open around the call would collide with the same plates inside it.
-    open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        yield
-    finally:
-        _DIM_ALLOCATOR._stack = open_plates
-        for name in set(store.keys()) - known:
-            del store[name]
+    """Keeps the param store and the open plates around the call as they are.
+
+    One thread at a time, as a process has one of each, and of Pyro's switches.
+    """
+    with one_thread_at_a_time():
+        store = pyro.get_param_store()
+        known = set(store.keys())
+        # Plates open around the call would collide with the same plates inside it.
+        open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+        try:
+            yield
+        finally:
+            _DIM_ALLOCATOR._stack = open_plates
+            for name in set(store.keys()) - known:
+                del store[name]
 
 
 @contextmanager
@@ -191,7 +199,7 @@ def _plain_attention() -> Iterator[None]:
 def preserved_rng() -> Iterator[None]:
     """Gives the global RNG back as it was, on the CPU and the current GPU."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with one_thread_at_a_time(), torch.random.fork_rng(devices=devices):
         yield
 
 
@@ -199,15 +207,22 @@ def preserved_rng() -> Iterator[None]:
 def refuse_training_mode() -> Iterator[None]:
     """Raises a ModelError when a layer runs in a mode that is not deterministic."""
     # Before it runs, because batch statistics would change the layer's buffers. The
-    # hook is global and is removed afterwards: no module is touched.
-    handle = register_module_forward_pre_hook(_check_mode)
+    # hook is global and is removed afterwards: no module is touched. Another thread may
+    # be training a network of its own.
+    owner = threading.get_ident()
+
+    def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if threading.get_ident() == owner:
+            _check_mode(module)
+
+    handle = register_module_forward_pre_hook(check)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _check_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check_mode(module: nn.Module) -> None:
     if module.training and (_changes_itself(module) or _is_random(module)):
         raise ModelError(
             "The network must run in eval mode where a layer's training mode is random "

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_subnet.tensors.modes import one_thread_at_a_time
+
 # Types with a larger epsilon have too few digits for the tolerance of the others.
 _HALF_EPS = 1e-4
 # Any fixed seed serves: what is checked holds for nearly all directions.
@@ -49,6 +51,17 @@ def agree(found: Tensor, expected: Tensor) -> bool:
     return bool(((found - expected).abs() <= tolerance * scale).all())
 
 
+def forward_derivative(
+    function: Callable[[Point], tuple[Tensor, ...]], point: Point, direction: Point
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs of a function, and their derivatives along a direction, forward mode."""
+    # Torch counts the levels of forward mode for the whole process: a second thread
+    # would be nested in the first one's level, and lose it in the middle.
+    with one_thread_at_a_time():
+        outputs, tangents = torch.func.jvp(function, (point,), (direction,))[:2]
+    return outputs, tangents
+
+
 def directional_derivative(
     function: Callable[[Point], tuple[Tensor, ...]],
     point: Point,
@@ -57,8 +70,7 @@ def directional_derivative(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Outputs of a function, and their derivatives along a direction."""
     if forward_mode:
-        outputs, tangents = torch.func.jvp(function, (point,), (direction,))[:2]
-        return outputs, tangents
+        return forward_derivative(function, point, direction)
     # u -> J^T u is linear in u, and its own reverse pass is v -> J v
     outputs, pullback = torch.func.vjp(function, point)[:2]
     zeros = tuple(torch.zeros_like(output) for output in outputs)
@@ -80,7 +92,7 @@ def forward_mode_agrees(
 
     def push(direction: list[Tensor]) -> tuple[Tensor, ...]:
         at = tree_unflatten(direction, spec)
-        return torch.func.jvp(function, (point,), (at,))[1]
+        return forward_derivative(function, point, at)[1]
 
     direction = [random_like(leaf) for leaf in leaves]
     try:

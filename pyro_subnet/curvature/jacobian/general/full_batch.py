@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_subnet.curvature.jacobian.directional import forward_derivative
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
@@ -30,7 +31,7 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     group = max(1, min(outputs.size, budget // (2 * one)))
 
     def push(direction: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.jvp(outputs.outputs, (loc,), (direction,))[1]
+        return forward_derivative(outputs.outputs, loc, direction)[1]
 
     columns = [loc.new_empty(*shape, outputs.size) for shape in outputs.shapes]
     for start in range(0, outputs.size, group):
