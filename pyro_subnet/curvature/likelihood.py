@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch.distributions import Distribution, TransformedDistribution
 
 from pyro_subnet.curvature.families.closed_forms import CLOSED_FORMS
-from pyro_subnet.curvature.families.family import Family
+from pyro_subnet.curvature.families.family import Coordinates, Family
+from pyro_subnet.curvature.families.information import Unknown
 from pyro_subnet.curvature.monte_carlo import sampled_family
+from pyro_subnet.exceptions import UnsupportedLikelihoodError
 
-__all__ = ["Family", "find_family"]
+__all__ = ["Family", "find_family", "readable_or_not"]
 
 # Packages whose classes keep the density of the torch class they extend: Pyro rewrites
 # some `log_prob` for speed.
@@ -37,6 +39,15 @@ def find_family(d: Distribution) -> Family:
         if isinstance(d, known) and _keeps_density(type(d), known):
             return family
     return sampled_family(d)
+
+
+def readable_or_not(d: Distribution) -> Family:
+    """The same, or a family that says why it cannot be taken apart."""
+    # It has a log density, which is all that some curvatures ask for.
+    try:
+        return find_family(d)
+    except UnsupportedLikelihoodError as error:
+        return Family(Coordinates(type(d), ()), Unknown(error))
 
 
 def _keeps_density(kind: type[Distribution], known: type[Distribution]) -> bool:

@@ -216,7 +216,9 @@ def _refuse(d: Distribution, reason: str, cause: Exception | None = None) -> NoR
     raise UnsupportedLikelihoodError(
         f"An observed distribution must be one of {known}, or be built from the "
         "tensors named in its `arg_constraints`, sampled and scored; got "
-        f"{kind.__module__}.{kind.__name__}, {reason}. Observe one of these instead."
+        f"{kind.__module__}.{kind.__name__}, {reason}. Observe one of these instead. "
+        "Its density alone serves `curvature='hessian'`, 'ggn-mc' and 'ef', and "
+        "`Predictive(model, guide=posterior)`."
     ) from cause
 
 

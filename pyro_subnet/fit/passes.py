@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.exceptions import DataError, ModelError
 from pyro_subnet.laplace.summary import FitSummary
+from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
@@ -37,6 +38,7 @@ class DataPass(Generic[Prior]):
 
     Args:
         read_prior: What is kept of the log prior; called once, with its graph.
+        kind: The curvature that is summed; all but the GGN's take a density alone.
 
     Attributes:
         seen: Number of data points that were passed, counted if ``num_data`` is given.
@@ -53,6 +55,7 @@ class DataPass(Generic[Prior]):
         subnet: Subnet,
         data: Data,
         read_prior: ReadPrior[Prior],
+        kind: Curvature = "ggn",
     ):
         self.seen = 0
         self.log_prior: float | None = None
@@ -60,13 +63,16 @@ class DataPass(Generic[Prior]):
         self.numbers = torch.zeros(3, dtype=torch.float64)
         self.scales_noise = True
         self._at_map, self._subnet, self._data = at_map, subnet, data
-        self._read_prior = read_prior
+        self._read_prior, self._kind = read_prior, kind
         self._prior: Prior | None = None
 
     def calls(self, batches: Iterable[Batch]) -> Iterator[SubnetCall]:
         """Passes over the data; yields the calls whose outputs the subnet moves."""
         for args, kwargs in batches:
             call = ModelCall.read(self._at_map, args, kwargs)
+            if self._kind == "ggn":
+                for site in call.sites:
+                    site.require_outputs()
             graph = call.graph()
             self._meet(call, graph)
             subnet_call = self._over_subnet(call, graph)

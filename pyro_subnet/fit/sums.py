@@ -88,7 +88,7 @@ class FitSums:
         self._subnet, self._like, self._budget = subnet, like, budget
         self._kind = options.curvature
         self._tolerance = torch.finfo(loc.dtype).eps ** 0.5
-        self._pass = DataPass(at_map, subnet, data, self._read_prior)
+        self._pass = DataPass(at_map, subnet, data, self._read_prior, self._kind)
         self._last = 0.0  # log likelihood of the batch that was added last
 
     def over(self, batches: Iterable[Batch]) -> SubnetCurvature:
@@ -193,7 +193,8 @@ def diagonal_curvature(
 ) -> DiagonalCurvature:
     """Both diagonals over all D elements, by one pass; no matrix over D is formed."""
     everything = at_map.latents.everything
-    passed = DataPass(at_map, everything, data, partial(prior_diagonal, budget=budget))
+    read_prior = partial(prior_diagonal, budget=budget)
+    passed = DataPass(at_map, everything, data, read_prior, kind)
     ggn = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
     for call in passed.calls(data.calls("Variances")):
         ggn += squared_columns(*call.rows(kind), budget)

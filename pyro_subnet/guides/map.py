@@ -131,7 +131,9 @@ class AutoSubnetLaplace(AutoAtMAP):
                 raise
             raise ModelError(
                 f"Every latent site must be continuous; got discrete site {site!r}. "
-                f"Hide it with `poutine.block(model, hide=[{site!r}])`, or sum it out."
+                "Sum it out, as `dist.MixtureSameFamily` does, and pass "
+                "`curvature='hessian'`; or give it data. Enumeration, "
+                "https://pyro.ai/examples/enumeration.html, serves the ELBO alone."
             ) from error
         if self.master is None:
             self._take_key()

@@ -220,6 +220,8 @@ class Expander:
 
 def expanded_keys(call: ModelCall) -> list[Key]:
     """The output sites, deterministic sites and returned tensors of a call."""
+    for site in call.sites:
+        site.require_outputs()
     keys: list[Key] = [("output", site.name) for site in call.sites]
     for name, node in call.trace.nodes.items():
         if is_deterministic(node) and node["value"].is_floating_point():

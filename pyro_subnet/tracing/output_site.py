@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.likelihood import Family, find_family
+from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
 from pyro_subnet.tracing.trace import Node, plate_scale
@@ -30,8 +30,8 @@ class OutputSite:
     def read(cls, name: str, node: Node) -> OutputSite:
         """The site; an error if a parameter of its distribution is not finite."""
         taken = SiteDistribution.of(node["fn"], node["value"])
-        site = cls(name, find_family(taken.base), taken, node)
-        for part, value in site.family.outputs(taken.base).items():
+        site = cls(name, readable_or_not(taken.base), taken, node)
+        for part, value in site.own(node).items():
             # Minus infinity is a class or count of probability zero, as masks make it.
             bad = int((value.isnan() | value.isposinf()).sum())
             if bad:
@@ -64,25 +64,43 @@ class OutputSite:
             plates = [size for size in plates if size == rows]
         return plates[0] if len(plates) == 1 else None
 
+    def own(self, node: Node) -> dict[str, Tensor]:
+        """Unconstrained parameters in some run; of an unreadable family its density."""
+        taken = SiteDistribution.of(node["fn"], node["value"])
+        if self.family.unreadable is None:
+            return self.family.outputs(taken.base)
+        density = taken.base.log_prob(node["value"]).expand(taken.element_shape)
+        # What is masked may be NaN.
+        live = site_weights(node, taken, False).reshape(density.shape) != 0
+        return {"log_prob": density.where(live, 0.0).unsqueeze(-1)}
+
+    def require_outputs(self) -> None:
+        """Refuses a family that has a density alone.
+
+        Raises:
+            UnsupportedLikelihoodError: Why it cannot be taken apart.
+        """
+        if self.family.unreadable is not None:
+            raise self.family.unreadable
+
     def widths(self, parts: Sequence[str]) -> list[int]:
         """Numbers that each of some parameters has in an element; they add up to c."""
-        values = self.family.outputs(self.distribution.base)
+        values = self.own(self.node)
         return [values[part].shape[-1] for part in parts]
 
     def outputs(self, node: Node, parts: Sequence[str] | None = None) -> Tensor:
         """Unconstrained parameters in some run, by default all, (*element shape, c)."""
         taken = SiteDistribution.of(node["fn"], node["value"])
-        values = self.family.outputs(taken.base)
+        values = self.own(node)
         chosen = list(values) if parts is None else parts
         joined = torch.cat([values[part] for part in chosen], dim=-1)
         return joined.expand(*taken.element_shape, joined.shape[-1])
 
     def moved_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
         """Names of the parameters whose graph, in ``node``'s run, reaches any leaf."""
-        base = SiteDistribution.of(node["fn"], node["value"]).base
         return tuple(
             part
-            for part, value in self.family.outputs(base).items()
+            for part, value in self.own(node).items()
             if value.requires_grad and _reaches(value, leaves)
         )
 
@@ -99,8 +117,8 @@ class OutputSite:
 
     def check_repeats(self, node: Node) -> None:
         """Refuses a random model, which has no Jacobian: two runs must agree."""
-        again = self.family.outputs(SiteDistribution.of(node["fn"], node["value"]).base)
-        for part, value in self.family.outputs(self.distribution.base).items():
+        again = self.own(node)
+        for part, value in self.own(self.node).items():
             second = again[part].detach()
             tolerance = torch.finfo(value.dtype).eps ** 0.5
             if not torch.allclose(value, second, tolerance, tolerance):

@@ -68,6 +68,12 @@ class SubnetCall:
 
     def outputs(self) -> OutputMap:
         r"""Map :math:`\theta_S \mapsto \eta` of the moved parameters, by site."""
+        for site in self.sites:
+            site.require_outputs()
+        return self._own()
+
+    def _own(self) -> OutputMap:
+        """The same; of an unreadable family the log density."""
 
         def read(trace: poutine.Trace) -> tuple[Tensor, ...]:
             found = (
@@ -107,7 +113,7 @@ class SubnetCall:
         sites, base = self.sites, self.call.latents.values
         # With `sampled`, labels that the model draws at the MAP replace the data.
         labels = [part for site in sites for part in self._labels(site, power, sampled)]
-        outputs = self.outputs()
+        outputs = self._own()
         # A data point is a row of the axis that all observed sites share: its elements
         # e, at all sites, add up. Without such an axis they add up within each site.
         together = len({site.leading for site in sites}) == 1
@@ -155,7 +161,7 @@ class SubnetCall:
                 value = value.where(live, other)
         if not taken.element_shape:
             value = value.unsqueeze(0)
-        dtype = next(iter(site.family.outputs(taken.base).values())).dtype
+        dtype = next(iter(site.own(site.node).values())).dtype
         return value.detach(), weight.to(dtype)
 
 

@@ -13,8 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_subnet.curvature.families.information import Information, Matrix, Root
-from pyro_subnet.exceptions import NonFiniteError, OptionError
+from pyro_subnet.curvature.families.information import (
+    Information,
+    Matrix,
+    Root,
+    Unknown,
+)
+from pyro_subnet.exceptions import (
+    NonFiniteError,
+    OptionError,
+    UnsupportedLikelihoodError,
+)
 
 Output = Float[Tensor, "*batch width"]
 
@@ -125,6 +134,12 @@ class Family:
     def distribution(self) -> type[Distribution]:
         """The class that :meth:`parameters` are arguments of."""
         return self.coordinates.distribution
+
+    @property
+    def unreadable(self) -> UnsupportedLikelihoodError | None:
+        """Why there is neither η nor Λ, but a density alone; None where there are."""
+        found = self.information
+        return found.error if isinstance(found, Unknown) else None
 
     @property
     def part_names(self) -> tuple[str, ...]:

@@ -64,6 +64,22 @@ class Orthogonal(Information):
 
 @final
 @dataclass(frozen=True)
+class Unknown(Information):
+    """None is known: the error says what the family lacks."""
+
+    error: UnsupportedLikelihoodError
+
+    def fisher(self, d: Distribution, parts: tuple[str, ...]) -> Matrix:
+        """See :meth:`Information.fisher`."""
+        raise self.error
+
+    def root(self, d: Distribution, parts: tuple[str, ...]) -> Root:
+        """See :meth:`Information.root`."""
+        raise self.error
+
+
+@final
+@dataclass(frozen=True)
 class Coupled(Information):
     """A dense Λ between scalar parts, computed in float64."""
 
