@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import CheckpointError, OptionError
 from pyro_subnet.files.fingerprint import check_sites, digest, site_records
-from pyro_subnet.files.safe_file import Content, read_file, write_file
+from pyro_subnet.files.safe_file import Content, check_path, read_file, write_file
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Batch, Data
@@ -95,6 +95,7 @@ class FitCheckpoint:
             # Selectors without a pass are asked again, and must choose the same.
             "selector": digest(selector) if passes else None,
         }
+        check_path(path)
         random = options.curvature == "ggn-mc"
         new = cls(path, every, identity, loc.device if random else None)
         if Path(path).exists():
@@ -144,7 +145,7 @@ class FitCheckpoint:
 
     def remove(self) -> None:
         """Deletes the file, once the fit is done."""
-        Path(self.path).unlink(missing_ok=True)
+        Path(os.path.realpath(self.path)).unlink(missing_ok=True)
 
     @property
     def _name(self) -> str:

@@ -34,6 +34,15 @@ _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = b"0" * 64
 _CHUNK = 1 << 20
 
+# What else may stand at a path.
+_KINDS = {
+    stat.S_ISDIR: "directory",
+    stat.S_ISFIFO: "pipe",
+    stat.S_ISCHR: "device",
+    stat.S_ISBLK: "device",
+    stat.S_ISSOCK: "socket",
+}
+
 Content = dict[str, Any]
 
 
@@ -44,13 +53,9 @@ def write_file(
     content: Content,
 ) -> None:
     """Writes tensors and JSON to a file whole, or leaves the one that is there."""
+    check_path(path)
     # A link is followed: the file that it points to is replaced.
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise CheckpointError(
-            f"`path` must be that of a file; got the directory {str(target)!r}. Add a "
-            "file name."
-        )
     header = {
         "kind": kind,
         "version": FORMAT_VERSION,
@@ -86,13 +91,14 @@ def read_file(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[dict[str, Tensor], Content]:
     """Tensors, on the CPU and not mapped, and content, after a check of every byte."""
-    if Path(path).is_dir():
+    check_path(path)
+    try:
+        with open(path, "rb") as file:
+            recorded, found, _ = _digests(file)
+    except (PermissionError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"`path` must be that of a file; got the directory {os.fspath(path)!r}. "
-            "Add the file's name."
-        )
-    with open(path, "rb") as file:
-        recorded, found, _ = _digests(file)
+            f"`path` must be that of a file that can be read; got {error}. Check it."
+        ) from error
     if recorded != found:
         raise CheckpointError(
             f"{os.fspath(path)!r} must be as it was written; got a file that is "
@@ -112,6 +118,27 @@ def read_file(
             f"cannot be read: {error}. Take another copy of it."
         ) from error
     return tensors, content
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuses what is neither a regular file, nor a link to one, nor a new name."""
+    # A device or a pipe would be replaced by a file, or read for ever.
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # links in a circle, no permission, NUL
+        raise CheckpointError(
+            f"`path` must be one that can be looked up; got {os.fspath(path)!r}: "
+            f"{error}. Check its links and directories."
+        ) from error
+    if not stat.S_ISREG(mode):
+        known = (kind for test, kind in _KINDS.items() if test(mode))
+        raise CheckpointError(
+            "`path` must be that of a regular file, or a new name; got the "
+            f"{next(known, 'special file')} {os.fspath(path)!r}. Pass the path of a "
+            "file."
+        )
 
 
 def _check_kind(path: str | os.PathLike[str], kind: str, content: Content) -> None:

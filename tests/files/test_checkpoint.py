@@ -667,6 +667,37 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         posterior.save(tmp_path / "file" / "posterior")
 
 
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
+    posterior = AutoSubnetLaplace(tiny).laplace_approximation(*DATA)
+    pipe, link, circle = (tmp_path / name for name in ("pipe", "link", "circle"))
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    circle.symlink_to(circle)
+    for path in (pipe, link):
+        with pytest.raises(CheckpointError, match=r"regular file, .*got the pipe"):
+            posterior.save(path)
+        with pytest.raises(CheckpointError, match=r"regular file, .*got the pipe"):
+            load(path, tiny, *DATA)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    with pytest.raises(CheckpointError, match=r"looked up; .*circle"):
+        posterior.save(circle)
+    assert circle.is_symlink()
+    # Not saved to: were it replaced, the machine would be the worse for it.
+    with pytest.raises(CheckpointError, match="got the device '/dev/null'"):
+        load("/dev/null", tiny, *DATA)
+    with pytest.raises(CheckpointError, match="null byte"):
+        posterior.save("a\0b")
+
+
+def test_a_link_to_nothing_is_a_new_name(tmp_path: Path) -> None:
+    posterior = AutoSubnetLaplace(tiny).laplace_approximation(*DATA)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "new")
+    posterior.save(link)
+    assert link.is_symlink()
+    assert_close(load(tmp_path / "new", tiny, *DATA).loc, posterior.loc)
+
+
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 

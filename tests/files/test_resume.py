@@ -561,6 +561,24 @@ def test_where_it_cannot_be_written_the_fit_does_not_begin(tmp_path: Path) -> No
     assert loader.passes == 0
 
 
+def test_a_pipe_is_refused_before_the_fit_begins(tmp_path: Path) -> None:
+    loader, pipe = Loader(None), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    made = guide(None)
+    made(*BATCHES[0])
+    with pytest.raises(CheckpointError, match=r"regular file, .*got the pipe"):
+        made.laplace_approximation_from(loader, checkpoint=pipe)
+    assert loader.passes == 0
+
+
+def test_a_checkpoint_through_a_link_is_deleted_where_it_is(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "fit")
+    guide().laplace_approximation_from(BATCHES, checkpoint=link, checkpoint_every=1)
+    assert link.is_symlink()
+    assert not (tmp_path / "fit").exists()
+
+
 def test_a_count_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"`checkpoint_every` must be .*got 0"):
         guide().laplace_approximation_from(
