@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_subnet._version import __version__
 from pyro_subnet.export.arrays import container, dataset, element_labels
+from pyro_subnet.export.labels import check_labels
 from pyro_subnet.export.output_draws import OutputDraws
 from pyro_subnet.export.prior_draws import draw_prior
 from pyro_subnet.export.subnet_values import site_elements
@@ -45,7 +46,7 @@ class Groups:
     source: DrawnModel
     chains: int  # that the posterior's draws are cut into
     dims: dict[str, Sequence[str]]  # names of axes, by variable
-    coords: dict[str, Any]  # labels along axes, by their names
+    coords: dict[str, Any]  # labels along axes, by their names; grows
     sites: Sequence[str] | None  # latent sites to show; None for all with elements
     found: dict[str, xarray.Dataset] = field(default_factory=dict)
     call: ModelCall = field(init=False)  # on the training data, by `add_data`
@@ -63,7 +64,8 @@ class Groups:
             return
         is_data, dims = name.endswith("_data"), dict(self.dims)
         if name in {"posterior", "prior"}:
-            dims |= {site: [f"{site}_elem"] for site in self.source.subnet.layout.names}
+            names = self.source.subnet.layout.names
+            dims = {site: [f"{site}_elem"] for site in names} | dims
         self.found[name] = dataset(
             {key: _array(value) for key, value in variables.items()},
             chains=None if is_data else chains or self.chains,
@@ -77,6 +79,7 @@ class Groups:
     ) -> OutputDraws:
         """Adds draws theta, (K, S), at the training data; the observed sites there."""
         self.call = ModelCall.read(self.source.at_map, args, kwargs)
+        check_labels(self.dims, self.coords, _shapes(self.call))
         self._add_elements("posterior", theta, self.chains)
         drawn = self._at_draws(self.call, theta)
         self.add("posterior_predictive", drawn.samples)
@@ -126,14 +129,15 @@ class Groups:
 
     def _add_elements(self, name: str, theta: Tensor, chains: int) -> None:
         latents, subnet = self.source.at_map.latents, self.source.subnet
-        elements = site_elements(latents, subnet, theta, self.sites)
+        elements = site_elements(latents, subnet, theta, self.sites, self.dims)
+        variables = {}
         for site, part in elements.items():
+            if site in self.dims or not part.shape:
+                variables[site] = part.values.reshape(-1, *part.shape)
+                continue
             where = part.positions.tolist()
             self.coords[f"{site}_elem"] = element_labels(where, part.shape)
-        variables = {
-            site: part.values if part.shape else part.values.squeeze(-1)
-            for site, part in elements.items()
-        }
+            variables[site] = part.values
         self.add(name, variables, chains=chains)
 
     def _at_draws(self, call: ModelCall, theta: Tensor) -> OutputDraws:
@@ -145,6 +149,20 @@ class Groups:
             linearized=source.linearized,
             noise_factor=source.noise_factor,
         )
+
+
+def _shapes(call: ModelCall) -> dict[str, torch.Size]:
+    """Shapes of what a user may name the axes of: sites, and tensor arguments."""
+    latents = call.latents
+    found = {
+        name: latents.transforms[name].forward_shape(value.shape)
+        for name, value in latents.values.items()
+    }
+    for site in call.sites:
+        taken = site.distribution
+        found[site.name] = taken.element_shape + taken.base.event_shape
+    named = _named(_by_parameter(call))
+    return {name: leaf.shape for name, leaf in named} | found
 
 
 def _array(value: Tensor) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError, OptionError
 from pyro_subnet.export.groups import DrawnModel, Groups
+from pyro_subnet.export.labels import names_of_axes
 from pyro_subnet.export.prior_draws import log_prior_at
 from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
@@ -26,7 +27,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.trace import preserved_rng
 
-Dims = Mapping[str, Sequence[str]]
+Dims = Mapping[str, str | Sequence[str]]
 Coords = Mapping[str, Any]
 
 
@@ -53,8 +54,9 @@ def to_inference_data(
 
     - ``posterior``: for each site a variable of its name, with the elements that the
       subnet moves, as the model sees them (constrained). Axes ``("chain", "draw",
-      "<site>_elem")``, labelled ``"[3, 7]"``; a scalar site has no third one. Where a
-      constraint ties elements together (a simplex), all of these appear.
+      "<site>_elem")``, labelled ``"[3, 7]"``; a scalar site has no third one, and one
+      that ``dims`` names has its own axes. Where a constraint ties elements together (a
+      simplex), all of these appear.
     - ``sample_stats``: ``lp``, :math:`\log q(\theta_k)` of the Laplace posterior, and
       ``log_importance_ratio``, :math:`\log p(y, \theta_k) - \log q(\theta_k)`, which is
       constant where the posterior is exact. The ratio is left out without data, and if
@@ -88,7 +90,10 @@ def to_inference_data(
             diagnostics of chains show no more than that.
         coords: Labels along axes, by their names: ``{"site": ["a", "b"]}``.
             ``predictions`` take none: their rows are numbered.
-        dims: Names of axes of y and arguments, by variable: ``{"y": ["site"]}``.
+        dims: Names of axes by variable, of y, arguments and latent sites: ``{"y":
+            ["site"]}``. A latent site that is named here is shown in its own shape, K
+            times all its elements, those outside the subnet at the MAP; ArviZ has no
+            diagnostics of draws that are constant.
         sites: Latent sites to show; by default all that hold chosen elements.
         seed: Seed of a random state of its own, which leaves the global one as it was;
             by default the global one is used.
@@ -98,7 +103,8 @@ def to_inference_data(
         An ``arviz.InferenceData``, with ArviZ 1.0 and later an ``xarray.DataTree``.
 
     Raises:
-        OptionError: If the draws cannot be cut into that many chains.
+        OptionError: If the draws cannot be cut into that many chains, or ``dims`` or
+            ``coords`` do not fit the variables.
         SelectionError: If one of ``sites`` holds no chosen element.
         SubnetError: If the model does not fit the posterior.
 
@@ -119,7 +125,7 @@ def to_inference_data(
         standard = standard_normal((num_samples, gaussian.size), gaussian.loc, None)
         theta = gaussian.draw(standard)
         log_q = gaussian.log_prob(theta).double()
-        groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
+        groups = Groups(source, chains, names_of_axes(dims), dict(coords or {}), sites)
         drawn = groups.add_data(theta, args, kwargs)
         stats = {"lp": log_q}
         factors = posterior.prior_factor, noise
@@ -191,7 +197,7 @@ def from_hybrid_mcmc(
     by_chain = _subnet_draws(mcmc, source.subnet)
     theta, chains = by_chain.flatten(0, 1), len(by_chain)
     with _random_numbers(seed):
-        groups = Groups(source, chains, dict(dims or {}), dict(coords or {}), sites)
+        groups = Groups(source, chains, names_of_axes(dims), dict(coords or {}), sites)
         drawn = groups.add_data(theta, args, kwargs)
         stats = {}
         if drawn.log_likelihood:

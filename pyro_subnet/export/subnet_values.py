@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -36,8 +36,10 @@ def site_elements(
     subnet: Subnet,
     theta: Float[Tensor, "draws subnet"],
     sites: Sequence[str] | None = None,
+    whole: Container[str] = (),
 ) -> dict[str, SiteElements]:
     """Constrained values of the elements that draws theta, (K, S), move, by site."""
+    # Of the sites in `whole` every element, those outside the subnet at the MAP.
     chosen, pieces = subnet.indices, subnet.split(theta)
     for name in sites or ():
         if name not in chosen:
@@ -47,7 +49,11 @@ def site_elements(
             )
     return {
         name: _elements(
-            latents.values[name], latents.transforms[name], within, pieces[name]
+            latents.values[name],
+            latents.transforms[name],
+            within,
+            pieces[name],
+            name in whole,
         )
         for name, within in chosen.items()
         if sites is None or name in sites
@@ -55,13 +61,14 @@ def site_elements(
 
 
 def _elements(
-    base: Tensor, transform: Transform, within: Tensor, piece: Tensor
+    base: Tensor, transform: Transform, within: Tensor, piece: Tensor, whole: bool
 ) -> SiteElements:
     """One site's elements, of which a few draws are constrained at a time."""
     plain = transform
     while isinstance(plain, IndependentTransform):  # what `to_event` makes of one
         plain = plain.base_transform
-    if isinstance(plain, ComposeTransform) and not plain.parts:  # the identity
+    identity = isinstance(plain, ComposeTransform) and not plain.parts
+    if identity and not whole:
         return SiteElements(within, base.shape, piece.detach())
     # Where a constraint acts element by element these are the subnet's own elements;
     # where it ties elements together (a simplex, a Cholesky factor), all elements of
@@ -72,6 +79,8 @@ def _elements(
     groups = (within // inside).unique()
     within_group = torch.arange(outside, device=within.device)
     positions = (groups.unsqueeze(-1) * outside + within_group).flatten()
+    if whole:
+        positions = torch.arange(math.prod(shape), device=within.device)
     held = max(1, _HELD_AT_ONCE // max(base.numel(), 1))
     parts = []
     for some in piece.split(held):

@@ -428,6 +428,73 @@ def test_names_of_axes_and_labels_are_the_users() -> None:
     assert list(idata.predictions["y"]["city"].values) == [0, 1]
 
 
+def grouped(group: Tensor, y: Tensor | None = None) -> None:
+    with pyro.plate("groups", 3):
+        effect = pyro.sample("effect", dist.Normal(y.new_zeros(()), 1.0))
+        share = pyro.sample("share", dist.Dirichlet(y.new_ones(2)))
+    with pyro.plate("data", len(group)):
+        loc = effect[group] + share[group, 0]
+        pyro.sample("y", dist.Normal(loc, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("chosen", [None, {"effect": [1], "share": [2]}])
+def test_axes_of_latent_sites_have_the_users_names(
+    chosen: Any, dtype: torch.dtype
+) -> None:
+    group, y = torch.arange(9) % 3, torch.randn(9, dtype=dtype)
+    subnet = chosen and {site: torch.tensor(at) for site, at in chosen.items()}
+    posterior = AutoSubnetLaplace(grouped, subnet).laplace_approximation(group, y)
+    labels: dict[str, Any] = {
+        "dims": {"effect": "county", "share": ["county", "part"]},
+        "coords": {"county": list("ABC"), "part": ["urban", "rural"]},
+    }
+    both = [
+        to_inference_data(posterior, group, y, num_samples=12, chains=2, seed=3, **more)
+        for more in ({}, labels)
+    ]
+    for name in ("posterior", "prior"):
+        plain, found = (idata[name] for idata in both)
+        assert found["effect"].dims == ("chain", "draw", "county")
+        assert found["share"].dims == ("chain", "draw", "county", "part")
+        at_map = {site: value for site, value in posterior.median().items()}
+        for site, at in at_map.items():
+            moved = plain[f"{site}_elem"].values.tolist()
+            for index in np.ndindex(*at.shape):
+                label = f"[{', '.join(map(str, index))}]"
+                values = found[site].values[(..., *index)]
+                if label in moved:
+                    expected = plain[site].sel({f"{site}_elem": label}).values
+                else:
+                    expected = np.full_like(values, float(at[index]))
+                np.testing.assert_allclose(values, expected, **EQUAL)
+    assert both[1].posterior["share"].sel(county="B", part="rural").shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"dims": {"efect": ["county"]}}, r"some of .*'effect'.*; got 'efect'\. Check"),
+        (
+            {"dims": {"effect": ["chain", "county"]}},
+            r"at most its 1 axes, of shape .3,.; got .'chain', 'county'.\. Leave",
+        ),
+        (
+            {"dims": {"effect": ["county"]}, "coords": {"county": ["A", "B"]}},
+            r"one label for each of the 3 elements .* 'effect'; got 2\. Pass 3 labels",
+        ),
+        (
+            {"dims": {"effect": ["county"], "y": ["county"]}},
+            r"one length alike; got 'county' for 3 elements of 'effect' and 9 of 'y'",
+        ),
+    ],
+)
+def test_names_and_labels_that_do_not_fit(labels: Any, message: str) -> None:
+    group, y = torch.arange(9) % 3, torch.randn(9)
+    posterior = AutoSubnetLaplace(grouped).laplace_approximation(group, y)
+    with pytest.raises(OptionError, match=message):
+        to_inference_data(posterior, group, y, **labels)
+
+
 class Module(PyroModule):  # type: ignore[misc]
     """Arguments inside of a mapping, and one that is no row."""
 
