@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander, Key
+from pyro_subnet.tensors.modes import without_autocast
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor, is_output
@@ -56,7 +57,8 @@ class LinearizedModel:
         draws = Draws(call, self._parents)
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
-        with _LinearizedSites(call, draws, tangents, factors, self._noise_factor):
+        sites = _LinearizedSites(call, draws, tangents, factors, self._noise_factor)
+        with without_autocast(), sites:
             returned = self._at_map.model(*args, **kwargs)
         leaves, spec = tree_flatten(returned)
         for i, leaf in enumerate(leaves):

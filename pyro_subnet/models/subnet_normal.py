@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_subnet.gaussians.base import Gaussian
+from pyro_subnet.tensors.modes import full_precision
 
 
 @final
@@ -47,25 +48,30 @@ class SubnetNormal(TorchDistribution):
         return self.gaussian.loc
 
     @property
+    @full_precision()
     def precision_matrix(self) -> Tensor:
         """Inverse of the covariance, shape (S, S)."""
         return self.gaussian.precision_matrix()
 
     @property
+    @full_precision()
     def covariance_matrix(self) -> Tensor:
         """Covariance, shape (S, S)."""
         return self.gaussian.covariance_matrix()
 
     @property
+    @full_precision()
     def scale_tril(self) -> Tensor:
         """Lower Cholesky factor of the covariance, shape (S, S)."""
         return self.gaussian.scale_tril()
 
     @property
+    @full_precision()
     def variance(self) -> Tensor:
         """Marginal variances, shape (S,)."""
         return self.gaussian.variance()
 
+    @full_precision()
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density.
 
@@ -79,6 +85,7 @@ class SubnetNormal(TorchDistribution):
             self._validate_sample(value)
         return self.gaussian.log_prob(value)
 
+    @full_precision()
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, differentiable in ``loc``.
 
@@ -95,6 +102,7 @@ class SubnetNormal(TorchDistribution):
         )
         return self.gaussian.draw(noise)
 
+    @full_precision()
     def entropy(self) -> Tensor:
         """Differential entropy in nats."""
         return self.gaussian.entropy()

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.gaussians.base import Gaussian, standard_normal
+from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.predictions.links.integration import Integration, PredictiveOptions
 from pyro_subnet.predictions.links.likelihood import Likelihood
 from pyro_subnet.tensors.lower_factor import lower_factor
@@ -54,7 +55,7 @@ class OutputGaussian:
         loc, factor = self.moments(joint=joint)
         # A singular covariance has zeros on the factor's diagonal, which torch's check
         # of the argument, though not its arithmetic, refuses.
-        return dist.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+        return FullNormal(loc, scale_tril=factor, validate_args=False)
 
     def problem(self, options: PredictiveOptions) -> Integration:
         """The integral that gives the distribution of y at the only site."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
 import torch
 
+# Kinds of devices that `torch.autocast` may be on for.
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 # Held while a thread changes what a process has one of, and until it is given back. A
 # thread that holds it may take it again.
 _ALONE = threading.RLock()
@@ -43,13 +45,24 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leaves ``torch.autocast``; what is entered inside is on as it asks."""
+    with ExitStack() as stack:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """Switches off TF32 and bfloat16 shortcuts of float32 products for a while."""
+    """Switches off autocast, and TF32 and bfloat16 shortcuts of float32 products."""
     # TF32 keeps 10 bits of a factor, and is on by default for convolutions on GPUs. A
     # curvature summed from such products is off by 1e-3, and may have no factor.
     _FULL_PRECISION.enter()
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         _FULL_PRECISION.leave()
 

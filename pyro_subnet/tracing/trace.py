@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Layout, Subnet
-from pyro_subnet.tensors.modes import one_thread_at_a_time
+from pyro_subnet.tensors.modes import one_thread_at_a_time, without_autocast
 from pyro_subnet.tracing.one_thread import OneThread
 
 Model = Callable[..., Any]
@@ -121,9 +121,11 @@ def run_model(
 ) -> poutine.Trace:
     """Trace of a model at constrained values, hidden from all handlers around it."""
     # Validation branches on values, which `vmap` cannot do. Attention runs on its plain
-    # kernels, which have derivatives of every order.
+    # kernels, which have derivatives of every order. Autocast around the call would
+    # round its outputs; a model that wants it enters it itself.
     with (
         apart(),
+        without_autocast(),
         _plain_attention(),
         pyro.validation_enabled(False),
         poutine.block(),

@@ -170,3 +170,88 @@ def test_shortcuts_are_given_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError, match="no"):
         fail()
     assert state() == before
+
+
+def regression(form: str) -> tuple[AutoSubnetMultivariateNormal, Tensor, Tensor]:
+    net = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 2))
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    x, y = torch.randn(11, 3), torch.randn(11, 2)
+    bnn = bayesianize(net)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = bnn(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
+        return mean
+
+    init = init_to_module(net)
+    guide = AutoSubnetLaplace(model, LargestVariance(20), init_loc_fn=init, form=form)
+    return guide.laplace_approximation(x, y), x, y
+
+
+def numbers(form: str) -> dict[str, Tensor]:
+    """What a user may ask of a posterior, all of it computed in the mode around."""
+    posterior, x, y = regression(form)
+    gaussian = posterior.get_posterior()
+    outputs = posterior.output_distribution(x)
+    hybrid = pyro.condition(
+        posterior.hybrid_model(linearized=True), {"subnet": gaussian.loc + 0.1}
+    )
+    linearized = posterior.linearized_model
+    options: dict[str, Any] = {"guide": posterior, "return_sites": ["_RETURN"]}
+    draws = Predictive(linearized, num_samples=3, **options)
+    parallel = Predictive(linearized, num_samples=30, parallel=True, **options)
+    return {
+        "subnet": posterior.subnet.flat,
+        "precision": gaussian.precision_matrix,
+        "covariance": gaussian.covariance_matrix,
+        "scale_tril": gaussian.scale_tril,
+        "variance": gaussian.variance,
+        "log_prob": gaussian.log_prob(gaussian.loc + 0.1),
+        "draws": gaussian.rsample(torch.Size([3])),
+        "evidence": posterior.log_marginal_likelihood(prior_factor=2.0),
+        "update": posterior.update(x, y).get_posterior().precision_matrix,
+        "outputs": outputs.covariance_matrix,
+        "expanded": outputs.expand([2, 11]).covariance_matrix,
+        "output draws": outputs.rsample(),
+        "output density": outputs.log_prob(y),
+        "joint": posterior.output_distribution(x, joint=True).covariance_matrix,
+        "predictive": posterior.predictive_distribution(x).covariance_matrix,
+        "linearized": draws(x)["_RETURN"],
+        "parallel": parallel(x)["_RETURN"],
+        "hybrid": pyro.poutine.trace(hybrid).get_trace(x, y).log_prob_sum(),
+    }
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_autocast_around_a_call_rounds_nothing(form: str) -> None:
+    pyro.set_rng_seed(1)
+    expected = numbers(form)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = numbers(form)
+        assert torch.is_autocast_enabled("cpu")
+    for name, value in expected.items():
+        assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_model_may_enter_autocast_itself() -> None:
+    seen: list[torch.dtype] = []
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = x @ w.unsqueeze(-1)
+        seen.append(mean.dtype)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean.squeeze(-1).float(), 0.5), obs=y)
+
+    x = torch.randn(9, 2)
+    posterior = AutoSubnetLaplace(model).laplace_approximation(x, x[:, 0])
+    assert set(seen) == {torch.bfloat16}
+    expected = 4 * x.double().T @ x.double() + torch.eye(2).double()
+    found = posterior.get_posterior().precision_matrix
+    assert relative(found.double(), expected) < HALF[torch.bfloat16]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.tensors.lower_factor import lower_factor
 
 
@@ -34,4 +35,4 @@ def multivariate(
 ) -> dist.MultivariateNormal:
     """The same as a multivariate normal, also for a single output."""
     scale_tril = lower_factor(torch.cat([factor, noise], dim=-1))
-    return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+    return FullNormal(loc, scale_tril=scale_tril)

@@ -1,0 +1,38 @@
+"""Torch's multivariate normal, whose products autocast does not round."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.utils import lazy_property
+
+from pyro_subnet.tensors.modes import full_precision
+
+
+@final
+class FullNormal(dist.MultivariateNormal):
+    """A multivariate normal in full precision, inside ``torch.autocast`` as well.
+
+    Torch multiplies when it is asked for a covariance or a draw, which may be long
+    after the computation that made the distribution.
+    """
+
+    @lazy_property
+    @full_precision()
+    def covariance_matrix(self) -> Tensor:
+        """Covariance, shape (..., C, C)."""
+        factor = self._unbroadcasted_scale_tril
+        return (factor @ factor.mT).expand(self.scale_tril.shape)
+
+    @full_precision()
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws, shape ``sample_shape + batch_shape + (C,)``, differentiable."""
+        return super().rsample(sample_shape)
+
+    @full_precision()
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of values of shape (..., C), in nats."""
+        return super().log_prob(value)
