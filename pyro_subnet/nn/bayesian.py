@@ -1,17 +1,19 @@
-"""Torch networks as Pyro modules, with priors on their weights."""
+"""A torch network whose weights are sample sites, with priors on them."""
 
 from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -34,6 +36,29 @@ class _NormalPrior:
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """One weight that a module is drawing.
+
+    Attributes:
+        name: The weight's name in the module.
+        call: What tells one call of the module from another.
+    """
+
+    module: BayesianModule
+    name: str
+    call: object
+
+
+_DRAWING: ContextVar[Drawing | None] = ContextVar("drawing", default=None)
+
+
+def drawing() -> Drawing | None:
+    """The weight of a bayesianized network that is being drawn, if any is."""
+    return _DRAWING.get()
+
+
+@final
 class BayesianModule(PyroModule):
     """A network whose trainable parameters are sample sites of the same names.
 
@@ -49,8 +74,12 @@ class BayesianModule(PyroModule):
 
     def __init__(self, net: nn.Module, prior: Prior):
         super().__init__()
+        # Wrapped for several devices, torch cannot run it with weights from outside.
+        while isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            net = net.module
         self.net = copy.deepcopy(net)
         self._prior = prior
+        self._used = False
         everywhere = list(self.net.named_parameters(remove_duplicate=False))
         self._names = {
             name: [other for other, tied in everywhere if tied is parameter]
@@ -66,6 +95,9 @@ class BayesianModule(PyroModule):
         self._padding_rows = _padding_rows(self.net)
         _parameters_to_buffers(self.net)
         self._priors = self._make_priors()
+        self._source: weakref.ref[nn.Module] | None = weakref.ref(net)
+        self._source_as_copied = _versions(net)
+        self._own_as_copied = _versions(self.net)
 
     def _make_priors(self) -> dict[str, Distribution]:
         return {
@@ -75,25 +107,38 @@ class BayesianModule(PyroModule):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BayesianModule:
         """Moves the priors with the buffers, as ``.to`` and similar methods do."""
+        unchanged = self._own_as_copied == _versions(self.net)
         super()._apply(fn, recurse)
         self._priors = self._make_priors()
+        if unchanged:
+            self._own_as_copied = _versions(self.net)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is no longer a copy of the network, but of this module."""
+        return {**super().__getstate__(), "_source": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Samples the weights, and runs the network with them."""
         weights = {}
+        call = object()
         for site, names in self._names.items():
-            weights.update(dict.fromkeys(names, self._weight(site)))
+            weights.update(dict.fromkeys(names, self._weight(site, call)))
         for name, row in self._padding_rows.items():
             weights[name] = _with_row(weights[name], row, self.net.get_buffer(name))
+        self._used = True
         return torch.func.functional_call(self.net, weights, args, kwargs)
 
-    def _weight(self, name: str) -> Tensor:
+    def _weight(self, name: str, call: object) -> Tensor:
         """Samples a weight once in a call, as ``PyroSample`` attributes do."""
         site = self._pyro_get_fullname(name)
         value = self._pyro_context.get(site)
         if value is None:
-            value = pyro.sample(site, self._priors[name])
+            token = _DRAWING.set(Drawing(self, name, call))
+            try:
+                value = pyro.sample(site, self._priors[name])
+            finally:
+                _DRAWING.reset(token)
             self._pyro_context.set(site, value)
         return value
 
@@ -105,6 +150,61 @@ class BayesianModule(PyroModule):
         """
         values = dict(self.net.named_buffers(remove_duplicate=False))
         return {name: values[name] for name in self._names}
+
+    @property
+    def source(self) -> nn.Module | None:
+        """The network that was copied, while it lives; None for a copy of this."""
+        return None if self._source is None else self._source()
+
+    def follow_source(self) -> None:
+        """Takes up what has become of the network, if nothing knows the copy yet.
+
+        A script may copy its network before it trains it. Until the first call nobody
+        has seen the copy's values, so those of the present count: of weights, running
+        statistics and frozen parameters.
+
+        Raises:
+            ModelError: If the network was trained after the first call.
+        """
+        source = self.source
+        if (
+            source is None
+            or self._own_as_copied != _versions(self.net)
+            or self._source_as_copied == _versions(source)
+        ):
+            return
+        own = dict(self.net.named_buffers(remove_duplicate=False))
+        found = _tensors(source)
+        changed = [
+            name
+            for name, value in own.items()
+            if name in found and not same_numbers(found[name], value)
+        ]
+        fits = all(
+            name in found and found[name].shape == value.shape
+            for name, value in own.items()
+        )
+        if (changed and self._used) or not fits:
+            raise ModelError(
+                "A network must stay as it was copied once its copy has been called; "
+                f"got other values of {changed[:3] or 'other tensors'}. Call "
+                "`bayesianize(net)` after the last step of training, or keep the old "
+                "values with `copy.deepcopy(bnn)`."
+            )
+        with torch.no_grad():
+            for name in changed:
+                own[name].copy_(found[name])
+        self._priors = self._make_priors()
+        self._source_as_copied = _versions(source)
+        self._own_as_copied = _versions(self.net)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in the lower of their precisions, NaN with NaN."""
+    lower = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    a, b = a.detach().to(b.device, lower), b.detach().to(lower)
+    gap = (a != b) & ~(a.isnan() & b.isnan()) if a.shape == b.shape else True
+    return not bool(torch.as_tensor(gap).any())
 
 
 def bayesianize(
@@ -128,7 +228,9 @@ def bayesianize(
 
     Args:
         net: Any ``torch.nn`` network; it is copied with its buffers and its mode, and
-            not changed. Parameters with ``requires_grad=False`` stay constants.
+            not changed. Parameters with ``requires_grad=False`` stay constants. A copy
+            that a guide starts at before it was ever called takes up what training
+            made of the network since; after that it is an error.
         prior_scale: Standard deviation of the independent normal priors.
         prior: In place of normal priors, a function from a parameter's name and value
             to a distribution over values of its shape.
@@ -147,44 +249,6 @@ def bayesianize(
             f"{prior_scale}. Pass 1.0 for standard normal priors."
         )
     return BayesianModule(net, _NormalPrior(prior_scale) if prior is None else prior)
-
-
-def init_to_module(
-    net: nn.Module, *, fallback: Callable[..., Any] = init_to_median
-) -> Callable[..., Any]:
-    """Starts a guide at a network's weights, so that no training is needed.
-
-    A site takes the value of the parameter with its name. If the network is part of
-    another module, so that a site is called, say, ``"encoder.fc1.weight"``, the site
-    takes the value of the longest name that it ends with and whose shape it has.
-
-    Args:
-        net: A trained network, or what :func:`bayesianize` made of it.
-        fallback: Initializes all other sites, such as a latent noise scale.
-
-    Returns:
-        An ``init_loc_fn`` for any Pyro guide.
-    """
-    if isinstance(net, BayesianModule):
-        values = net.pretrained_values()
-    else:
-        values = dict(net.named_parameters())
-    values = {name: value.detach().clone() for name, value in values.items()}
-
-    def init(site: dict[str, Any] | None = None) -> Any:
-        if site is None:
-            return init
-        shape = site["fn"].batch_shape + site["fn"].event_shape
-        endings = [
-            name
-            for name, value in values.items()
-            if f".{site['name']}".endswith(f".{name}") and value.shape == shape
-        ]
-        if not endings:
-            return fallback(site)
-        return values[max(endings, key=len)].clone()
-
-    return init
 
 
 def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
@@ -215,6 +279,21 @@ def _with_row(weight: Tensor, row: int, source: Tensor) -> Tensor:
     """A weight with one row taken from another of its shape."""
     is_row = torch.arange(len(source), device=source.device) == row
     return torch.where(is_row.unsqueeze(-1), source, weight)
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones under each of their names."""
+    parameters = net.named_parameters(remove_duplicate=False)
+    return dict(chain(parameters, net.named_buffers(remove_duplicate=False)))
+
+
+def _versions(net: nn.Module) -> list[tuple[int, int]]:
+    """What tells whether any tensor of a network was changed or replaced since."""
+    # Tensors made in inference mode count no versions.
+    return [
+        (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        for tensor in _tensors(net).values()
+    ]
 
 
 def _parameters_to_buffers(net: nn.Module) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -775,9 +775,15 @@ def test_init_takes_the_longest_name_that_fits() -> None:
     assert_close(start("a.weight", 2, 2), torch.full((2, 2), 2.0))
     assert_close(start("net.a.weight", 2, 2), torch.full((2, 2), 2.0))
     assert_close(start("net.weight", 2, 2), torch.full((2, 2), 1.0))
-    # a part of a name is none, and neither is one of another shape: the prior's median
-    assert float(start("xweight", 2, 2).abs().max()) < 1.0
-    assert start("a.weight", 3, 2).shape == (3, 2)
+    # a part of a name is none, and neither is one of another shape
+    for name, shape in (("xweight", (2, 2)), ("a.weight", (3, 2)), ("tau", (4,))):
+        with pytest.raises(ModelError, match=r"name and shape; got none .*fallback"):
+            start(name, *shape)
+    median = init_to_module(Both(), fallback=init_to_median)
+    fn = dist.Normal(torch.full((2, 2), 3.0), 1e-3).to_event(2)
+    assert_close(median({"name": "xweight", "fn": fn}), fn.mean, rtol=0, atol=0.01)
+    # a number is, unless the network has a parameter like it
+    assert start("sigma").shape == ()
 
 
 def test_init_of_other_sites() -> None:
