@@ -146,6 +146,7 @@ def _prototype(
     pieces = layout.unpack(loc)
 
     expected = {site["name"]: site for site in sites}
+    mixed = len({site["dtype"] for site in sites}) > 1
 
     def start(site: dict[str, Any]) -> Tensor:
         name, fn = site["name"], site["fn"]
@@ -156,7 +157,10 @@ def _prototype(
         transform = biject_to(fn.support)
         fits = transform.inverse_shape(fn.shape()) == pieces[name].shape
         if fits and str(dtype) == expected[name]["dtype"]:
-            return transform(pieces[name].to(device))
+            # Sites of several types were packed in the widest: each goes back to its
+            # own. Those of one type may have been started in another than the prior's.
+            own = dtype if mixed else loc.dtype
+            return transform(pieces[name].to(device, own))
         return fn.sample()
 
     guide = AutoContinuous(model, start)

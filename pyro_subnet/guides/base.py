@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pyro.infer.autoguide import AutoContinuous
@@ -66,6 +67,15 @@ class AutoAtMAP(AutoContinuous):
         """Where the latent sites lie in the packed vector."""
         shapes = self._unconstrained_shapes
         return Layout(tuple(shapes), tuple(shapes.values()))
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Prototype nodes and unconstrained values of sites, each of its own type."""
+        for site, value in self._unpack_elements(latent):
+            yield site, value.to(site["value"].dtype)
+
+    def _unpack_elements(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """The same in the type of the packed vector."""
+        yield from super()._unpack_latent(latent)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The MAP of every latent site, constrained, in tensors of their own.

@@ -193,7 +193,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         gaussian = self.gaussian
         return gaussian.loc, gaussian.variance().sqrt()
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    def _unpack_elements(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Prototype nodes and unconstrained values of sites, from the subnet's."""
         # A site without chosen elements keeps its own shape: plates broadcast it
         # without copying it for every draw.

@@ -19,7 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to
+from torch.distributions import ComposeTransform, Transform, biject_to
+from torch.distributions.constraints import Constraint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -39,7 +40,8 @@ class Latents:
 
     Attributes:
         layout: Where they lie in the packed vector.
-        transforms: From unconstrained to constrained values, one for each site.
+        transforms: From unconstrained to constrained values, one for each site, which
+            are of the type that the model draws where that is not the type of ``loc``.
         loc: The MAP, packed, shape (D,), unconstrained.
     """
 
@@ -59,7 +61,7 @@ class Latents:
             The latent sites, with ``loc`` detached.
         """
         transforms = {
-            name: biject_to(node["fn"].support)
+            name: _transform(node, loc.dtype)
             for name, node in guide.prototype_trace.iter_stochastic_nodes()
         }
         shapes = guide._unconstrained_shapes
@@ -110,6 +112,40 @@ class ModelAtMAP:
 
     model: Model
     latents: Latents
+
+
+@final
+class _ToType(Transform):
+    """Values in another floating point type."""
+
+    bijective = True
+    sign = 1
+
+    def __init__(self, support: Constraint, inside: torch.dtype, outside: torch.dtype):
+        super().__init__()
+        self.domain = self.codomain = support
+        self._inside, self._outside = inside, outside
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.to(self._outside)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.to(self._inside)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero, an element each."""
+        return x.new_zeros(x.shape[: x.ndim - self.domain.event_dim])
+
+
+def _transform(node: Node, dtype: torch.dtype) -> Transform:
+    """From a site's unconstrained value, of a type, to what the model draws."""
+    transform = biject_to(node["fn"].support)
+    outside = node["value"].dtype
+    if outside == dtype:
+        return transform
+    # As in a backbone of bfloat16 with adapters in float32.
+    support = transform.codomain
+    return ComposeTransform([transform, _ToType(support, dtype, outside)])
 
 
 def run_model(
