@@ -9,36 +9,50 @@ from pyro_subnet.exceptions import SelectionError
 from pyro_subnet.selection.base import GuideAtMAP, Selector
 from pyro_subnet.selection.sites import whole_sites
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.last_weights import LastWeights, last_weights
 
 
 @final
 @dataclass(frozen=True)
 class LastLayer(Selector):
-    """Keeps the weights of the module that is sampled last.
+    """Keeps the weights of the layers that compute the outputs.
 
-    It is the module of the last site, in trace order, that has two or more dimensions:
-    ``fc3.weight`` and ``fc3.bias`` for a network whose last layer is ``fc3``.
+    The model shows which they are: the weight matrices (or tables) that were multiplied
+    (or looked up) last on the way to an output, wherever the network holds them, with
+    the other weights of their modules that enter there, such as biases. All heads
+    count, and a layer that skips the others. Elementwise scales and norms are no layer.
 
     Raises:
-        SelectionError: When called, if the sites' names show no modules.
+        SelectionError: When called, if no weight matrix computes the outputs, or torch
+            does not show how they are computed.
 
     Source: last-layer Laplace, Kristiadi et al. (2020), arXiv 2002.10118.
     """
 
+    passes_over_data = True
+
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
         """See :meth:`Selector.__call__`."""
-        latents = guide.latents
-        layout = latents.layout
-        weights = [
-            site for site in layout.names if "." in site and len(layout.shape(site)) > 1
-        ]
-        if not weights:
+        data.require_repeatable(type(self).__name__)
+        latents, found = guide.latents, LastWeights()
+        for args, kwargs in data.calls("Last layer"):
+            found |= last_weights(ModelCall.read(guide.at_map, args, kwargs))
+        if not found.layers:
             raise SelectionError(
-                "`LastLayer` needs a weight matrix whose site is named by its module, "
-                f"such as 'fc3.weight'; got sites {list(layout.names)}. Name the last "
-                "layer's sites with `Sites([...])`."
+                "`LastLayer` needs a weight matrix that the outputs are computed with; "
+                f"got sites {list(latents.layout.names)}. Name the last layer's sites "
+                "with `Sites([...])`."
             )
-        module = weights[-1].rpartition(".")[0]
-        chosen = {site for site in layout.names if site.rpartition(".")[0] == module}
-        return whole_sites(layout, chosen, latents.loc.device)
+        modules = {_module(site) for site in found.layers}
+        with_them = {site for site in found.others if _module(site) in modules}
+        return whole_sites(
+            latents.layout, {*found.layers, *with_them}, latents.loc.device
+        )
+
+
+def _module(site: str) -> str:
+    """The module that a site is named by; of a parametrized weight, its owner."""
+    owner, parametrized, _ = site.partition(".parametrizations.")
+    return owner if parametrized else site.rpartition(".")[0]

@@ -404,7 +404,7 @@ def test_last_layer_without_modules() -> None:
 
     x, y = inputs()
     guide = AutoSubnetLaplace(user_model, LastLayer())
-    message = r"needs a weight matrix whose site is named .* got sites \['w'\]\. Name"
+    message = r"needs a weight matrix that the outputs .* got sites \['w'\]\. Name"
     with pytest.raises(SelectionError, match=message):
         guide.laplace_approximation(x, y[:, 0])
 
