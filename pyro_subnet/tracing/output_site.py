@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
+from pyro_subnet.tracing.plate_shape import check_shape
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
 from pyro_subnet.tracing.trace import Node, plate_scale
 
@@ -28,7 +29,8 @@ class OutputSite:
 
     @classmethod
     def read(cls, name: str, node: Node) -> OutputSite:
-        """The site; an error if a parameter of its distribution is not finite."""
+        """The site; an error if its shape is wrong, or a parameter is not finite."""
+        check_shape(node)
         taken = SiteDistribution.of(node["fn"], node["value"])
         site = cls(name, readable_or_not(taken.base), taken, node)
         for part, value in site.own(node).items():
