@@ -26,7 +26,7 @@ class ModelError(SubnetError, ValueError):
 
 @final
 class DataError(SubnetError, ValueError):
-    """Raised when batches are empty, malformed or disagree with ``num_data``."""
+    """Raised when batches are empty or malformed, or data are none that could be."""
 
 
 @final

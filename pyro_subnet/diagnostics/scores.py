@@ -34,14 +34,33 @@ def negative_log_likelihood(predictive: Any, y: Tensor) -> Float[Tensor, " data"
     Source: Good (1952), "Rational decisions"; Gneiting and Raftery (2007), doi
     10.1198/016214506000001437.
     """
-    # A batch of length one would broadcast to more data.
+    # A batch of length one would broadcast to more data, and so would y of (N, 1).
     if not len(y) or tuple(predictive.batch_shape) != (len(y),):
         raise DataError(
             f"`predictive` must have batch shape ({len(y)},), one for each of `y`, and "
             f"at least one; got {tuple(predictive.batch_shape)}. Pass both for the "
             "same data, and not `joint=True`."
         )
-    return -predictive.log_prob(y)
+    shape = tuple(predictive.batch_shape + predictive.event_shape)
+    if tuple(y.shape) != shape:
+        raise DataError(
+            f"`y` must have the shape of the predictions, {shape}; got "
+            f"{tuple(y.shape)}. Pass `y.reshape(...)`, or labels without an axis of "
+            "classes."
+        )
+    try:
+        scores: Tensor = -predictive.log_prob(y)
+    except (ValueError, RuntimeError, IndexError) as err:
+        raise DataError(
+            "`y` must hold values that the predictions allow; got "
+            f"{type(predictive).__name__}, which says: {err} Leave out what is missing."
+        ) from err
+    if bool(scores.isnan().any()):
+        raise DataError(
+            "`y` must hold values that the predictions allow; got a score of NaN at "
+            f"index {int(scores.isnan().nonzero()[0])}. Leave out what is missing."
+        )
+    return scores
 
 
 def brier_score(

@@ -24,6 +24,7 @@ from pyro_subnet.export.subnet_values import site_elements
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import arguments
+from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.trace import ModelAtMAP
 
 
@@ -80,6 +81,8 @@ class Groups:
         """Adds draws theta, (K, S), at the training data; the observed sites there."""
         self.call = ModelCall.read(self.source.at_map, args, kwargs)
         check_labels(self.dims, self.coords, _shapes(self.call))
+        for site in self.call.sites:
+            check_data(site)
         self._add_elements("posterior", theta, self.chains)
         drawn = self._at_draws(self.call, theta)
         self.add("posterior_predictive", drawn.samples)

@@ -143,15 +143,10 @@ def _shifted(
 def _log_likelihood(site: OutputSite, fn: Distribution) -> tuple[Tensor, Tensor]:
     """Log density of the data: by data point unweighted, and its weighted sum."""
     taken = site.distribution
-    shape, event = taken.element_shape, taken.base.event_shape
+    shape = taken.element_shape
     weights = site_weights(site.node, taken, without_plates=False).reshape(shape)
     live = weights != 0
-    value = site.node["value"].expand(shape + event)
-    if not bool(live.all()):
-        # Masked data may be NaN, which a weight of zero does not remove.
-        inside = live.reshape(live.shape + (1,) * len(event))
-        value = value.where(inside, fn.sample()[0])
-    density = fn.log_prob(value).where(live, 0.0)
+    density = fn.log_prob(site.value).where(live, 0.0)
     total = (density.double() * weights).reshape(len(density), -1).sum(1)
     batch_dim = len(shape) - taken.event_dim
     summed = range(1 + max(batch_dim, min(1, len(shape))), density.ndim)

@@ -20,6 +20,7 @@ from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
@@ -142,6 +143,7 @@ class DataPass(Generic[Prior]):
                     f"site {site.name!r} without data. Pass its data to the Laplace "
                     "approximation."
                 )
+            check_data(site)
         if self._data.num_data is not None:
             self.seen += call.num_seen
 
@@ -173,18 +175,13 @@ class DataPass(Generic[Prior]):
                 self.scales_noise = False
 
 
-@torch.no_grad()
 def _log_likelihood(site: OutputSite, weight: Tensor) -> Tensor:
-    taken = site.distribution
-    density = taken.base.log_prob(site.node["value"]).expand(taken.element_shape)
-    density = density.reshape(-1).to(torch.float64)
-    # What is masked may be NaN, which a weight of zero does not remove.
+    density = site.log_density.reshape(-1).to(torch.float64)
     return (density * weight).where(weight != 0, 0.0).sum().cpu()
 
 
 @torch.no_grad()
 def _noise_energy(site: OutputSite, weight: Tensor) -> Tensor:
     base: Any = site.distribution.base
-    residual = ((site.node["value"] - base.loc) / base.scale).to(torch.float64)
-    squared = residual.square().expand(site.distribution.element_shape).reshape(-1)
-    return (squared * weight).where(weight != 0, 0.0).sum().cpu()
+    squared = ((site.value - base.loc) / base.scale).to(torch.float64).square()
+    return (squared.reshape(-1) * weight).where(weight != 0, 0.0).sum().cpu()

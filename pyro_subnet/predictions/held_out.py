@@ -25,6 +25,7 @@ from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import arguments
+from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
 from pyro_subnet.tracing.trace import ModelAtMAP
@@ -54,7 +55,8 @@ def tune_by_nll(
     of them worse than the best, for a scale nearer the model's own.
 
     Raises:
-        DataError: If ``val`` is no set of arguments, or lacks observations.
+        DataError: If ``val`` is no set of arguments, lacks observations, or holds some
+            that the likelihood forbids.
     """
     call = of_site(ModelCall.read(at_map, *arguments(val)), None)
     (site,) = call.sites
@@ -63,8 +65,9 @@ def tune_by_nll(
             f"`val` must hold observations; got none at site {site.name!r}. Pass what "
             "training takes, such as `val=(x, y)`."
         )
+    check_data(site)
     outputs = with_raw_logits(LinearizedOutputs.read(call, state.subnet))
-    weights, value = _weights(site, call.num_data), site.node["value"]
+    weights, value = _weights(site, call.num_data), site.value
     like = state.gaussian.loc
     # N C S numbers of the Gaussian's dtype.
     numbers = sum(rows * width for rows, width in outputs.outputs.shapes)

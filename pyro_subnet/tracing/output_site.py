@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -14,7 +15,7 @@ from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.tracing.plate_shape import check_shape
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
-from pyro_subnet.tracing.trace import Node, plate_scale
+from pyro_subnet.tracing.trace import Node, plate_scale, preserved_rng
 
 
 @final
@@ -43,6 +44,29 @@ class OutputSite:
                     "inputs and the network."
                 )
         return site
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The data, (*element shape, *event); draws where the weight is zero."""
+        # What is masked may be NaN, or a label that is no class: a weight of zero does
+        # not remove the one, and the other has no density.
+        taken = self.distribution
+        event = taken.base.event_shape
+        value: Tensor = self.node["value"].expand(taken.element_shape + event)
+        left_out = site_weights(self.node, taken, without_plates=False) == 0
+        if bool(left_out.any()):
+            with preserved_rng(), torch.no_grad():
+                draws = taken.base.expand(taken.element_shape).sample()
+            out = left_out.reshape(taken.element_shape + (1,) * len(event))
+            value = draws.where(out, value)
+        return value
+
+    @cached_property
+    def log_density(self) -> Tensor:
+        """Unweighted log density of :attr:`value`, element by element, in nats."""
+        taken = self.distribution
+        with torch.no_grad():
+            return taken.base.log_prob(self.value).expand(taken.element_shape)
 
     @property
     def num_elements(self) -> int:

@@ -18,6 +18,15 @@ from torch.distributions import Distribution
 
 from pyro_subnet.curvature.families.family import Family
 
+# Pyro's families that take NaN for a missing value, as the plain family: elsewhere a
+# mask says what is missing, which needs no branch on values.
+_LEAVE_OUT_NAN: Mapping[type, Callable[[Any], Distribution]] = {
+    dist.NanMaskedNormal: lambda d: dist.Normal(d.loc, d.scale, validate_args=False),
+    dist.NanMaskedMultivariateNormal: lambda d: dist.MultivariateNormal(
+        d.loc, scale_tril=d.scale_tril, validate_args=False
+    ),
+}
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -29,13 +38,16 @@ class SiteDistribution:
         element_shape: Shape of the independent elements: the batch, then the event
             dimensions that ``to_event`` declared.
         event_dim: How many of those ``to_event`` declared.
-        mask: Bool tensor of the element shape from ``.mask()``, or None.
+        mask: Bool tensor of the element shape, or None: what ``.mask()`` leaves in, and
+            what is not missing where Pyro's class leaves out NaN.
+        leaves_out_nan: That class of Pyro's; None for others.
     """
 
     base: Distribution
     element_shape: torch.Size
     event_dim: int
     mask: Tensor | None
+    leaves_out_nan: Callable[..., Distribution] | None = None
 
     @classmethod
     def of(cls, fn: Distribution, value: Tensor) -> SiteDistribution:
@@ -57,13 +69,18 @@ class SiteDistribution:
         # The value may have more batch dimensions than the distribution.
         sampled = value.shape[: value.ndim - own]
         shape = torch.broadcast_shapes(fn.batch_shape + event, sampled)
-        mask = None
+        mask = kind = None
+        if type(base) in _LEAVE_OUT_NAN:
+            kind, seen = type(base), value.isfinite()
+            # An event of which a part is missing is seen: `check_data` refuses it.
+            mask = (seen.any(-1) if own else seen).expand(shape)
+            base = _LEAVE_OUT_NAN[kind](base)
         for part, outside in masks:
             # Event dimensions declared outside a mask are batch dimensions to it.
             inside = event_dim - outside
             wide = spread(part, inside, shape, value.device).to(torch.bool)
             mask = wide if mask is None else mask & wide
-        return cls(base, shape, event_dim, mask)
+        return cls(base, shape, event_dim, mask, kind)
 
     def outputs(self, family: Family) -> dict[str, Tensor]:
         """Every unconstrained parameter, shape (*element shape, width)."""
@@ -91,7 +108,8 @@ class SiteDistribution:
 
     def at(self, family: Family, outputs: Mapping[str, Tensor]) -> Distribution:
         """The same with the site's mask and event axes."""
-        new: Any = self.plain_at(family, outputs)
+        constructor = self.leaves_out_nan or self.constructor(family)
+        new: Any = constructor(**family.parameters(self.base, outputs))
         if self.mask is not None:
             new = dist.MaskedDistribution(new, self.mask)
         return dist.Independent(new, self.event_dim) if self.event_dim else new

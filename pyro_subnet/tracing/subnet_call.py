@@ -21,7 +21,6 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
 from pyro_subnet.tracing.site_distribution import SiteDistribution
-from pyro_subnet.tracing.trace import preserved_rng
 
 
 @final
@@ -148,17 +147,10 @@ class SubnetCall:
         """A site's labels, (N, ...), and its elements' weights, (N, M / N)."""
         taken = site.distribution
         weight = self.weights(site).pow(power).reshape(site.leading, -1)
-        event = taken.base.event_shape
-        value = site.node["value"].expand(taken.element_shape + event)
-        with torch.no_grad():
-            if sampled:
+        value = site.value
+        if sampled:
+            with torch.no_grad():
                 value = taken.base.expand(taken.element_shape).sample()
-            elif bool((weight == 0).any()):
-                # What is masked may be NaN, which a weight of zero does not remove.
-                with preserved_rng():
-                    other = taken.base.expand(taken.element_shape).sample()
-                live = (weight != 0).reshape(taken.element_shape + (1,) * len(event))
-                value = value.where(live, other)
         if not taken.element_shape:
             value = value.unsqueeze(0)
         dtype = next(iter(site.own(site.node).values())).dtype

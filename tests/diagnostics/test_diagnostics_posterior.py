@@ -26,6 +26,7 @@ from pyro_subnet.diagnostics import (
     stationarity_from,
 )
 from pyro_subnet.exceptions import (
+    DataError,
     MemoryLimitError,
     NonFiniteError,
     OptionError,
@@ -311,15 +312,19 @@ def test_a_newton_step_away_from_the_maximum() -> None:
 def test_a_gradient_that_is_not_finite() -> None:
     x, y = draw(1, 4, 3), draw(2, 4)
 
-    def model(x: Tensor, y: Tensor | None = None) -> None:
+    def model(x: Tensor, y: Tensor | None = None, broken: bool = False) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3).to(x), 1.0).to_event(1))
+        # Zero, with a derivative that is none.
+        kink = (0.0 * w.sum()).abs().sqrt() if broken else 0.0
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+            pyro.sample("y", dist.Normal(x @ w + kink, 0.5), obs=y)
 
     posterior = AutoSubnetLaplace(model).laplace_approximation(x, y)
-    broken = y.index_fill(0, torch.tensor([1]), math.inf)
     with pytest.raises(NonFiniteError, match="NaN or inf at 3 of 3 weights"):
-        stationarity(posterior, x, broken)
+        stationarity(posterior, x, y, broken=True)
+    broken_data = y.index_fill(0, torch.tensor([1]), math.inf)
+    with pytest.raises(DataError, match=r"got inf at index \(1,\) of site 'y'"):
+        stationarity(posterior, x, broken_data)
 
 
 @pytest.mark.parametrize("case_of", [regression_mlp, several_outputs])
