@@ -12,6 +12,7 @@ from pyro_subnet.curvature.jacobian.directional import forward_mode_agrees
 from pyro_subnet.curvature.jacobian.general.per_datum import separates_by_datum
 from pyro_subnet.curvature.jacobian.output_map import OutputMap
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.row_gradients import RowGradients
 
 # Runs' worth of activations that a direction keeps: one pass forward, two backward.
 _PASSES = 4
@@ -45,25 +46,13 @@ def subtract_hessian_(
 
 def _rows(gradient: Tensor, theta: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     """Groups of rows of the Hessian, each with the position of its first row."""
-    size, batched = len(theta), True
+    size, rows_of = len(theta), RowGradients(gradient, [theta])
     for start in range(0, size, count):
         stop = min(start + count, size)
         basis = gradient.new_zeros(stop - start, size)
         basis[:, start:stop].fill_diagonal_(1.0)
-        if batched:
-            try:
-                yield start, _product(gradient, theta, basis, batched)
-                continue
-            except RuntimeError:  # an operation has no batching rule
-                batched = False
-        products = [_product(gradient, theta, row, batched) for row in basis]
-        yield start, torch.stack(products)
-
-
-def _product(gradient: Tensor, theta: Tensor, v: Tensor, batched: bool) -> Tensor:
-    return torch.autograd.grad(
-        gradient, theta, v, retain_graph=True, is_grads_batched=batched
-    )[0]
+        (rows,) = rows_of(basis)
+        yield start, rows
 
 
 def _directions(part: OutputMap, budget: int) -> int:

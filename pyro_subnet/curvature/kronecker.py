@@ -37,6 +37,7 @@ from pyro_subnet.curvature.jacobian.structured.grids import (
 from pyro_subnet.curvature.jacobian.structured.recording import (
     NotLayered,
     Recording,
+    not_layered_on_errors,
     recordings,
 )
 from pyro_subnet.curvature.jacobian.structured.squares import (
@@ -194,6 +195,7 @@ class KroneckerSum(CurvatureSum):
         if not bool(tensors["is_empty"]):
             self._blocks = [_Sums(**parts[i]) for i in sorted(parts)]
 
+    @not_layered_on_errors()
     def _add_groups(
         self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
     ) -> None:
@@ -258,13 +260,14 @@ def _of_recording(
 ) -> list[_Sums]:
     """Sums of a group's data; the diagonal of the rest is added in place."""
     num_data = recording.outputs.num_data
-    blocks, rest = factored_uses(recording.columns(), num_data)
+    columns = recording.columns()
+    blocks, rest = factored_uses(columns, num_data)
     squares = SquaredColumns(rest, recording.outputs)
     uses = [use for block in blocks for use in block]
     _check_fits(uses, dtype)
     heights = [len(use.rows) for use in uses]
     outputs = [diagonal.new_zeros(p, p, dtype=dtype) for p in heights]
-    for deltas in checked_gradients(recording, factors):
+    for deltas in checked_gradients(recording, columns, factors):
         squares.add(diagonal, deltas)
         for output, use in zip(outputs, uses, strict=True):
             delta = deltas[use.column.edge]

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.row_gradients import RowGradients
 
 
 @final
@@ -278,23 +279,12 @@ def _hessian_rows(
         )
     total = sum(leaf.numel() for leaf in leaves.values())
     group = max(1, budget // (4 * total * first.element_size()))
+    rows_of = RowGradients(first, list(leaves.values()))
     for start in range(0, first.numel(), group):
         count = min(group, first.numel() - start)
         directions = first.new_zeros(count, first.numel())
         directions[:, start : start + count].fill_diagonal_(1.0)
-        second: Sequence[Tensor | None] = [None] * len(leaves)
-        if first.requires_grad:
-            second = torch.autograd.grad(
-                first,
-                list(leaves.values()),
-                directions,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
         yield {
             site: -row.reshape(count, -1)
-            if row is not None
-            else leaf.new_zeros(count, leaf.numel())
-            for (site, leaf), row in zip(leaves.items(), second, strict=True)
+            for site, row in zip(leaves, rows_of(directions), strict=True)
         }

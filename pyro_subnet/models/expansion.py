@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_flatten
 from pyro_subnet.curvature.jacobian.directional import (
     directional_derivative,
     forward_mode_agrees,
+    tangents_hold,
 )
+from pyro_subnet.curvature.jacobian.general.full_batch import reverse_blocks
 from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
@@ -129,6 +131,8 @@ class Expander:
         self._repeats = 0
         self._jacobian: _Jacobian | None = None
         self._forward_mode: bool | None = None
+        # Whether derivatives hold, by what is expanded and how many draws at once.
+        self._held: dict[Any, bool] = {}
 
     @full_precision()
     def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
@@ -215,7 +219,21 @@ class Expander:
             activations = call.graph(with_prior=False).activation_bytes
             one = activations + call.latents.loc.nbytes
             group = max(1, DEFAULT_BUDGET // (2 * one))
-        return draws.over_draws(push, draws.directions(), group)
+        directions = draws.directions()
+        shapes = tuple(value.shape for value in call.latents.values.values())
+        kind = (tuple(keys), shapes, call.num_data, draws.count, forward_mode)
+        if self._held.get(kind, True):
+            try:
+                found = draws.over_draws(push, directions, group)
+                if kind not in self._held:
+                    with torch.no_grad():
+                        hold = tangents_hold(expansion, base, directions, found)
+                    self._held[kind] = hold
+            except RuntimeError:  # an operation has no such derivative
+                self._held[kind] = False
+            if self._held[kind]:
+                return found
+        return _by_rows(expansion, directions, draws.count)
 
 
 def expanded_keys(call: ModelCall) -> list[Key]:
@@ -230,6 +248,38 @@ def expanded_keys(call: ModelCall) -> list[Key]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             keys.append(("return", str(i)))
     return keys
+
+
+def _by_rows(
+    expansion: Expansion, directions: Mapping[str, Tensor], count: int | None
+) -> tuple[Tensor, ...]:
+    """Tangents by plain reverse mode, which any model has: a pass for each number."""
+    call, like = expansion.call, expansion.call.latents.loc
+    values = expansion.read(call.trace)
+    everything = {
+        site: torch.arange(value.numel(), device=value.device)
+        for site, value in call.latents.values.items()
+    }
+    outputs = call.map_of(expansion.read, everything, activation_bytes=0)
+    blocks = reverse_blocks(
+        outputs,
+        identity_factors(outputs),
+        DEFAULT_BUDGET,
+        create_graph=torch.is_grad_enabled(),
+    )
+    flat = [
+        directions[site].reshape(-1, at.numel()).expand(count or 1, -1)
+        for site, at in everything.items()
+    ]
+    steps = torch.cat(flat, dim=1).to(like)
+    products = joined_rows(
+        blocks, len(values), lambda rows: steps.to(rows) @ rows.flatten(0, 1).mT, dim=1
+    )
+    leading = () if count is None else (count,)
+    return tuple(
+        product.reshape(*leading, *value.shape)
+        for product, value in zip(products, values, strict=True)
+    )
 
 
 def _from_blocks(

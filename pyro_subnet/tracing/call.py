@@ -151,7 +151,7 @@ class ModelCall:
         # One matrix a tensor: its first axis, which goes with the data, by the rest.
         def matrices(trace: poutine.Trace) -> tuple[Tensor, ...]:
             return tuple(
-                value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
+                value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
                 for value in read(trace)
             )
 

@@ -729,7 +729,10 @@ def test_a_wrong_layer_is_never_used() -> None:
         with pytest.raises(NotLayered, match="layers"):
             rows_of(outputs, factors, "layered", budget)
         found = rows_of(outputs, factors, None, budget)
-        assert_close(found, dense_rows(outputs, factors), **CLOSE)
+        expected = dense_rows(outputs, factors)
+        assert_close(found, expected, **CLOSE)
+        squares = squared_columns(outputs, factors, budget)
+        assert_close(squares, expected.square().sum((0, 1)), **CLOSE)
 
 
 # ----------------------------------------------------------------------------------

@@ -1,54 +1,18 @@
-"""Derivatives along one direction, and whether two linear maps agree along it.
-
-Two linear maps that agree on a random vector are equal with probability one: so two
-ways to a Jacobian are compared before their numbers are used.
-"""
+"""Derivatives along one direction, and whether forward mode gives them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_subnet.tensors.modes import one_thread_at_a_time
+from pyro_subnet.tensors.agreement import random_direction, random_stream
+from pyro_subnet.tensors.modes import differentiable, one_thread_at_a_time
 
-# Types with a larger epsilon have too few digits for the tolerance of the others.
-_HALF_EPS = 1e-4
-# Any fixed seed serves: what is checked holds for nearly all directions.
-_SEED = 20_106_896
 Point = TypeVar("Point")
-
-
-def random_direction(
-    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
-    """A standard normal tensor, the same at every call without a generator."""
-    stream = generator or torch.Generator().manual_seed(_SEED)
-    return torch.randn(shape, generator=stream, dtype=torch.float64).to(like)
-
-
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether tensors are equal up to the round-off of sums in another order."""
-    if found.shape != expected.shape:
-        return False
-    if found.numel() == 0:
-        return True
-    finite = expected.isfinite()
-    # Infinities must be in the same places: minus infinity is a class of probability 0.
-    if not bool(finite.all()):
-        same = torch.equal(found.isfinite(), finite)
-        return same and agree(found[finite], expected[finite])
-    eps = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
-    if eps > _HALF_EPS:  # wrong numbers are off by a large part of the scale
-        tolerance = 32 * eps
-    else:
-        tolerance = 100 * math.sqrt(found.shape[-1]) * eps**0.75
-    scale = expected.abs().amax()
-    return bool(((found - expected).abs() <= tolerance * scale).all())
 
 
 def forward_derivative(
@@ -85,7 +49,7 @@ def forward_mode_agrees(
     # Some operations lack forward mode, and some have another Jacobian in it: the
     # padding row of an embedding is a constant only in reverse mode, as in training.
     leaves, spec = tree_flatten(point)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = random_stream()
 
     def random_like(tensor: Tensor) -> Tensor:
         return random_direction(tensor.shape, tensor, generator)
@@ -110,6 +74,47 @@ def forward_mode_agrees(
     scale = forward.abs().sum() + reverse.abs().sum()
     tolerance = torch.finfo(forward.dtype).eps ** 0.5 * scale
     return bool((forward.sum() - reverse.sum()).abs() <= tolerance)
+
+
+def tangents_hold(
+    function: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+    point: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    tangents: Sequence[Tensor],
+) -> bool:
+    """Whether derivatives along directions are those of plain reverse mode."""
+    # An axis of several directions may lead, in front of a point's or a value's own.
+    leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
+    with differentiable():
+        values = function(leaves)
+    stream, live, cotangents, forward = random_stream(), [], [], []
+    for value, tangent in zip(values, tangents, strict=True):
+        many = _led(tangent, value)
+        # What has no derivative, as the log of probability zero, is left out.
+        known = many.isfinite().all(0)
+        u = random_direction(value.shape, value, stream).where(known, 0.0)
+        forward.append((many.where(known, 0.0) * u).reshape(len(many), -1))
+        if value.requires_grad:
+            live.append(value)
+            cotangents.append(u)
+    reverse = [torch.zeros_like(forward[0][:, :1])]
+    if live:
+        points = list(leaves.values())
+        found = torch.autograd.grad(live, points, cotangents, materialize_grads=True)
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
+            own = _led(directions[name], leaf) * gradient
+            reverse.append(own.reshape(len(own), -1).expand(len(forward[0]), -1))
+    # u . (J v) = (J^T u) . v
+    ours, theirs = torch.cat(forward, dim=1), torch.cat(reverse, dim=1)
+    scale = ours.abs().sum(1) + theirs.abs().sum(1)
+    tolerance = torch.finfo(ours.dtype).eps ** 0.5 * scale
+    return bool(((ours.sum(1) - theirs.sum(1)).abs() <= tolerance).all())
+
+
+def _led(tensor: Tensor, single: Tensor) -> Tensor:
+    """A tensor led by an axis of several, or of one."""
+    tensor = tensor.detach()
+    return tensor if tensor.ndim > single.ndim else tensor.unsqueeze(0)
 
 
 def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -26,6 +28,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
     JacobianBlock,
     OutputMap,
 )
+from pyro_subnet.curvature.jacobian.plain import require_held_gradients
 from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from pyro_subnet.curvature.jacobian.structured.rows import layered_blocks
 from pyro_subnet.curvature.jacobian.structured.squares import layered_diagonal
@@ -48,19 +51,28 @@ _GENERAL = {
 
 
 def choose_route(outputs: OutputMap, factors: Factors, budget: int) -> Route:
-    """The cheapest general route that gives right numbers within the budget."""
+    """The general route that is tried first."""
+    return next(_general_routes(outputs, factors, budget))
+
+
+def _general_routes(
+    outputs: OutputMap, factors: Factors, budget: int
+) -> Iterator[Route]:
+    """General routes that may give right numbers, within the budget, cheapest first."""
+    # The last one, reverse mode over the whole call, is right for any model.
     num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
     forward = _FORWARD_PASSES * outputs.size
     per_datum = _REVERSE_PASSES * num_rows / outputs.num_data
     forward_mode = forward_mode_agrees(outputs.outputs, outputs.loc)
     forward_serves = forward_mode and forward_bytes(outputs) <= budget
-    if forward_serves and forward <= per_datum:
-        return "forward"
+    forward_first = forward_serves and forward <= per_datum
+    if forward_first:
+        yield "forward"
     if separates_by_datum(outputs, budget, forward_mode):
-        return "per-datum"
-    if forward_serves and forward <= _REVERSE_PASSES * num_rows:
-        return "forward"
-    return "reverse"
+        yield "per-datum"
+    if forward_serves and not forward_first and forward <= _REVERSE_PASSES * num_rows:
+        yield "forward"
+    yield "reverse"
 
 
 def jacobian_blocks(
@@ -83,11 +95,20 @@ def differentiable_blocks(outputs: OutputMap, factors: Factors, budget: int) -> 
     # By a general route: the structured one keeps activations apart from their graph.
     # All blocks' graphs stay in memory until the caller drops them.
     with torch.no_grad():
-        route = choose_route(outputs, factors, budget)
-    if route == "reverse":
-        yield from reverse_blocks(outputs, factors, budget, create_graph=True)
-    else:
-        yield from _GENERAL[route](outputs, factors, budget)
+        routes = [
+            route
+            for route in _general_routes(outputs, factors, budget)
+            if route != "reverse"
+        ]
+    for route in routes:
+        try:
+            blocks = list(_GENERAL[route](outputs, factors, budget))
+            require_held_gradients(outputs, factors, blocks)
+        except Exception:  # the last route meets the same error if it is the model's
+            continue
+        yield from blocks
+        return
+    yield from reverse_blocks(outputs, factors, budget, create_graph=True)
 
 
 def joined_rows(
@@ -105,9 +126,8 @@ def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor
     r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements, (S,), float64."""
 
     def general(part: OutputMap, of_part: Factors) -> Tensor:
-        route = choose_route(part, of_part, budget)
         total = torch.zeros(part.size, dtype=torch.float64, device=part.loc.device)
-        for block in _GENERAL[route](part, of_part, budget):
+        for block in _general_blocks(part, of_part, budget):
             rows = block.rows.flatten(0, 1).to(at_least_float32(block.rows.dtype))
             total += rows.square().sum(0)
         return total
@@ -144,29 +164,60 @@ def compare_routes() -> Iterator[None]:
 def _blocks(
     outputs: OutputMap, factors: Factors, budget: int, route: Route | None
 ) -> Blocks:
-    def general(part: OutputMap, of_part: Factors) -> Blocks:
-        chosen = choose_route(part, of_part, budget)
-        return _GENERAL[chosen](part, of_part, budget)
-
-    if route is not None and route != "layered":
+    if route == "layered":
+        yield from _layered_blocks(outputs, factors, budget)
+    elif route is not None:
         yield from _GENERAL[route](outputs, factors, budget)
-        return
-    # The structured route may refuse after some blocks, which are right: the general
-    # one then gives the remaining elements of every site.
-    done = [0] * len(factors)
-    try:
-        for block in layered_blocks(outputs, factors, budget, general):
-            if _COMPARES.get():
-                _compare(block, general(outputs, factors))
-            yield block
-            done[block.site] += len(block.rows)
-    except NotLayered:
-        if route == "layered":
+    else:
+        general = _general_makers(outputs, factors, budget)
+        layered = partial(_layered_blocks, outputs, factors, budget)
+        yield from _first_held(chain([layered], general), len(factors))
+
+
+def _layered_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    """Blocks by the structured route; general ones serve what it does not."""
+
+    def general(part: OutputMap, of_part: Factors) -> Blocks:
+        return _general_blocks(part, of_part, budget)
+
+    for block in layered_blocks(outputs, factors, budget, general):
+        if _COMPARES.get():
+            _compare(block, general(outputs, factors))
+        yield block
+
+
+def _general_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
+    makers = _general_makers(outputs, factors, budget)
+    return _first_held(makers, len(factors))
+
+
+def _general_makers(
+    outputs: OutputMap, factors: Factors, budget: int
+) -> Iterator[Callable[[], Blocks]]:
+    for route in _general_routes(outputs, factors, budget):
+        yield partial(_GENERAL[route], outputs, factors, budget)
+
+
+def _first_held(routes: Iterable[Callable[[], Blocks]], num_sites: int) -> Blocks:
+    """Blocks of the first route that does not fail; what follows is the next one's."""
+    # A route that refuses after some blocks, which are right, leaves the remaining
+    # elements of every site to the next.
+    done = [0] * num_sites
+    failure: Exception | None = None
+    for make in routes:
+        try:
+            for block in make():
+                rest = _after(block, done[block.site])
+                if rest is not None:
+                    yield rest
+                    done[block.site] += len(rest.rows)
+            return
+        except RouteError:  # asked for by `compare_routes`
             raise
-        for block in general(outputs, factors):
-            rest = _after(block, done[block.site])
-            if rest is not None:
-                yield rest
+        except Exception as error:  # the user's code may fail on a route in any way
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _compare(block: JacobianBlock, others: Blocks) -> None:

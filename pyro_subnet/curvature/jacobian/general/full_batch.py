@@ -12,7 +12,9 @@ from pyro_subnet.curvature.jacobian.output_map import (
     JacobianBlock,
     OutputMap,
 )
+from pyro_subnet.curvature.jacobian.plain import require_held
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.row_gradients import RowGradients
 
 
 def forward_bytes(outputs: OutputMap) -> int:
@@ -25,6 +27,9 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     """Yields one block a site by forward mode, its S directions in groups.
 
     Costs about 2 S forward passes of the call and holds the whole Jacobian.
+
+    Raises:
+        WrongRows: Before the first block, if they are not plain reverse mode's.
     """
     loc = outputs.loc
     one = outputs.activation_bytes + outputs.num_touched * loc.element_size()
@@ -41,16 +46,22 @@ def forward_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
         found = torch.func.vmap(push)(directions)
         for column, derivative in zip(columns, found, strict=True):
             column[..., start:stop] = derivative.movedim(0, -1)
-    for site, (column, factor) in enumerate(zip(columns, factors, strict=True)):
-        yield JacobianBlock(site, 0, factor @ column)
+    pairs = zip(columns, factors, strict=True)
+    blocks = [
+        JacobianBlock(site, 0, factor @ column)
+        for site, (column, factor) in enumerate(pairs)
+    ]
+    require_held(outputs, factors, blocks)
+    yield from blocks
 
 
 def reverse_blocks(
     outputs: OutputMap, factors: Factors, budget: int, *, create_graph: bool = False
 ) -> Blocks:
     """Yields blocks by reverse mode: a backward pass of the whole call a row."""
-    # Plain autograd, without `torch.func`: it takes every model that trains. With
-    # `create_graph` the rows carry gradients to the data of the call.
+    # Plain autograd, without `torch.func`: it takes every model that trains. Several
+    # rows share a pass where that gives the same. With `create_graph` they carry
+    # gradients to the data of the call.
     with differentiable():
         leaf = outputs.loc.detach().clone().requires_grad_()
         values = outputs.outputs(leaf)
@@ -58,6 +69,7 @@ def reverse_blocks(
     group = max(1, budget // one)
     for site, (value, factor) in enumerate(zip(values, factors, strict=True)):
         count, rank, _ = factor.shape
+        rows_of = RowGradients(value, [leaf], create_graph=create_graph)
         # Whole elements are a block, though a single one may have more rows than fit.
         step = max(1, group // max(1, rank))
         for start in range(0, count, step):
@@ -67,20 +79,8 @@ def reverse_blocks(
             picked = torch.arange(stop - start, device=leaf.device)
             cotangents[picked, :, start + picked] = factor[start:stop]
             rows = [
-                _pull(value, leaf, part, create_graph)
+                rows_of(part.to(value))[0]
                 for part in cotangents.flatten(0, 1).split(group)
             ]
             block = torch.cat(rows).reshape(stop - start, rank, -1)
             yield JacobianBlock(site, start, block)
-
-
-def _pull(value: Tensor, leaf: Tensor, cotangents: Tensor, graph: bool) -> Tensor:
-    """Gradients at ``leaf`` of several cotangents of ``value``."""
-    if not value.requires_grad:
-        return leaf.new_zeros(len(cotangents), *leaf.shape)
-    options = {"retain_graph": True, "create_graph": graph, "materialize_grads": True}
-    if graph:  # one by one, as not every second derivative can be batched
-        found = [torch.autograd.grad(value, leaf, u, **options)[0] for u in cotangents]
-        return torch.stack(found)
-    options["is_grads_batched"] = True
-    return torch.autograd.grad(value, leaf, cotangents, **options)[0]

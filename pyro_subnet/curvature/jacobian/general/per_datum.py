@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.directional import (
-    agree,
-    directional_derivative,
-    random_direction,
-)
+from pyro_subnet.curvature.jacobian.directional import directional_derivative
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
     JacobianBlock,
     OutputMap,
+    factors_of,
 )
+from pyro_subnet.curvature.jacobian.plain import require_held
+from pyro_subnet.tensors.agreement import agree, random_direction
 
 
 def separates_by_datum(outputs: OutputMap, budget: int, forward_mode: bool) -> bool:
@@ -61,6 +60,9 @@ def per_datum_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Block
 
     Valid only where :func:`separates_by_datum` holds. Costs as many backward passes of
     the call as a data point has rows, each with dense gradients of the chosen sites.
+
+    Raises:
+        WrongRows: Before any block of a group whose rows are not plain reverse mode's.
     """
     num_data = outputs.num_data
     per_site = [factor.unflatten(0, (num_data, -1)) for factor in factors]
@@ -84,8 +86,14 @@ def per_datum_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Block
     for start, rows in _slices(outputs, group):
         stop = start + rows[0].shape[0]
         sliced = tuple(factor[start:stop] for factor in per_site)
-        for site, block in enumerate(torch.func.vmap(rows_of)(sliced, *rows)):
-            yield JacobianBlock(site, start * sizes[site][0], block.flatten(0, 1))
+        blocks = [
+            JacobianBlock(site, start * sizes[site][0], block.flatten(0, 1))
+            for site, block in enumerate(torch.func.vmap(rows_of)(sliced, *rows))
+        ]
+        # Under two `vmap`s some operations have wrong derivatives, and say nothing.
+        own = factors_of(factors, num_data, start, stop)
+        require_held(outputs.at(start, stop), own, blocks)
+        yield from blocks
 
 
 def _cotangents(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

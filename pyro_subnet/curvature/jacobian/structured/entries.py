@@ -171,6 +171,14 @@ class Contraction(Entries):
         places = self.p * num_right + q
         return places if self.order is None else places[self.order]
 
+    def summed(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, " s"]:
+        """See :meth:`Entries.summed`; by one product, as a layer's own gradient."""
+        left = _widened(self.left(delta))
+        # sum_bt l_bpt r_bqt, with data and positions on one axis
+        sides = (side.transpose(0, 1).flatten(1) for side in (left, self.right))
+        over_left, over_right = sides
+        return (over_left @ over_right.mT).flatten()[self._places]
+
     def new_squares(self) -> Tensor:
         """See :meth:`Entries.new_squares`; (B, P) at a single position, else (P, Q)."""
         num_data, num_right, _ = self.right.shape

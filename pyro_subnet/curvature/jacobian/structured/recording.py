@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.directional import agree, random_direction
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap, factors_of
+from pyro_subnet.curvature.jacobian.plain import at_chosen, plain_gradient
 from pyro_subnet.curvature.jacobian.structured.convolution import CONVOLUTIONS
 from pyro_subnet.curvature.jacobian.structured.layers import LAYERS, REARRANGEMENTS
 from pyro_subnet.curvature.jacobian.structured.tape import Affine, Entries, Tape, Use
+from pyro_subnet.exceptions import SubnetError
+from pyro_subnet.tensors.agreement import agree, random_direction
 from pyro_subnet.tensors.modes import differentiable
 
 _RULES = {**LAYERS, **CONVOLUTIONS}
@@ -31,6 +35,19 @@ Gradients = Sequence[Tensor | None]
 
 class NotLayered(Exception):
     """Raised when a model does not fit this route; then another one is taken."""
+
+
+@contextmanager
+def not_layered_on_errors() -> Iterator[None]:
+    """Turns errors of torch and of the user's code, on this route, into NotLayered."""
+    # The plainest route meets the same error if it is the model's own.
+    try:
+        yield
+    except (NotLayered, SubnetError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise NotLayered(f"the layers cannot be taken apart: {kind}") from error
 
 
 @final
@@ -152,6 +169,30 @@ class Recording:
         for cotangent in cotangents:
             yield self._pull(value, cotangent)
 
+    def weight_gradient(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """Autograd's gradient at the elements served, for a cotangent of each site."""
+        # It frees the run's activations, so it comes last.
+        pairs = zip(self.values, cotangents, strict=True)
+        live = [(value, u.to(value)) for value, u in pairs if value.requires_grad]
+        sites = self.layered_sites
+        gradients: Sequence[Tensor] = [torch.zeros_like(self.leaves[s]) for s in sites]
+        if live:
+            gradients = torch.autograd.grad(
+                [value for value, _ in live],
+                [self.leaves[site] for site in sites],
+                [u for _, u in live],
+                materialize_grads=True,
+            )
+        by_site = dict(zip(sites, gradients, strict=True))
+        return at_chosen(by_site, self.outputs.chosen)
+
+    def of_layered(self, columns: Float[Tensor, " subnet"]) -> Tensor:
+        """Of all columns' numbers, those of the elements served."""
+        sizes = [at.numel() for at in self.outputs.chosen.values()]
+        pieces = zip(self.outputs.chosen, columns.split(sizes), strict=True)
+        served = set(self.layered_sites)
+        return torch.cat([piece for site, piece in pieces if site in served])
+
     def _pull(self, value: Tensor, cotangent: Tensor, **options: bool) -> Gradients:
         if not value.requires_grad:
             return [None] * len(self.edges)
@@ -197,11 +238,12 @@ def _check_separation(outputs: OutputMap) -> None:
         for first, last in ((start, middle), (middle, stop)):
             inside = slice(first - start, last - start)
             own = [_of_data(u, together.num_data, inside) for u in cotangents]
-            alone = _gradient(outputs.at(first, last), own)
+            alone = plain_gradient(outputs.at(first, last), own)
             among = [torch.zeros_like(u) for u in cotangents]
             for u, part in zip(among, own, strict=True):
                 _of_data(u, together.num_data, inside).copy_(part)
-            if not agree(alone, _gradient(together, among)):
+            both = plain_gradient(together, among)
+            if not agree(alone.unsqueeze(-1), both.unsqueeze(-1)):
                 raise NotLayered(COUPLED)
     except NotLayered:
         raise
@@ -213,22 +255,3 @@ def _check_separation(outputs: OutputMap) -> None:
 def _of_data(elements: Tensor, num_data: int, which: slice) -> Tensor:
     """Elements of some data, a view."""
     return elements.unflatten(0, (num_data, -1))[which].flatten(0, 1)
-
-
-def _gradient(outputs: OutputMap, cotangents: Sequence[Tensor]) -> Tensor:
-    """Gradient at the chosen elements, (S, 1), by plain reverse mode."""
-    leaves = {s: v.detach().requires_grad_() for s, v in outputs.base.items()}
-    with differentiable():
-        values = outputs.of_sites(leaves, None)
-    pairs = zip(values, cotangents, strict=True)
-    live = [(value, u.to(value)) for value, u in pairs if value.requires_grad]
-    if not live:
-        return outputs.loc.new_zeros(outputs.size, 1)
-    gradients = torch.autograd.grad(
-        [value for value, _ in live],
-        list(leaves.values()),
-        [u for _, u in live],
-        materialize_grads=True,
-    )
-    pieces = zip(gradients, outputs.chosen.values(), strict=True)
-    return torch.cat([part.flatten()[at] for part, at in pieces]).unsqueeze(-1)

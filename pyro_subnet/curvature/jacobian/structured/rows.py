@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.directional import agree, random_direction
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     Factors,
@@ -25,14 +24,17 @@ from pyro_subnet.curvature.jacobian.output_map import (
     cotangent_rows,
     num_rows,
 )
+from pyro_subnet.curvature.jacobian.plain import mixed_rows
 from pyro_subnet.curvature.jacobian.structured.recording import (
     COUPLED,
     Column,
     Gradients,
     NotLayered,
     Recording,
+    not_layered_on_errors,
     recordings,
 )
+from pyro_subnet.tensors.agreement import agree, random_direction
 from pyro_subnet.tensors.modes import at_least_float32
 
 # Layers hold a few times their activations: data that need less than the budget by this
@@ -46,52 +48,40 @@ def layered_blocks(
     outputs: OutputMap, factors: Factors, budget: int, other: OtherRoute
 ) -> Blocks:
     """Yields rows of :math:`R J`, one block a site for every group of data."""
-    group = _group(outputs, factors, budget)
-    for start, recording, sliced in recordings(outputs, factors, group):
-        count = recording.outputs.num_data
-        rows = _group_rows(recording, sliced)
-        _check_gradient(recording, sliced, rows)
-        if recording.tape.escaped:
-            _fill_escaped(recording, sliced, other, rows)
-        per_site = rows.split([num_rows(f, count) for f in sliced], dim=1)
-        for site, (block, factor) in enumerate(zip(per_site, sliced, strict=True)):
-            first = start * len(factor) // count
-            shaped = block.reshape(len(factor), factor.shape[1], -1)
-            yield JacobianBlock(site, first, shaped)
+    with not_layered_on_errors():
+        group = _group(outputs, factors, budget)
+        for start, recording, sliced in recordings(outputs, factors, group):
+            rows = _group_rows(recording, sliced)
+            _check_gradient(recording, sliced, rows)
+            if recording.tape.escaped:
+                _fill_escaped(recording, sliced, other, rows)
+            yield from _by_site(rows, recording, sliced, start)
+
+
+def _by_site(
+    rows: Tensor, recording: Recording, factors: Factors, start: int
+) -> Blocks:
+    """Rows of a group of data, (B, rows of a data point, S), as one block a site."""
+    count = recording.outputs.num_data
+    per_site = rows.split([num_rows(factor, count) for factor in factors], dim=1)
+    for site, (block, factor) in enumerate(zip(per_site, factors, strict=True)):
+        first = start * len(factor) // count
+        shaped = block.reshape(len(factor), factor.shape[1], -1)
+        yield JacobianBlock(site, first, shaped)
 
 
 def _check_gradient(recording: Recording, factors: Factors, rows: Tensor) -> None:
     """Compares with autograd's gradient of the whole group, for a random cotangent."""
     # Two linear maps that agree on a random vector, (R J)^T u, are equal with
     # probability one: data that are coupled, or on another axis, do not agree.
-    outputs, num_data = recording.outputs, recording.outputs.num_data
-    weights = random_direction(rows.shape[:2], rows)
-    found = weights.flatten() @ rows.flatten(0, 1)
+    num_data = recording.outputs.num_data
+    u = random_direction(rows.shape[:2], rows)
     counts = [num_rows(factor, num_data) for factor in factors]
-    live, cotangents = [], []
-    for value, factor, part in zip(
-        recording.values, factors, weights.split(counts, dim=1), strict=True
-    ):
-        if value.requires_grad:
-            u = part.reshape(len(factor), 1, -1)
-            live.append(value)
-            cotangents.append((u.to(factor) @ factor).squeeze(1).to(value))
-    if not live:
-        return
-    sites = recording.layered_sites
-    gradients = torch.autograd.grad(
-        live,
-        [recording.leaves[site] for site in sites],
-        cotangents,
-        retain_graph=bool(recording.tape.escaped),
-        materialize_grads=True,
-    )
-    sizes = [at.numel() for at in outputs.chosen.values()]
-    pieces = dict(zip(outputs.chosen, found.split(sizes), strict=True))
-    ours = torch.cat([pieces[site] for site in sites])
-    pairs = zip(sites, gradients, strict=True)
-    theirs = torch.cat([part.flatten()[outputs.chosen[site]] for site, part in pairs])
-    if not agree(ours.unsqueeze(-1), theirs.unsqueeze(-1)):
+    of_site = zip(factors, u.split(counts, dim=1), strict=True)
+    weights = [part.reshape(len(factor), -1) for factor, part in of_site]
+    expected = recording.weight_gradient(mixed_rows(factors, weights))
+    found = recording.of_layered(u.flatten() @ rows.flatten(0, 1))
+    if not agree(found.unsqueeze(-1), expected.unsqueeze(-1)):
         raise NotLayered(COUPLED)
 
 

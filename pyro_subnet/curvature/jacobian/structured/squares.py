@@ -12,25 +12,29 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.directional import agree, random_direction
 from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     OutputMap,
     cotangent_rows,
     num_rows,
 )
+from pyro_subnet.curvature.jacobian.plain import mixed_rows
 from pyro_subnet.curvature.jacobian.structured.recording import (
     COUPLED,
     Column,
     Gradients,
     NotLayered,
     Recording,
+    not_layered_on_errors,
     recordings,
 )
+from pyro_subnet.tensors.agreement import agree, random_direction
+from pyro_subnet.tensors.modes import at_least_float32
 
 OtherDiagonal = Callable[[OutputMap, Factors], Tensor]
 
 
+@not_layered_on_errors()
 def layered_diagonal(
     outputs: OutputMap, factors: Factors, budget: int, other: OtherDiagonal
 ) -> Tensor:
@@ -38,8 +42,9 @@ def layered_diagonal(
     total = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
     group = group_size(outputs, budget)
     for _, recording, sliced in recordings(outputs, factors, group):
-        squares = SquaredColumns(recording.columns(), recording.outputs)
-        for deltas in checked_gradients(recording, sliced):
+        columns = recording.columns()
+        squares = SquaredColumns(columns, recording.outputs)
+        for deltas in checked_gradients(recording, columns, sliced):
             squares.add(total, deltas)
         squares.finish(total)
         # Sites that do not enter layers alone are left to the other route.
@@ -60,12 +65,15 @@ def group_size(outputs: OutputMap, budget: int) -> int:
     return max(1, min(outputs.num_data, budget // (held + activations)))
 
 
-def checked_gradients(recording: Recording, factors: Factors) -> Iterator[Gradients]:
+def checked_gradients(
+    recording: Recording, columns: Sequence[Column], factors: Factors
+) -> Iterator[Gradients]:
     r"""Yields gradients of all layers' outputs, one row of every data point at a time.
 
     Each comes from one backward pass of all data. After the last row, one more checks
-    that no layer couples data: then data point b of :math:`\sum_k u_{bk}\, \delta_k`, u
-    random, is that of the gradient of :math:`\sum_k u_{bk} R_{bk}\, \eta_b`.
+    that no layer couples data, and that entries at the weights follow: summed over the
+    data, those of :math:`\sum_k u_{bk}\, \delta_{bk}`, u random, are the gradient of
+    :math:`\sum_{bk} u_{bk} R_{bk}\, \eta_b` at the weights.
 
     Raises:
         NotLayered: If they disagree.
@@ -80,32 +88,34 @@ def checked_gradients(recording: Recording, factors: Factors) -> Iterator[Gradie
             for edge, delta in enumerate(deltas):
                 if delta is not None:
                     part = delta.reshape(num_data, -1) * u[:, row : row + 1].to(delta)
-                    before = mixed[edge]
+                    part, before = part.view(delta.shape), mixed[edge]
                     mixed[edge] = part if before is None else before.add_(part)
             row += 1
             yield deltas
-    expected = _gradients_of_mixture(recording, factors, u.split(counts, dim=1))
-    for sums, total in zip(mixed, expected, strict=True):
-        if sums is None or total is None:
+    of_site = zip(factors, u.split(counts, dim=1), strict=True)
+    weights = [own.reshape(len(factor), -1) for factor, own in of_site]
+    expected = recording.weight_gradient(mixed_rows(factors, weights))
+    found = recording.of_layered(_summed_entries(recording, columns, mixed))
+    if not agree(found.unsqueeze(-1), expected.unsqueeze(-1)):
+        raise NotLayered(COUPLED)
+
+
+def _summed_entries(
+    recording: Recording, columns: Sequence[Column], deltas: Gradients
+) -> Tensor:
+    """Entries of all uses for one row of each data point, summed over data, (S,)."""
+    like = recording.outputs.loc
+    total = like.new_zeros(recording.outputs.size, dtype=at_least_float32(like.dtype))
+    for column in columns:
+        delta = deltas[column.edge]
+        if delta is None:
             continue
-        if not agree(sums.reshape(-1, 1), total.reshape(-1, 1)):
-            raise NotLayered(COUPLED)
-
-
-def _gradients_of_mixture(
-    recording: Recording, factors: Factors, weights: Sequence[Tensor]
-) -> Gradients:
-    r"""Gradients of :math:`\sum_k u_{bk} R_{bk}\, \eta_b`, summed over all sites."""
-    sums: list[Tensor | None] = [None] * len(recording.edges)
-    for site, (factor, own) in enumerate(zip(factors, weights, strict=True)):
-        u = own.reshape(len(factor), 1, -1).to(factor)
-        cotangent = (u @ factor).squeeze(1).unsqueeze(0)
-        (deltas,) = recording.gradients(site, cotangent)
-        for edge, delta in enumerate(deltas):
-            before = sums[edge]
-            if delta is not None:
-                sums[edge] = delta if before is None else before + delta
-    return sums
+        entries = column.entries.summed(delta)
+        if isinstance(column.columns, slice):
+            total[column.columns] += entries
+        else:
+            total.index_add_(0, column.columns, entries)
+    return total
 
 
 @final

@@ -42,6 +42,10 @@ class Entries(ABC):
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """Entries for one gradient of the layer's output, in that output's shape."""
 
+    def summed(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, " s"]:
+        """The same, summed over the data."""
+        return self(delta).sum(0)
+
     def new_squares(self) -> Tensor:
         """An empty sum of squares for :meth:`add_squares_`, in a shape of its own."""
         return torch.zeros((), dtype=torch.float64)
