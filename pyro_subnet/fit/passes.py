@@ -21,6 +21,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.data_values import check_data
+from pyro_subnet.tracing.forgotten_data import check_forgotten
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
@@ -75,6 +76,7 @@ class DataPass(Generic[Prior]):
                 for site in call.sites:
                     site.require_outputs()
             graph = call.graph()
+            check_forgotten(call, graph)
             self._meet(call, graph)
             subnet_call = self._over_subnet(call, graph)
             del graph  # frees the activations before the Jacobian needs the room

@@ -171,8 +171,8 @@ class InitToModule:
             raise ModelError(
                 "`init_to_module` must find a parameter of each site's name and shape; "
                 f"got none for site {site['name']!r} of shape {tuple(shape)}, among "
-                f"{_shown(weights)}. Rename the site, or say where such sites start, "
-                "as in `fallback=init_to_median`."
+                f"{_shown(weights)}. Pass its data if it has any, rename the site, or "
+                "say where such sites start, as in `fallback=init_to_median`."
             )
         return init_to_median(site)
 

@@ -24,6 +24,7 @@ from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.triangular import mirror_
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.forgotten_data import check_forgotten
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
@@ -136,7 +137,10 @@ def _maps(
     """The outputs of each call that the subnet moves, and the factors R."""
     for args, kwargs in data.calls("Reference inputs"):
         read = ModelCall.read(at_map, args, kwargs)
-        call = SubnetCall.of(read, subnet, without_plates=not data.whole)
+        graph = read.graph()
+        check_forgotten(read, graph)
+        call = SubnetCall.of(read, subnet, graph, without_plates=not data.whole)
+        del graph  # frees the activations before the Jacobian needs the room
         if call.is_moved:
             outputs = call.outputs()
             weighted = weighting == "fisher"

@@ -1,0 +1,100 @@
+"""Latent sites that are data which nobody gave."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_subnet.exceptions import ModelError
+from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tracing.call import Graph, ModelCall
+from pyro_subnet.tracing.trace import Node
+
+
+def check_forgotten(call: ModelCall, graph: Graph) -> None:
+    """Refuses a latent site that is an observation without its data.
+
+    Where ``y=None``, Pyro takes an observed site for a latent one, and the fit would
+    take it for a weight. Such a site stands where the data do, depends on other latent
+    sites, and nothing depends on it: a local latent site has data that depend on it.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    empty = _arguments_without_value(call)
+    for name in call.latents.layout.names:
+        stands = _stands_with_data(call, call.trace.nodes[name])
+        suspect = stands or (bool(empty) and not call.sites)
+        if suspect and _is_leaf(call, graph, name):
+            raise ModelError(_message(name, empty))
+
+
+def _stands_with_data(call: ModelCall, node: Node) -> bool:
+    """Whether a latent site is in an observed one's plate, or has a row a datum."""
+    plates = _plates(node)
+    if any(plates & _plates(site.node) for site in call.sites):
+        return True
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    value = node["value"]
+    return value.ndim > 0 and len(value) in rows
+
+
+def _plates(node: Node) -> set[str]:
+    return {frame.name for frame in node["cond_indep_stack"]}
+
+
+def _is_leaf(call: ModelCall, graph: Graph, name: str) -> bool:
+    """Whether a site depends on other latent sites, and nothing on it."""
+    leaf, nodes = graph.leaves[name], graph.trace.nodes
+    others = {site: u for site, u in graph.leaves.items() if site != name}
+    with differentiable():
+        for term in graph.prior_terms:
+            if term.site == name:
+                if not _reaches(term.log_density, others):
+                    return False
+            elif _reaches(term.log_density, {name: leaf}):
+                return False
+        return not any(
+            site.moved_parts(nodes[site.name], [leaf]) for site in call.sites
+        )
+
+
+def _reaches(density: Tensor, leaves: Mapping[str, Tensor]) -> bool:
+    if not density.requires_grad or not leaves:
+        return False
+    found = torch.autograd.grad(
+        density, list(leaves.values()), retain_graph=True, allow_unused=True
+    )
+    return any(gradient is not None for gradient in found)
+
+
+def _arguments_without_value(call: ModelCall) -> list[str]:
+    """Names of the arguments of a call that are None, given or by default."""
+    model: Any = call.at_map.model
+    model = model.forward if isinstance(model, nn.Module) else model
+    try:
+        bound = inspect.signature(model).bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError):  # a callable without a usable signature
+        return [name for name, value in call.kwargs.items() if value is None]
+    bound.apply_defaults()
+    return [name for name, value in bound.arguments.items() if value is None]
+
+
+def _message(name: str, empty: list[str]) -> str:
+    way = f"Pass the data of site {name!r}"
+    if empty:
+        way += f" (no value came for {', '.join(f'`{one}`' for one in empty)})"
+    if name.endswith("_unobserved"):
+        way = "`obs_mask=` makes missing data latent: leave them out by `poutine.mask`"
+    return (
+        "Every site of the data must be observed in a fit; got no data for site "
+        f"{name!r}, which depends on the weights and on which nothing depends: it "
+        f"would count as a weight. {way}. A guide that was set up without them is to "
+        "be made anew."
+    )
