@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from numbers import Integral
+from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
@@ -90,9 +91,25 @@ def check_positive(values: Tensor, name: str, default: str) -> None:
         )
 
 
-def check_num_samples(num_samples: int) -> None:
-    """Refuses a number of draws below 1."""
-    if num_samples < 1:
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1, NumPy's among them."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and int(value) >= 1
+
+
+def check_num_samples(num_samples: Any) -> None:
+    """Refuses a number of draws below 1, and what is no whole number."""
+    if not is_count(num_samples):
         raise OptionError(
-            f"`num_samples` must be at least 1; got {num_samples}. Pass 1000 or so."
+            "`num_samples` must be at least 1, a whole number; got "
+            f"{num_samples!r}. Pass 1000 or so."
+        )
+
+
+def check_num_data(num_data: Any) -> None:
+    """Refuses a number of data points below 1, and what is no whole number."""
+    if num_data is not None and not is_count(num_data):
+        raise OptionError(
+            f"`num_data` must be a positive count; got {num_data!r}. Leave it out if "
+            "the batches hold all the data."
         )

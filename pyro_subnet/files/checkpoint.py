@@ -26,6 +26,7 @@ from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.state import PosteriorFacts, PosteriorState
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.trace import (
     Latents,
     Model,
@@ -166,7 +167,7 @@ def _prototype(
     guide = AutoContinuous(model, start)
     try:
         with torch.no_grad(), preserved_rng(), apart(), refuse_training_mode():
-            guide._setup_prototype(*args, **kwargs)
+            run_on(guide._setup_prototype, model, args, kwargs, loc)
     except ValueError:
         # A discrete site ends the set-up before the sites are compared.
         if guide.prototype_trace is not None:

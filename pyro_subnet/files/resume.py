@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_subnet.exceptions import CheckpointError, OptionError
 from pyro_subnet.files.fingerprint import check_sites, digest, site_records
 from pyro_subnet.files.safe_file import Content, check_path, read_file, write_file
-from pyro_subnet.options import FitOptions
+from pyro_subnet.options import FitOptions, is_count
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.trace import Latents
@@ -79,7 +79,7 @@ class FitCheckpoint:
         fit: tuple[Data, Any],
     ) -> FitCheckpoint:
         """Reads the file, if there is one, and compares it with the fit."""
-        if every < 1:
+        if not is_count(every):
             raise OptionError(
                 f"`checkpoint_every` must be a positive count of batches; got {every}. "
                 "Leave it out for 100."

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_subnet.exceptions import (
     ModelError,
@@ -27,12 +28,19 @@ from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.laplace.state import PosteriorState
-from pyro_subnet.options import Covariance, Curvature, FitOptions, FullForm
+from pyro_subnet.options import (
+    Covariance,
+    Curvature,
+    FitOptions,
+    FullForm,
+    check_num_data,
+)
 from pyro_subnet.selection.largest_variance import LargestVariance
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import at_least_float32, full_precision
+from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
@@ -123,10 +131,17 @@ class AutoSubnetLaplace(AutoAtMAP):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._setup_prototype(*args, **kwargs)
-        except ValueError as error:
+            run_on(super()._setup_prototype, self.user_model, args, kwargs)
+        except (ValueError, RuntimeError) as error:
             site = _discrete_site(self.prototype_trace)
+            empty = "found no latent variables" in str(error)
             self.prototype_trace: Any = None
+            if empty:
+                raise ModelError(
+                    "The model must have a latent site, drawn by `pyro.sample` without "
+                    "data; got none. Make a torch network Bayesian with "
+                    "`pyro_subnet.nn.bayesianize(net)`."
+                ) from error
             if site is None:
                 raise
             raise ModelError(
@@ -207,7 +222,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         ``curvature`` replace the sum. The guide itself stays as it was.
 
         Args:
-            args: Positional arguments of the model, with the training data.
+            args: Positional arguments of the model, with the training data. NumPy
+                arrays and pandas objects are taken as tensors; of a ``DataLoader``,
+                the batches, as by :meth:`laplace_approximation_from`.
             kwargs: Its keyword arguments.
 
         Returns:
@@ -218,6 +235,8 @@ class AutoSubnetLaplace(AutoAtMAP):
 
         Source: Daxberger et al. (2021), eqs. 4 and 6, arXiv 2010.14689.
         """
+        if not kwargs and len(args) == 1 and isinstance(args[0], DataLoader):
+            return self.laplace_approximation_from(args[0])
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return self._approximate(Data.single(args, kwargs))
@@ -267,11 +286,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             CheckpointError: If the file is damaged, or of another fit.
             SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
         """
-        if num_data is not None and num_data < 1:
-            raise OptionError(
-                f"`num_data` must be a positive count; got {num_data}. Leave it out if "
-                "the batches hold all the data."
-            )
+        check_num_data(num_data)
         data = Data(batches, whole=False, num_data=num_data, progress=progress)
         if getattr(self._selector, "passes_over_data", False):
             data.require_repeatable(type(self._selector).__name__)

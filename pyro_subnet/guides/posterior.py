@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import OptionError
@@ -26,7 +27,7 @@ from pyro_subnet.laplace.tuning import check_tuning
 from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
-from pyro_subnet.options import FitOptions, check_num_samples
+from pyro_subnet.options import FitOptions, check_num_data, check_num_samples
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.held_out import tune_by_nll
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
@@ -530,7 +531,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             method: ``"evidence"``: the highest :meth:`log_marginal_likelihood`;
                 ``"nll"``: the lowest negative log predictive density of held-out data,
                 by :meth:`predictive_distribution`.
-            val: Held-out data for ``"nll"``: what one call of the model takes.
+            val: Held-out data for ``"nll"``: what one call of the model takes, or a
+                ``DataLoader`` or list of such.
             per_site: One scale for each site in place of one for all, by the evidence.
             bounds: Least and largest scale.
             standard_errors: For ``"nll"``. Of the scales that were tried, the one
@@ -624,6 +626,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         Source: Ritter, Botev and Barber (2018), arXiv 1805.07810, for adding curvature
         as tasks come; they move the MAP as well.
         """
+        if not kwargs and len(args) == 1 and isinstance(args[0], DataLoader):
+            return self.update_from(args[0], forgetting=forgetting)
         return self._updated(Data.single(args, kwargs, whole=False), forgetting)
 
     def update_from(
@@ -645,6 +649,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         Returns:
             A new posterior guide.
         """
+        check_num_data(num_data)
         data = Data(batches, whole=False, num_data=num_data, progress=progress)
         return self._updated(data, forgetting)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -15,16 +16,18 @@ from pyro_subnet.exceptions import (
     OptionError,
     PrecisionError,
 )
+from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.laplace.search import Tuning, check_bounds, minimize, nearest_to_own
 from pyro_subnet.laplace.state import PosteriorState
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.links.integration import PredictiveOptions
 from pyro_subnet.predictions.outputs import OutputGaussian
 from pyro_subnet.predictions.raw_logits import with_raw_logits
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.data import arguments
+from pyro_subnet.tracing.data import Data, is_loader
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
@@ -58,24 +61,18 @@ def tune_by_nll(
         DataError: If ``val`` is no set of arguments, lacks observations, or holds some
             that the likelihood forbids.
     """
-    call = of_site(ModelCall.read(at_map, *arguments(val)), None)
-    (site,) = call.sites
-    if not site.node["is_observed"]:
-        raise DataError(
-            f"`val` must hold observations; got none at site {site.name!r}. Pass what "
-            "training takes, such as `val=(x, y)`."
-        )
-    check_data(site)
-    outputs = with_raw_logits(LinearizedOutputs.read(call, state.subnet))
-    weights, value = _weights(site, call.num_data), site.value
+    data = Data(val if is_loader(val) else [val], whole=False)
+    held_out = [
+        _HeldOut.read(at_map, state.subnet, *batch) for batch in data.calls("Held-out")
+    ]
     like = state.gaussian.loc
-    # N C S numbers of the Gaussian's dtype.
-    numbers = sum(rows * width for rows, width in outputs.outputs.shapes)
-    held = numbers * outputs.outputs.size * like.element_size()
-    if held <= _SHARE * available_bytes(value.device):
-        outputs = outputs.holding_rows(like)
+    numbers = sum(part.num_elements for part in held_out)
+    device = held_out[0].value.device
+    if numbers * like.element_size() <= _SHARE * available_bytes(device):
+        held_out = [part.holding_rows(like) for part in held_out]
+    weights = torch.cat([part.weights for part in held_out])
 
-    generator = torch.Generator(value.device)
+    generator = torch.Generator(device)
     losses: dict[float, Tensor] = {}
 
     def loss(scale: float) -> float:
@@ -84,9 +81,8 @@ def tune_by_nll(
         options = PredictiveOptions(
             noise_factor=other.noise_factor, generator=generator.manual_seed(0)
         )
-        problem = OutputGaussian(outputs, other.gaussian).problem(options)
-        found = predictive_distribution(problem)
-        density = found.distribution.log_prob(value).to(torch.float64)
+        gaussian = other.gaussian
+        density = torch.cat([part.log_density(gaussian, options) for part in held_out])
         # What is left out may be NaN, which a weight of zero does not remove.
         density = density.where(weights > 0, 0.0)
         if standard_errors:
@@ -101,6 +97,49 @@ def tune_by_nll(
     with contextlib.suppress(PrecisionError, NonFiniteError):
         tuning = tuning.with_tried(own, loss(own))
     return nearest_to_own(tuning, losses, weights, standard_errors, bounds)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """One call on held-out data: its outputs, y, and w of each data point, (N,)."""
+
+    outputs: LinearizedOutputs
+    weights: Tensor
+    value: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        at_map: ModelAtMAP,
+        subnet: Subnet,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> _HeldOut:
+        call = of_site(ModelCall.read(at_map, args, kwargs), None)
+        (site,) = call.sites
+        if not site.node["is_observed"]:
+            raise DataError(
+                f"`val` must hold observations; got none at site {site.name!r}. Pass "
+                "what training takes, such as `val=(x, y)`."
+            )
+        check_data(site)
+        outputs = with_raw_logits(LinearizedOutputs.read(call, subnet))
+        return cls(outputs, _weights(site, call.num_data), site.value)
+
+    @property
+    def num_elements(self) -> int:
+        """N C S, the numbers of the Jacobian."""
+        outputs = self.outputs.outputs
+        return sum(rows * width for rows, width in outputs.shapes) * outputs.size
+
+    def holding_rows(self, like: Tensor) -> _HeldOut:
+        return replace(self, outputs=self.outputs.holding_rows(like))
+
+    def log_density(self, gaussian: Gaussian, options: PredictiveOptions) -> Tensor:
+        problem = OutputGaussian(self.outputs, gaussian).problem(options)
+        found = predictive_distribution(problem).distribution
+        return found.log_prob(self.value).to(torch.float64)
 
 
 def _weights(site: OutputSite, num_data: int) -> Tensor:

@@ -18,6 +18,7 @@ from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.exceptions import DataError, ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.trace import (
@@ -84,8 +85,13 @@ class ModelCall:
         latents = at_map.latents
         _check_finite_map(latents)
         values = latents.constrain(latents.values)
+
+        def run(*args: Any, **kwargs: Any) -> poutine.Trace:
+            return run_model(at_map.model, args, kwargs, values, {})
+
         with torch.no_grad(), preserved_rng(), refuse_training_mode():
-            trace = run_model(at_map.model, args, kwargs, values, {})
+            found = run_on(run, at_map.model, args, kwargs, latents.loc)
+        trace, (args, kwargs) = found
         _check_latents(trace, latents)
         fixed = {
             name: node["value"]

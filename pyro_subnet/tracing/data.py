@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from pyro_subnet.exceptions import DataError
+from pyro_subnet.tracing.arguments import is_array
 
 # Positional and keyword arguments of one call of the model.
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -33,6 +35,9 @@ class Data:
     whole: bool
     num_data: int | None = None
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        _check_batches(self.batches)
 
     @classmethod
     def single(
@@ -94,18 +99,54 @@ class Data:
             )
 
 
+def is_loader(value: Any) -> bool:
+    """Whether a value can only be batches: a loader, or a list of sets of arguments."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_set, value)) and not _is_call(value)
+    return isinstance(value, DataLoader) or isinstance(value, Iterator)
+
+
+def _is_set(item: Any) -> bool:
+    """Whether an item of a list is a set of arguments, as loaders give them."""
+    if isinstance(item, list):
+        return bool(item) and all(isinstance(part, Tensor) for part in item)
+    return isinstance(item, tuple | Mapping)
+
+
+def _is_call(item: tuple[Any, ...] | list[Any]) -> bool:
+    """Whether an item is ``(args, kwargs)``."""
+    pair = len(item) == 2  # noqa: PLR2004
+    return pair and isinstance(item[0], tuple | list) and isinstance(item[1], Mapping)
+
+
+def _check_batches(batches: Any) -> None:
+    """Refuses what iterates over something other than sets of arguments."""
+    kind, found = type(batches).__name__, ""
+    if isinstance(batches, Tensor) or is_array(batches):
+        found = f"a {kind} of shape {tuple(batches.shape)}, whose items are single rows"
+    elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        found = f"a {kind}, whose items are single data"
+    elif isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
+        found = f"a {kind}"
+    elif isinstance(batches, tuple) and all(isinstance(x, Tensor) for x in batches):
+        kinds = {(tensor.shape[1:], tensor.dtype) for tensor in batches}
+        found = "a tuple of tensors, which is one batch" if len(kinds) > 1 else ""
+    if found:
+        raise DataError(
+            f"`batches` must be an iterable of batches, each a set of arguments; got "
+            f"{found}. Pass a DataLoader, or `[(x, y)]` for one batch; "
+            "`laplace_approximation(x, y)` takes all data at once."
+        )
+
+
 def arguments(item: Any) -> Batch:
     """Positional and keyword arguments from one item of :attr:`Data.batches`."""
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor) or is_array(item):
         return (item,), {}
     if isinstance(item, Mapping):
         return (), dict(item)
     if isinstance(item, tuple | list):
-        if (
-            len(item) == 2  # noqa: PLR2004 - (args, kwargs)
-            and isinstance(item[0], tuple | list)
-            and isinstance(item[1], Mapping)
-        ):
+        if _is_call(item):
             return tuple(item[0]), dict(item[1])
         return tuple(item), {}
     raise DataError(
