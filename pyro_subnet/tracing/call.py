@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -21,11 +21,13 @@ from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.repeats import check_same, hidden_latents
 from pyro_subnet.tracing.trace import (
     Latents,
     ModelAtMAP,
     Node,
     is_output,
+    other_random_numbers,
     preserved_rng,
     refuse_training_mode,
     run_model,
@@ -33,6 +35,8 @@ from pyro_subnet.tracing.trace import (
 
 # Data points of a run whose graph shows what a site moves, at less cost than all data.
 _PROBE = 2
+# Runs of a model that draws random numbers, which must agree with the first.
+_MORE_RUNS = 16
 # {output site: its parameters that the chosen elements move}
 MovedParts = Mapping[str, tuple[str, ...]]
 
@@ -45,12 +49,14 @@ class Graph:
     Attributes:
         leaves: Unconstrained value of every latent site, a leaf that needs gradients.
         activation_bytes: What a run on all data keeps for its backward pass.
+        has_drawn: Whether the run drew random numbers.
     """
 
     leaves: Mapping[str, Tensor]
     trace: poutine.Trace
     activation_bytes: int
     latents: Latents
+    has_drawn: bool
 
     @cached_property
     def prior_terms(self) -> list[DensityTerm]:
@@ -194,9 +200,20 @@ class ModelCall:
             if tells_all:
                 return graph
         graph = self._graph(None)
-        for site in self.sites:
-            site.check_repeats(graph.trace.nodes[site.name])
+        self._check_repeats(graph, with_prior)
         return graph
+
+    def _check_repeats(self, graph: Graph, with_prior: bool) -> None:
+        """Refuses a random model, which has no Jacobian: all runs must agree."""
+        prior = self.latents if with_prior else None
+        hidden = partial(hidden_latents, self.at_map, self.args, self.kwargs)
+        with torch.no_grad():
+            check_same(self.sites, self.trace, graph.trace, prior, hidden)
+            # A draw of few values, such as a switch, may be the same in two runs.
+            for turn in range(1, _MORE_RUNS) if graph.has_drawn else ():
+                with other_random_numbers(turn):
+                    trace = self.run(self.latents.values)
+                check_same(self.sites, self.trace, trace, prior, hidden)
 
     def _graph(self, rows: tuple[Tensor, ...] | None) -> Graph:
         saved: dict[int, int] = {}
@@ -209,7 +226,8 @@ class ModelCall:
 
         with (
             differentiable(),
-            preserved_rng(),
+            # Others than the reference run's, to show a random model.
+            other_random_numbers(0) as has_drawn,
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         ):
             leaves = {
@@ -217,15 +235,14 @@ class ModelCall:
                 for site, value in self.latents.values.items()
             }
             weights = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-            # Other random numbers than the reference run's, to show a random model.
-            torch.rand((), device=self.latents.loc.device)
             trace = self.run(leaves, rows)
+            drawn = has_drawn()
         activations = sum(size for at, size in saved.items() if at not in weights)
-        return Graph(leaves, trace, activations, self.latents)
+        return Graph(leaves, trace, activations, self.latents, drawn)
 
     def _tells_all(self, graph: Graph, with_prior: bool) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""
-        if set(graph.trace.nodes) != set(self.trace.nodes):
+        if graph.has_drawn or set(graph.trace.nodes) != set(self.trace.nodes):
             return False
         with torch.no_grad():
             for site in self.sites:

@@ -141,21 +141,6 @@ class OutputSite:
             # (sqrt(w) R)^T (sqrt(w) R) = w Lambda
             return wide * weights.sqrt()[:, None, None]
 
-    def check_repeats(self, node: Node) -> None:
-        """Refuses a random model, which has no Jacobian: two runs must agree."""
-        again = self.own(node)
-        for part, value in self.own(self.node).items():
-            second = again[part].detach()
-            tolerance = torch.finfo(value.dtype).eps ** 0.5
-            if not torch.allclose(value, second, tolerance, tolerance):
-                gap = (value - second).abs().amax()
-                raise ModelError(
-                    f"The model must give the same outputs in every run; got values of "
-                    f"`{part}` at site {self.name!r} that differ by {float(gap):.3g} "
-                    "between two runs. Switch dropout off with `.eval()` on the "
-                    "network."
-                )
-
 
 def site_weights(node: Node, site: SiteDistribution, without_plates: bool) -> Tensor:
     """w of each element, shape (M,), float64: the site's scale times its masks."""

@@ -242,6 +242,31 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
+def other_random_numbers(turn: int) -> Iterator[Callable[[], bool]]:
+    """Other random numbers for a while; what it gives tells whether any were drawn."""
+    with preserved_rng():
+        # A seed also drops the spare normal that a generator may hold, and would give.
+        seed = int(torch.randint(2**62, ())) + turn
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
+        before = _random_states()
+
+        def has_drawn() -> bool:
+            pairs = zip(before, _random_states(), strict=True)
+            return not all(torch.equal(one, other) for one, other in pairs)
+
+        yield has_drawn
+
+
+def _random_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+@contextmanager
 def refuse_training_mode() -> Iterator[None]:
     """Raises a ModelError when a layer runs in a mode that is not deterministic."""
     # Before it runs, because batch statistics would change the layer's buffers. The
