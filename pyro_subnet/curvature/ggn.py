@@ -20,6 +20,7 @@ from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.options import Curvature, FormName, HeldAs
 from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tensors.triangular import add_gram_
 
 # Blocks of fewer rows are put together before they are added: an update reads and
@@ -100,11 +101,23 @@ class GGNSum(CurvatureSum):
 
     def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
         """See :meth:`CurvatureSum.restore`."""
+        axes = {
+            name: ("S", "S") if name == "total" else (name, "S") for name in tensors
+        }
+        if "total" not in tensors:
+            axes = {f"rows.{i}": (f"R{i}", "S") for i in range(len(tensors))}
+        types = {
+            name: self._like.dtype if name == "total" else torch.float64
+            for name in axes
+        }
+        check_stored(tensors, axes, types, {"S": self._size})
         self.form = form
         moved = {name: part.to(self._like.device) for name, part in tensors.items()}
         self._total = moved.get("total")
-        count = sum(name.startswith("rows.") for name in moved)
-        self._rows = [moved[f"rows.{i}"] for i in range(count)]
+        rows = (
+            [] if "total" in moved else [moved[f"rows.{i}"] for i in range(len(moved))]
+        )
+        self._rows = rows
 
 
 @final
@@ -133,6 +146,8 @@ class DiagonalSum(CurvatureSum):
 
     def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
         """See :meth:`CurvatureSum.restore`."""
+        own = {"total": self._total.dtype}
+        check_stored(tensors, {"total": ("S",)}, own, {"S": len(self._total)})
         self._total = tensors["total"].to(self._total.device)
 
 

@@ -48,6 +48,7 @@ from pyro_subnet.curvature.jacobian.structured.squares import (
 from pyro_subnet.curvature.prior import DensityTerm, PriorPrecision, prior_diagonal
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import (
+    CheckpointError,
     MemoryLimitError,
     ModelError,
     NoKroneckerFactorsWarning,
@@ -57,6 +58,7 @@ from pyro_subnet.options import FormName, HeldAs
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import at_least_float32
+from pyro_subnet.tensors.stored import check_stored
 
 
 @final
@@ -182,6 +184,7 @@ class KroneckerSum(CurvatureSum):
 
     def restore(self, form: HeldAs, tensors: Mapping[str, Tensor]) -> None:
         """See :meth:`CurvatureSum.restore`."""
+        self._check_stored(tensors)
         device = self.diagonal.device
         self.diagonal = tensors["diagonal"].to(device)
         self.reason = bytes(tensors["reason"].tolist()).decode() or None
@@ -194,6 +197,33 @@ class KroneckerSum(CurvatureSum):
                 own[part] = tensor.to(device)
         if not bool(tensors["is_empty"]):
             self._blocks = [_Sums(**parts[i]) for i in sorted(parts)]
+
+    def _check_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        # Blocks are numbered from 0 on, and each names its site.
+        heads = {name.rpartition("/")[0] for name in tensors if "/" in name}
+        numbers = sorted(
+            int(n) for head in heads if (n := head.partition("/")[0]).isdecimal()
+        )
+        size = len(self.diagonal)
+        axes = {"diagonal": ("D",), "is_empty": (), "reason": ("r",)}
+        types = {
+            "is_empty": torch.bool,
+            "reason": torch.uint8,
+            "diagonal": torch.float64,
+        }
+        for head in heads:
+            for part, letters in _PARTS.items():
+                axes[f"{head}/{part}"] = tuple(head + letter for letter in letters)
+                whole = part == "positions"
+                types[f"{head}/{part}"] = torch.int64 if whole else self._dtype
+        check_stored(tensors, axes, types, {"D": size})
+        places = [tensors[f"{head}/positions"] for head in heads]
+        inside = all(bool(((at >= 0) & (at < size)).all()) for at in places)
+        if numbers != list(range(len(heads))) or not inside:
+            raise CheckpointError(
+                "The file's Kronecker blocks must be numbered from 0 on, with "
+                f"positions in [0, {size}); got others. Take another copy of it."
+            )
 
     @not_layered_on_errors()
     def _add_groups(
@@ -223,8 +253,8 @@ class KroneckerSum(CurvatureSum):
             sums.add_(more)
 
 
-# Tensors of the sums of a block.
-_PARTS = ("positions", "output", "input", "weight")
+# Tensors of the sums of a block, and their axes.
+_PARTS = {"positions": "pq", "output": "pp", "input": "qq", "weight": ""}
 
 
 @final

@@ -91,6 +91,39 @@ class PriorPrecision:
         """Whether P0 is diagonal, with every entry positive."""
         return not self.coupled.numel() and bool((self.diagonal > 0).all())
 
+    @property
+    def is_consistent(self) -> bool:
+        """Whether its columns are those of one symmetric matrix with its diagonal."""
+        at, size = self.coupled, len(self.diagonal)
+        if not at.numel():
+            return True
+        inside = bool((at[0] >= 0) & (at[-1] < size) & (at[1:] > at[:-1]).all())
+        if not inside:
+            return False
+        square = self.columns[at]
+        # Autograd's rows are symmetric up to the round-off of a Hessian's sums.
+        off = (square - square.mT).abs().amax()
+        limit = torch.finfo(square.dtype).eps ** 0.5 * square.abs().amax()
+        return bool(off <= limit) and torch.equal(square.diagonal(), self.diagonal[at])
+
+    def times(self, vector: Float[Tensor, " subnet"]) -> Float[Tensor, " subnet"]:
+        """The product of P0 with a vector.
+
+        Args:
+            vector: Shape (S,).
+
+        Returns:
+            Shape (S,).
+        """
+        found = self.diagonal * vector
+        at = self.coupled
+        # Their diagonal entries are in the diagonal already.
+        columns = self.columns.clone()
+        columns[at, torch.arange(len(at), device=at.device)] = 0.0
+        rest = found + columns @ vector[at]
+        rest[at] = found[at] + columns.mT @ vector
+        return rest
+
     def to(self, dtype: torch.dtype) -> PriorPrecision:
         """P0 in another floating point type.
 

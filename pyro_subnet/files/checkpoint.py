@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_subnet.exceptions import CheckpointError, SelectionError
+from pyro_subnet.files.fields import POSTERIOR, TUNING, check_fields
 from pyro_subnet.files.fingerprint import (
     SiteRecord,
     check_names,
@@ -26,6 +28,7 @@ from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.state import PosteriorFacts, PosteriorState
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.trace import (
     Latents,
@@ -49,15 +52,6 @@ _AXES = {
     "prior_gradient": "S",
     "fit_numbers": "5",
 }
-_KEYS = (
-    "sites",
-    "form",
-    "prior_scale",
-    "noise_scale",
-    "options",
-    "explained_variance",
-    "tuning",
-)
 # Tensors of whole numbers, by the end of their names.
 _INTEGER = ("subnet_positions", "prior_coupled", "_positions", "_site")
 _TUNING = ("tuning_scales", "tuning_objective")
@@ -106,20 +100,46 @@ def load_posterior(
     # The posterior goes where the model's latent sites are.
     moved = {name: tensor.to(node["value"].device) for name, tensor in tensors.items()}
     layout = Latents.from_guide(prototype, moved["loc"]).layout
-    _check_subnet(layout, moved["subnet_positions"])
+    check_subnet(layout, moved["subnet_positions"])
     tuning = None
     if content["tuning"] is not None:
         scales, objective = (tensors[name] for name in _TUNING)
-        tuning = Tuning(scales=scales, objective=objective, **content["tuning"])
+        names = [field.name for field in fields(Tuning)]
+        told = {name: content["tuning"][name] for name in names if name in TUNING}
+        tuning = Tuning(scales=scales, objective=objective, **told)
+    share = content["explained_variance"]
     facts = PosteriorFacts(
         content["form"],
         FitOptions(**content["options"]),
-        content["prior_scale"],
-        content["noise_scale"],
-        content["explained_variance"],
+        _plain(content["prior_scale"]),
+        float(content["noise_scale"]),
+        None if share is None else float(share),
         tuning,
     )
-    return prototype, PosteriorState.from_tensors(moved, facts, layout)
+    state = PosteriorState.from_tensors(moved, facts, layout)
+    _check_state(state)
+    return prototype, state
+
+
+def _check_state(state: PosteriorState) -> None:
+    """Refuses tensors and factors that do not belong together."""
+    prior = state.form.prior
+    names = set(state.subnet.layout.names)
+    by_site = isinstance(state.prior_factor, Mapping) and set(state.prior_factor)
+    known = not by_site or by_site <= names
+    held_as = state.options.held_as
+    asked = {"primal", "dual"} if held_as == "auto" else {held_as}
+    if not (
+        known
+        and state.form.name in asked
+        and prior.is_consistent
+        and state.form.is_consistent(state.factor_for_form)
+    ):
+        raise CheckpointError(
+            "The file's curvature, factors and options must belong together; got a "
+            f"{state.form.name} form of S={state.subnet.size} that is not what they "
+            "make. Take another copy of it."
+        )
 
 
 def _plain(factor: float | Mapping[str, float]) -> float | dict[str, float]:
@@ -137,13 +157,15 @@ def _prototype(
     loc: Tensor,
 ) -> AutoContinuous:
     """A guide that one run of the model at the MAP sets up, apart from everything."""
+    # As Python's numbers: torch's sizes overflow.
+    size = sum(math.prod(site["unconstrained"]) for site in sites)
+    if size != len(loc):
+        raise CheckpointError(
+            "The file must hold a value for each element of its sites, "
+            f"{size}; got {len(loc)}. Take another copy of it."
+        )
     shapes = tuple(torch.Size(site["unconstrained"]) for site in sites)
     layout = Layout(tuple(site["name"] for site in sites), shapes)
-    if layout.num_params != len(loc):
-        raise CheckpointError(
-            f"The file must hold a value for each element of its sites, "
-            f"{layout.num_params}; got {len(loc)}. Take another copy of it."
-        )
     pieces = layout.unpack(loc)
 
     expected = {site["name"]: site for site in sites}
@@ -161,7 +183,13 @@ def _prototype(
             # Sites of several types were packed in the widest: each goes back to its
             # own. Those of one type may have been started in another than the prior's.
             own = dtype if mixed else loc.dtype
-            return transform(pieces[name].to(device, own))
+            value = transform(pieces[name].to(device, own))
+            if not bool(fn.support.check(value).all() & value.isfinite().all()):
+                raise CheckpointError(
+                    f"The file's MAP of site {name!r} must lie in its support; got "
+                    "values that do not. Take another copy of it."
+                )
+            return value
         return fn.sample()
 
     guide = AutoContinuous(model, start)
@@ -177,7 +205,8 @@ def _prototype(
     return guide
 
 
-def _check_subnet(layout: Layout, positions: Tensor) -> None:
+def check_subnet(layout: Layout, positions: Tensor) -> None:
+    """Refuses positions that are not those of a subnet, in ascending order."""
     try:
         subnet = Subnet.from_positions(layout, positions)
     except SelectionError as error:
@@ -192,37 +221,25 @@ def _check_subnet(layout: Layout, positions: Tensor) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], content: Content) -> None:
-    """Checks names, shapes and kinds of numbers against what a posterior has."""
-    if missing := [key for key in _KEYS if key not in content]:
-        raise CheckpointError(
-            f"The file must hold {', '.join(_KEYS)}; got none of {missing}. Take "
-            "another copy of it."
-        )
-    form = content["form"]
-    if form not in FORMS:
-        raise CheckpointError(
-            f"The file's form must be one of {', '.join(map(repr, FORMS))}; got "
-            f"{form!r}. Upgrade pyro_subnet."
-        )
+    """Checks names, shapes and numbers against what a posterior has."""
+    check_fields(content, POSTERIOR)
     axes = {name: tuple(letters) for name, letters in _AXES.items()}
-    axes |= FORMS[form].axes_of(tensors)
-    found = set(tensors) - set(_TUNING)
-    if found != set(axes):
+    axes |= FORMS[content["form"]].axes_of(tensors)
+    whole = {name: torch.int64 for name in axes if name.endswith(_INTEGER)}
+    tuned = content["tuning"] is not None
+    if tuned:
+        check_fields(content["tuning"], TUNING, "tuning.")
+        # One scale a trial, or one for each site.
+        scales = tensors.get("tuning_scales")
+        by_site = scales is not None and scales.ndim > 1
+        axes["tuning_scales"] = ("K", "sites") if by_site else ("K",)
+        axes["tuning_objective"] = ("K",)
+    # What was tried may be impossible, and so may the data be.
+    check_stored(tensors, axes, whole, {"5": 5}, ("fit_numbers", "tuning_objective"))
+    positive = not tuned or bool((tensors["tuning_scales"] > 0).all())
+    likelihood, *rest = tensors["fit_numbers"].tolist()
+    if not (positive and likelihood < math.inf and all(map(math.isfinite, rest))):
         raise CheckpointError(
-            f"The file must hold the tensors {sorted(axes)}; got {sorted(found)}. Take "
-            "another copy of it."
+            "The file's fit and tuning must be numbers that a fit gives; got "
+            f"{[likelihood, *rest]}. Take another copy of it."
         )
-    lengths = {"5": 5}
-    for name, letters in axes.items():
-        shape, whole = tensors[name].shape, name.endswith(_INTEGER)
-        fits = len(shape) == len(letters) and all(
-            lengths.setdefault(letter, length) == length
-            for letter, length in zip(letters, shape, strict=True)
-        )
-        if not fits or whole == tensors[name].is_floating_point():
-            wanted = [str(lengths.get(letter, letter)) for letter in letters]
-            raise CheckpointError(
-                f"The file's tensor {name!r} must have shape ({', '.join(wanted)}) of "
-                f"{'integers' if whole else 'floating point'}; got {tuple(shape)} of "
-                f"{tensors[name].dtype}. Take another copy of it."
-            )

@@ -13,10 +13,13 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_subnet.exceptions import CheckpointError, OptionError
+from pyro_subnet.files.checkpoint import check_subnet
+from pyro_subnet.files.fields import FIT, SITES, SUMS, Fields, check_fields
 from pyro_subnet.files.fingerprint import check_sites, digest, site_records
 from pyro_subnet.files.safe_file import Content, check_path, read_file, write_file
 from pyro_subnet.options import FitOptions, is_count
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.trace import Latents
 
@@ -118,8 +121,10 @@ class FitCheckpoint:
     def calls(self, data: Data, description: str, sums: Sums) -> Iterator[Batch]:
         """Yields the batches that are not summed yet; writes the sums in between."""
         if self.content is not None:
-            sums.restore(self.tensors, self.content)
-            self.tensors = self._rng_tensors()  # the sums hold the others
+            rng = self._rng_tensors()
+            own = {name: t for name, t in self.tensors.items() if name not in rng}
+            sums.restore(own, self.content)
+            self.tensors = rng  # the sums hold the others
         count, hashed = 0, digest()
         if self.done == 0:
             self._restore_rng()
@@ -167,7 +172,17 @@ class FitCheckpoint:
 
     def _read(self, latents: Latents) -> None:
         tensors, content = read_file(self.path, KIND)
-        recorded = content["identity"]
+        check_fields(content, FIT)
+        recorded, sums, done = content["identity"], content["sums"], content["done"]
+        known: Fields = dict.fromkeys(self.identity, (lambda value: True, "anything"))
+        check_fields(recorded, {**known, "sites": SITES}, "identity.")
+        if sums is not None:
+            check_fields(sums, SUMS, "sums.")
+        if (sums is None) != (done == 0):
+            raise CheckpointError(
+                "The file's sums must be those of the batches that it counts; got "
+                f"{done} batches{'' if sums else ' without sums'}. Take another copy."
+            )
         try:
             check_sites(self.identity["sites"], recorded["sites"])
         except CheckpointError as error:
@@ -181,11 +196,15 @@ class FitCheckpoint:
                 f"`{key}` must be as in the fit that {self._name} was begun with, "
                 f"{recorded[key]}; got {self.identity[key]}. {_WAY_OUT}"
             )
-        positions = tensors.pop(_POSITIONS).to(latents.loc.device)
-        share = content["explained_variance"]
-        self.subnet = Subnet.from_positions(latents.layout, positions, share)
-        self.tensors, self.content = tensors, content["sums"]
-        self.done, self.batches = content["done"], content["batches"]
+        share, held = content["explained_variance"], tensors.pop(_POSITIONS, None)
+        own = {} if held is None else {_POSITIONS: held}
+        check_stored(own, {_POSITIONS: ("S",)}, {_POSITIONS: torch.int64}, {})
+        positions = own[_POSITIONS].to(latents.loc.device)
+        check_subnet(latents.layout, positions)
+        self.subnet = Subnet(latents.layout, positions, share)
+        self.tensors, self.content = tensors, sums
+        self.done, self.batches = done, content["batches"]
+        self._check_rng()
 
     def _write(
         self, tensors: dict[str, Tensor], sums: Content | None, done: int, batches: str
@@ -216,6 +235,20 @@ class FitCheckpoint:
     def _rng_tensors(self) -> dict[str, Tensor]:
         names = (_CPU_RNG, _CUDA_RNG)
         return {name: self.tensors[name] for name in names if name in self.tensors}
+
+    def _check_rng(self) -> None:
+        """Refuses random states that no generator takes, or that are missing."""
+        wanted = {} if self.rng_device is None else {_CPU_RNG: torch.device("cpu")}
+        if self.rng_device is not None and self.rng_device.type == "cuda":
+            wanted[_CUDA_RNG] = self.rng_device
+        try:
+            for name, device in wanted.items():
+                torch.Generator(device).set_state(self.tensors[name])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self._name} must hold the random state of the fit; got one that is "
+                f"none: {error}. Take another copy of it."
+            ) from error
 
     def _restore_rng(self) -> None:
         """Sets the random state that the file was written at, if it has one."""

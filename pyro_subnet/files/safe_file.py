@@ -64,6 +64,8 @@ def write_file(
         "pyro": pyro.__version__,
         "safetensors": safetensors.__version__,
         **content,
+        # What the file holds, so that one without a tensor is told from a smaller one.
+        "tensors": _listed(tensors),
     }
     metadata = {_CONTENT: json.dumps(header), "sha256": _NO_DIGEST.decode()}
     # Written beside the target and synced, then put in its place: a process that is
@@ -112,11 +114,28 @@ def read_file(
             names = opened.keys()
             # Clones: what is mapped into memory changes with the file.
             tensors = {name: opened.get_tensor(name).clone() for name in names}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    # JSON that is none, is nested too deep or is no mapping; a type torch has not.
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             f"{os.fspath(path)!r} must be a file that pyro_subnet wrote; got one that "
             f"cannot be read: {error}. Take another copy of it."
         ) from error
+    # Files of earlier versions have no list.
+    if "tensors" in content and content["tensors"] != _listed(tensors):
+        raise CheckpointError(
+            f"{os.fspath(path)!r} must hold the tensors that it lists; got others. "
+            "Take another copy of it."
+        )
     return tensors, content
 
 
@@ -139,6 +158,11 @@ def check_path(path: str | os.PathLike[str]) -> None:
             f"{next(known, 'special file')} {os.fspath(path)!r}. Pass the path of a "
             "file."
         )
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Type and shape of each tensor, as JSON holds them."""
+    return {name: [str(t.dtype), *t.shape] for name, t in tensors.items()}
 
 
 def _check_kind(path: str | os.PathLike[str], kind: str, content: Content) -> None:

@@ -18,6 +18,7 @@ from pyro_subnet.exceptions import DataError, ModelError
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.data_values import check_data
@@ -124,11 +125,17 @@ class DataPass(Generic[Prior]):
 
     def restore(
         self, tensors: Mapping[str, Tensor], content: Mapping[str, Any]
-    ) -> None:
-        """Undoes :meth:`state`; the prior is still to be read."""
-        self.numbers = tensors["summary"]
+    ) -> dict[str, Tensor]:
+        """Undoes :meth:`state`, the prior still to be read; what is left of tensors."""
+        own = {name: t for name, t in tensors.items() if name == "summary"}
+        types = {"summary": self.numbers.dtype}
+        check_stored(own, {"summary": ("n",)}, types, {"n": len(self.numbers)})
+        self.numbers = own["summary"]
         for name in _COUNTED:
             setattr(self, name, content[name])
+        if self.log_prior is not None:
+            self.log_prior = float(self.log_prior)
+        return {name: t for name, t in tensors.items() if name not in own}
 
     def _over_subnet(self, call: ModelCall, graph: Graph) -> SubnetCall:
         whole = self._data.whole

@@ -118,10 +118,18 @@ class FitSums:
         return {**self.total.tensors(), **tensors}, content
 
     def restore(self, tensors: dict[str, Tensor], content: Mapping[str, Any]) -> None:
-        """Undoes :meth:`state`."""
-        self._pass.restore(tensors, content)
-        self.total.restore(content["form"], tensors)
-        self._last = content["last"]
+        """Undoes :meth:`state`; a CheckpointError if it is none of this fit."""
+        form = content["form"]
+        if form != self.total.form and (self.total.form, form) != ("auto", "primal"):
+            raise CheckpointError(
+                f"The file's form must be {self.total.form!r}, as the options ask for; "
+                f"got {form!r}. Take another copy of it."
+            )
+        # Files of an earlier version hold the prior as well, which is read anew.
+        held = {n: t for n, t in tensors.items() if not n.startswith("prior_")}
+        rest = self._pass.restore(held, content)
+        self.total.restore(form, rest)
+        self._last = float(content["last"])
 
     def check_again(self, batch: Batch, *, same_prior: bool) -> None:
         """Compares the model with the file's in the last batch; reads its prior."""

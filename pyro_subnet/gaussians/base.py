@@ -26,6 +26,12 @@ from pyro_subnet.tensors.memory import check_factor_fits
 PriorFactor = float | Float[Tensor, " subnet"]
 # A matrix in float64, and LAPACK's room for its eigenvalues.
 _EIGENVALUE_MATRICES = 3.0
+# Signs of the vector that matrices of a file are compared by; any seed serves.
+_SEED = 20_106_896
+# How many times the round-off of a random sum a factor may be off.
+_DIGITS_LOST = 100
+# Rows of a triangle that are multiplied at once.
+_ROWS = 512
 
 
 class Gaussian(ABC):
@@ -175,6 +181,17 @@ class CurvatureForm(ABC):
         """Everything that the form holds, by name, for buffers and files."""
 
     @abstractmethod
+    def is_consistent(self, prior_factor: PriorFactor) -> bool:
+        """Whether its tensors, read from a file, are those of one form.
+
+        Matrices are compared by their product with a random vector: two that agree on
+        it are equal with probability one. Costs no more than reading them.
+
+        Args:
+            prior_factor: s that the file is said to be under.
+        """
+
+    @abstractmethod
     def gaussian(self, loc: Float[Tensor, " subnet"]) -> Gaussian:
         """The Gaussian with this precision and mean ``loc``, shape (S,)."""
 
@@ -234,6 +251,44 @@ class CurvatureForm(ABC):
     @abstractmethod
     def ggn(self) -> Float[Tensor, "subnet subnet"]:
         """G, shape (S, S), made when asked for."""
+
+
+def is_factor_of(
+    lower: Float[Tensor, "rows rows"],
+    product: Callable[[Tensor], Tensor],
+    diagonal: Float[Tensor, " rows"],
+) -> bool:
+    r"""Whether :math:`L L^\top = P`, by one product with a vector of random signs.
+
+    Args:
+        lower: L in its lower triangle; what is above is not read.
+        product: From a vector, float64, to P times it.
+        diagonal: That of P.
+
+    Returns:
+        Whether they agree to the round-off of a factorization.
+    """
+    size = len(lower)
+    if not size:
+        return True
+    positive = bool((lower.diagonal() > 0).all() & (diagonal > 0).all())
+    if not positive:
+        return False
+    stream = torch.Generator().manual_seed(_SEED)
+    signs = torch.randint(2, (size,), generator=stream).to(lower.device)
+    vector = signs.to(torch.float64) * 2 - 1
+    half, found = torch.zeros_like(vector), torch.zeros_like(vector)
+    for start in range(0, size, _ROWS):
+        rows = lower[start : start + _ROWS].tril(start).to(torch.float64)
+        half += rows.mT @ vector[start : start + _ROWS]
+    for start in range(0, size, _ROWS):
+        rows = lower[start : start + _ROWS].tril(start).to(torch.float64)
+        found[start : start + _ROWS] = rows @ half
+    # Each entry of the factor's round-off, times sqrt(P_ii P_jj), adds up at random.
+    eps = torch.finfo(lower.dtype).eps
+    wide = diagonal.to(torch.float64)
+    limit = _DIGITS_LOST * eps * math.sqrt(size) * (wide * wide.sum()).sqrt()
+    return bool(((found - product(vector)).abs() <= limit).all())
 
 
 def scaled_diagonal(prior: PriorPrecision, factor: PriorFactor) -> Tensor:

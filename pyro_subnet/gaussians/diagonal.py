@@ -135,6 +135,14 @@ class DiagonalForm(CurvatureForm):
             **self.prior.tensors(),
         }
 
+    def is_consistent(self, prior_factor: PriorFactor) -> bool:
+        """See :meth:`CurvatureForm.is_consistent`."""
+        found = self.ggn_diagonal + scaled_diagonal(self.prior, prior_factor)
+        positive = bool((self.precision > 0).all() & (self.ggn_diagonal >= 0).all())
+        rtol = 4 * torch.finfo(self.precision.dtype).eps
+        precision = self.precision.to(found)
+        return positive and torch.allclose(precision, found, rtol=rtol, atol=0.0)
+
     def gaussian(self, loc: Tensor) -> DiagonalGaussian:
         """See :meth:`CurvatureForm.gaussian`."""
         return DiagonalGaussian(loc.to(self.precision), self.precision)

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from pyro_subnet.curvature.ggn import GGNSum
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.gaussians.base import CurvatureForm, PriorFactor, scaled_diagonal
+from pyro_subnet.gaussians.base import (
+    CurvatureForm,
+    PriorFactor,
+    is_factor_of,
+    scaled_diagonal,
+)
 from pyro_subnet.gaussians.dual_gaussian import DualGaussian
 from pyro_subnet.gaussians.dual_kernel import (
     check_diagonal,
@@ -91,6 +96,24 @@ class DualForm(CurvatureForm):
             "kernel_tril": self.kernel_tril,
             **self.prior.tensors(),
         }
+
+    def is_consistent(self, prior_factor: PriorFactor) -> bool:
+        """See :meth:`CurvatureForm.is_consistent`."""
+        scaled = scaled_diagonal(self.prior.to(torch.float64), prior_factor)
+        if not (
+            self.prior.is_positive_diagonal
+            and self.rows.dtype == self.kernel_tril.dtype == torch.float64
+            and torch.allclose(self.scaled_prior, scaled, rtol=1e-12, atol=0.0)
+        ):
+            return False
+        rows = self.rows
+
+        def product(vector: Tensor) -> Tensor:
+            return vector + rows @ ((vector @ rows) / scaled)
+
+        kept = [row.square().div(scaled).sum() for row in rows]
+        diagonal = 1 + torch.stack(kept) if kept else scaled[:0]
+        return is_factor_of(self.kernel_tril, product, diagonal)
 
     def gaussian(self, loc: Tensor) -> DualGaussian:
         """See :meth:`CurvatureForm.gaussian`."""

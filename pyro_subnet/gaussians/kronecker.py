@@ -98,6 +98,22 @@ class DecomposedBlock:
             torch.tensor(layout.names.index(block.site), device=own.device),
         )
 
+    def fits(self, layout: Layout, prior: Tensor) -> bool:
+        """Whether a file's block lies in its site, is orthogonal and has its prior."""
+        number, at = int(self.site), self.positions
+        if not 0 <= number < len(layout.names) or not at.numel():
+            return False
+        start = list(layout.offsets.values())[number]
+        if not start <= int(at.min()) <= int(at.max()) < start + layout.sizes[number]:
+            return False
+        return (
+            _is_orthogonal(self.output_vectors)
+            and _is_orthogonal(self.input_vectors)
+            and bool((self.output_values >= 0).all() & (self.input_values >= 0).all())
+            and float(self.weight) >= 0
+            and torch.allclose(self.prior.double(), prior[at].mean())
+        )
+
     def factors(self, layout: Layout, forgetting: float) -> KroneckerBlock:
         """The factors, of data whose weights are multiplied by a number."""
         output = (self.output_vectors * self.output_values) @ self.output_vectors.mT
@@ -140,7 +156,9 @@ class KroneckerForm(CurvatureForm):
     def axes_of(cls, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """See :meth:`CurvatureForm.axes_of`; each block has lengths of its own."""
         found = super().axes_of(names)
-        for block in {match.group() for match in map(_BLOCK.match, names) if match}:
+        numbers = {match[1] for match in map(_BLOCK.match, names) if match}
+        for k in range(len(numbers)):  # from 0 on, without a gap
+            block = f"kronecker_block_{k}_"
             for part, axes in _BLOCK_AXES.items():
                 found[block + part] = tuple(block + axis for axis in axes)
         return found
@@ -209,6 +227,24 @@ class KroneckerForm(CurvatureForm):
             "site_scales": self.site_factors,
             **self.prior.tensors(),
         }
+
+    def is_consistent(self, prior_factor: PriorFactor) -> bool:
+        """See :meth:`CurvatureForm.is_consistent`."""
+        size, wide = self.layout.num_params, self.prior.diagonal.double()
+        if not (
+            len(wide) == size
+            and len(self.site_factors) == len(self.layout.names)
+            and torch.allclose(self.site_factors, self._by_site(prior_factor))
+            and all(block.fits(self.layout, wide) for block in self.blocks)
+        ):
+            return False
+        held = [block.positions.flatten() for block in self.blocks]
+        inside = torch.cat([*held, wide.new_empty(0, dtype=torch.long)])
+        return (
+            len(inside.unique()) == len(inside)
+            and bool((self.diagonal >= 0).all())
+            and not bool(self.diagonal[inside].any())
+        )
 
     def gaussian(self, loc: Tensor) -> KroneckerGaussian:
         """See :meth:`CurvatureForm.gaussian`."""
@@ -341,6 +377,13 @@ class KroneckerForm(CurvatureForm):
             factors = factors[torch.tensor(starts, device=factors.device)]
         factors = factors.expand(len(self.layout.names))
         return factors.to(self.site_factors).clone()
+
+
+def _is_orthogonal(vectors: Tensor) -> bool:
+    """Whether V^T V = I, by its product with ones."""
+    ones = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
+    found = (vectors.mT.double() @ (vectors.double() @ ones)) - ones
+    return float(found.abs().max()) <= torch.finfo(vectors.dtype).eps ** 0.75
 
 
 def _eigen(factor: Tensor, site: str) -> tuple[Tensor, Tensor]:

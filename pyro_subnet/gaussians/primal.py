@@ -15,6 +15,7 @@ from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.gaussians.base import (
     CurvatureForm,
     PriorFactor,
+    is_factor_of,
     refuse_precision,
 )
 from pyro_subnet.gaussians.factored import FactoredGaussian, factor_precision_
@@ -28,6 +29,8 @@ from pyro_subnet.tensors.triangular import mirror_
 _FACTORS_FOR_EIGENVALUES = 10
 # The matrix of which they are sought, in float64, and LAPACK's copy of it.
 _EIGENVALUE_MATRICES = 2
+# Rows of the matrix that are multiplied at once.
+_ROWS = 512
 
 
 @final
@@ -98,6 +101,22 @@ class PrimalForm(CurvatureForm):
             "ggn_diagonal": self.ggn_diagonal,
             **self.prior.tensors(),
         }
+
+    def is_consistent(self, prior_factor: PriorFactor) -> bool:
+        """See :meth:`CurvatureForm.is_consistent`."""
+        matrix, diagonal = self.factor_and_ggn, self.ggn_diagonal.double()
+        prior = self.prior.scaled(prior_factor).to(torch.float64)
+
+        def product(vector: Tensor) -> Tensor:
+            found = diagonal * vector + prior.times(vector)
+            for start in range(0, len(matrix), _ROWS):
+                stop = start + _ROWS
+                rows = matrix[start:stop].triu(start + 1).to(torch.float64)
+                found[start:stop] += rows @ vector
+                found += rows.mT @ vector[start:stop]
+            return found
+
+        return is_factor_of(matrix, product, diagonal + prior.diagonal)
 
     def gaussian(self, loc: Tensor) -> FactoredGaussian:
         """See :meth:`CurvatureForm.gaussian`."""

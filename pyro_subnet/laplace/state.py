@@ -114,6 +114,11 @@ class PosteriorState:
         return factor_of_each(self.prior_factor, self.subnet)
 
     @property
+    def factor_for_form(self) -> PriorFactor:
+        """The same as its form takes it: a number, or one a weight on its device."""
+        return self._for_form(self.prior_factors)
+
+    @property
     def options_to_add(self) -> FitOptions:
         """How more data's curvature must be summed to be added to this one."""
         if self.options.covariance != "full":

@@ -444,7 +444,7 @@ def test_tensors_that_do_not_fit_a_form(
 def test_an_unknown_form(saved: Path) -> None:
     tensors, content = read_file(saved, KIND)
     write_file(saved, KIND, tensors, {**content, "form": "tridiagonal"})
-    with pytest.raises(CheckpointError, match=r"form must be one of .*'tridiagonal'"):
+    with pytest.raises(CheckpointError, match=r"form` must be one of .*'tridiagonal'"):
         load(saved, tiny, *DATA)
 
 
