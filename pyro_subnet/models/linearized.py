@@ -18,7 +18,7 @@ from pyro_subnet.models.expansion import Expander, Key
 from pyro_subnet.tensors.modes import without_autocast
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.site_distribution import SiteDistribution
-from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor, is_output
+from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor
 
 
 @final
@@ -107,7 +107,7 @@ class _LinearizedSites(Messenger):
             factor = self.draws.spread(self.log_factors[name], own, len(own))
             msg["fn"] = dist.Unit(factor)
             msg["value"] = msg["fn"].sample()
-        elif is_output(name, msg, self.call.latents):
+        elif any(site.name == name for site in self.call.sites):
             self._expand_output(msg)
 
     def _expand_deterministic(self, msg: Message) -> None:

@@ -19,6 +19,7 @@ from pyro_subnet.exceptions import DataError, ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
+from pyro_subnet.tracing.held_sites import data_sites, stand_alike
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.repeats import check_same, hidden_latents
@@ -73,7 +74,7 @@ class ModelCall:
     Attributes:
         fixed: Values of the sites that would be drawn anew in every run.
         trace: Reference trace at the MAP, without gradients.
-        sites: The output sites, in trace order.
+        sites: The output sites, in trace order; without hyperparameters that are held.
     """
 
     at_map: ModelAtMAP
@@ -109,7 +110,18 @@ class ModelCall:
             for name, node in trace.nodes.items()
             if is_output(name, node, latents)
         )
-        return cls(at_map, args, kwargs, fixed, trace, sites)
+        call = cls(at_map, args, kwargs, fixed, trace, sites)
+        return call if stand_alike(sites) else call._of_data()
+
+    def _of_data(self) -> ModelCall:
+        """The call without hyperparameters that are held at a value."""
+        # Hyperparameters of data are drawn before them: the last site is data.
+        graph = replace(self, sites=self.sites[-1:]).graph(with_prior=False)
+        leaves = list(graph.leaves.values())
+        with differentiable():
+            return replace(
+                self, sites=data_sites(self.sites, graph.trace.nodes, leaves)
+            )
 
     @property
     def latents(self) -> Latents:
