@@ -153,8 +153,15 @@ class DataPass(Generic[Prior]):
                     "approximation."
                 )
             check_data(site)
-        if self._data.num_data is not None:
+        num_data = self._data.num_data
+        if num_data is not None:
             self.seen += call.num_seen
+            if self.seen > num_data:
+                raise DataError(
+                    "`num_data` must be at least the number of data in the batches; "
+                    f"got {num_data}, and {self.seen} data so far. Pass the number of "
+                    "all data, or leave it out if the batches hold all of them."
+                )
 
     def _meet_prior(self, graph: Graph) -> None:
         terms = graph.prior_terms

@@ -25,8 +25,9 @@ from torch.distributions import Distribution
 from pyro_subnet.curvature.likelihood import Family, find_family
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.plates import plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution
-from pyro_subnet.tracing.trace import Node, plate_scale
+from pyro_subnet.tracing.trace import Node
 
 Result = TypeVar("Result")
 
@@ -147,13 +148,13 @@ class Draws:
 
     def _plate(self, frame: CondIndepStackFrame) -> pyro.plate:
         if frame.name not in self._plates:
-            full = frame.full_size or frame.size
-            indices = torch.arange(frame.size)
+            options: dict[str, Any] = {"dim": frame.dim}
+            if frame.size >= 0:
+                options["size"] = frame.full_size or frame.size
+                options["subsample"] = torch.arange(frame.size)
             # The model itself shows the plate's subsample site.
             with poutine.block(hide_fn=site_is_subsample):
-                self._plates[frame.name] = pyro.plate(
-                    frame.name, full, subsample=indices, dim=frame.dim
-                )
+                self._plates[frame.name] = pyro.plate(frame.name, **options)
         return self._plates[frame.name]
 
     def _priors(self, parents: Mapping[str, Any]) -> dict[str, Distribution]:

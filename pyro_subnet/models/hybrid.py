@@ -11,6 +11,7 @@ With a posterior at hand, MCMC or importance sampling runs over the subnet alone
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, final
 from weakref import WeakValueDictionary
@@ -28,6 +29,7 @@ from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
 from pyro_subnet.models.subnet_prior import GivenSites, SubnetPrior, SubnetSites
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.plates import WidePlates
 from pyro_subnet.tracing.trace import Model, ModelAtMAP, apart
 
 # The one latent site.
@@ -92,7 +94,9 @@ class HybridModel:
         sites = SubnetSites(latents, self.subnet, estimates)
         prior = SubnetPrior(self.at_map.model, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)
-        with GivenSites(sites, theta) as given:
+        # A linearized model widens its plates itself.
+        wide = nullcontext() if self.linearized else WidePlates()
+        with wide, GivenSites(sites, theta) as given:
             returned = self._program(*args, **kwargs)
         # One subnet's density follows from the sites that this run has met.
         if theta.ndim == 1:

@@ -17,6 +17,7 @@ from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander, Key
 from pyro_subnet.tensors.modes import without_autocast
 from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.plates import WidePlates
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor
 
@@ -58,7 +59,7 @@ class LinearizedModel:
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
         sites = _LinearizedSites(call, draws, tangents, factors, self._noise_factor)
-        with without_autocast(), sites:
+        with without_autocast(), WidePlates(), sites:
             returned = self._at_map.model(*args, **kwargs)
         leaves, spec = tree_flatten(returned)
         for i, leaf in enumerate(leaves):

@@ -15,13 +15,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_subnet.curvature.jacobian.output_map import OutputMap
 from pyro_subnet.curvature.prior import DensityTerm
-from pyro_subnet.exceptions import DataError, ModelError, NonFiniteError
+from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.held_sites import data_sites, stand_alike
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.plates import num_seen
 from pyro_subnet.tracing.repeats import check_same, hidden_latents
 from pyro_subnet.tracing.trace import (
     Latents,
@@ -141,15 +142,7 @@ class ModelCall:
         first = next((leaf for leaf in self._flatten()[0] if _has_rows(leaf)), None)
         rows = None if first is None else first.shape[0]
         counts = {site.name: site.num_seen(rows) for site in self.sites}
-        lengths = set(counts.values())
-        seen = lengths.pop() if len(lengths) == 1 else None
-        if seen is None:
-            raise DataError(
-                f"`num_data` needs observed sites of one length; got {counts} (None: "
-                "no plate stands out as the one over the data). Leave it out and pass "
-                "all data."
-            )
-        return seen
+        return num_seen(counts, [site.node for site in self.sites], rows)
 
     def run(
         self,

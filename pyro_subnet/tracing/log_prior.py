@@ -12,8 +12,9 @@ from torch.distributions import Transform
 from torch.distributions.transforms import IndependentTransform
 
 from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.tracing.plates import plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution
-from pyro_subnet.tracing.trace import Latents, Node, is_factor, plate_scale
+from pyro_subnet.tracing.trace import Latents, Node, is_factor
 
 
 def log_prior_terms(

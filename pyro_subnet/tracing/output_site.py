@@ -14,8 +14,9 @@ from torch import Tensor
 from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.tracing.plate_shape import check_shape
+from pyro_subnet.tracing.plates import plate_length, plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
-from pyro_subnet.tracing.trace import Node, plate_scale, preserved_rng
+from pyro_subnet.tracing.trace import Node, preserved_rng
 
 
 @final
@@ -81,14 +82,15 @@ class OutputSite:
 
     def num_seen(self, rows: int | None) -> int | None:
         """Number of data points that the site shows; None if its plates do not tell."""
+        frames = self.node["cond_indep_stack"]
+        lengths = {plate_length(self.node, frame) for frame in frames}
+        if not lengths:
+            return self.leading
         # Of several plates the one over the data is as long as ``rows``, the first axis
         # of the call's first tensor.
-        plates = [f.size for f in self.node["cond_indep_stack"] if f.vectorized]
-        if not plates:
-            return self.leading
-        if len(plates) > 1:
-            plates = [size for size in plates if size == rows]
-        return plates[0] if len(plates) == 1 else None
+        if len(lengths) > 1:
+            lengths = {length for length in lengths if length == rows}
+        return lengths.pop() if len(lengths) == 1 else None
 
     def own(self, node: Node) -> dict[str, Tensor]:
         """Unconstrained parameters in some run; of an unreadable family its density."""

@@ -28,6 +28,7 @@ from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Layout, Subnet
 from pyro_subnet.tensors.modes import one_thread_at_a_time, without_autocast
 from pyro_subnet.tracing.one_thread import OneThread
+from pyro_subnet.tracing.plates import WidePlates
 
 Model = Callable[..., Any]
 Node = dict[str, Any]
@@ -166,6 +167,7 @@ def run_model(
         pyro.validation_enabled(False),
         poutine.block(),
         poutine.trace() as tracer,
+        WidePlates(),
         _Substitute(values, fixed),
         OneThread(),
     ):
@@ -329,12 +331,3 @@ def is_deterministic(node: Node) -> bool:
 def is_factor(node: Node) -> bool:
     """Whether a node is a ``pyro.factor`` site."""
     return node["type"] == "sample" and isinstance(node["fn"], dist.Unit)
-
-
-def plate_scale(node: Node) -> float:
-    """N/B, multiplied over the subsampling plates of a site; 1.0 without any."""
-    scale = 1.0
-    for frame in node["cond_indep_stack"]:
-        if frame.full_size and frame.size and frame.full_size > 0:
-            scale *= frame.full_size / frame.size
-    return float(scale)

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -423,3 +424,125 @@ def test_batches_leave_the_guide_as_it_was() -> None:
     guide.laplace_approximation_from(batches(case, 3))
     assert_close(guide.loc.detach(), loc, rtol=0, atol=0)
     assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+
+
+# How many data a batch shows.
+
+
+def slopes(x: Tensor) -> Tensor:
+    """Two weights of a linear model, with a prior of scale 0.02."""
+    return pyro.sample("w", dist.Normal(x.new_zeros(2), 0.02).to_event(1))
+
+
+def unsized(x: Tensor, y: Tensor) -> None:
+    w = slopes(x)
+    with pyro.plate("data"):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def unsized_beside_outputs(x: Tensor, y: Tensor) -> None:
+    w = slopes(x)
+    with pyro.plate("outputs", 1, dim=-2), pyro.plate("data", dim=-1):
+        pyro.sample("y", dist.Normal((x @ w)[None], 1.0), obs=y[None])
+
+
+def sequential(x: Tensor, y: Tensor) -> None:
+    w = slopes(x)
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"y_{i}", dist.Normal(x[i] @ w, 1.0), obs=y[i])
+
+
+def without_a_plate(x: Tensor, y: Tensor) -> None:
+    w = slopes(x)
+    pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1), obs=y)
+
+
+COUNTED = [unsized, unsized_beside_outputs, sequential, without_a_plate]
+
+
+@pytest.mark.parametrize("sizes", [(20,), (7, 13), (1, 19)])
+@pytest.mark.parametrize("model", COUNTED)
+def test_num_data_counts_what_a_batch_shows(
+    model: Model, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, y = torch.randn(20, 2, dtype=dtype), torch.randn(20, dtype=dtype)
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    found = AutoSubnetLaplace(model).laplace_approximation_from(parts, num_data=50)
+    dense = x.double()
+    right = 50 / 20 * dense.T @ dense + torch.eye(2).double() / 0.02**2
+    close = tolerance(dtype, "closed_form")
+    assert_close(precision(found), right.to(dtype), **close)
+
+
+def loop(x: Tensor, y: Tensor) -> None:
+    w = slopes(x)
+    for i in range(len(x)):
+        pyro.sample(f"y_{i}", dist.Normal(x[i] @ w, 1.0), obs=y[i])
+
+
+def parts_of_one_length(x: Tensor, y: Tensor) -> None:
+    w, half = slopes(x), len(x) // 2
+    for name, part in (("a", slice(half)), ("b", slice(half, None))):
+        with pyro.plate(name, half):
+            pyro.sample(f"y_{name}", dist.Normal(x[part] @ w, 1.0), obs=y[part])
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"), [(loop, "10 sites"), (parts_of_one_length, "'y_a': 5")]
+)
+def test_num_data_where_no_plate_tells_what_a_batch_shows(
+    model: Model, shown: str
+) -> None:
+    x, y = torch.randn(10, 2), torch.randn(10)
+    message = rf"observed sites of one length; got .*{shown}.*of length 10\. Put each"
+    with pytest.raises(DataError, match=message):
+        AutoSubnetLaplace(model).laplace_approximation_from([(x, y)], num_data=40)
+
+
+@pytest.mark.parametrize("num_data", [1, 6])
+def test_num_data_of_fewer_than_there_are(num_data: int) -> None:
+    case = CASES["regression_mlp"](DOUBLE)
+    message = f"at least the number of data in the batches; got {num_data}, and "
+    with pytest.raises(DataError, match=message):
+        case.guide().laplace_approximation_from(batches(case, 3), num_data=num_data)
+
+
+# More new inputs than the training data whose number the model holds.
+
+
+def held(x: Tensor, y: Tensor | None = None) -> None:
+    """A linear model that holds the number of its training data."""
+    w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    with by_size(x, None):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def covariance(x: Tensor) -> Tensor:
+    """The exact posterior covariance of its weights, float64."""
+    dense = x.double()
+    return torch.linalg.inv(4 * dense.T @ dense + torch.eye(2).double())
+
+
+@pytest.mark.parametrize("count", [1, NUM_DATA, 40])
+def test_predictions_at_any_number_of_inputs(count: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(NUM_DATA, 2, dtype=dtype), torch.randn(NUM_DATA, dtype=dtype)
+    posterior = AutoSubnetLaplace(held).laplace_approximation_from([(x, y)])
+    new = torch.randn(count, 2, dtype=dtype)
+    right = ((new.double() @ covariance(x)) * new.double()).sum(-1).to(dtype)
+    close = tolerance(dtype, "closed_form")
+    found = posterior.output_distribution(new).variance.flatten()
+    assert_close(found, right, **close)
+
+
+@pytest.mark.parametrize("kind", ["linearized", "hybrid"])
+def test_models_at_more_inputs_than_data_count_each_once(kind: str) -> None:
+    x, y = torch.randn(NUM_DATA, 2).double(), torch.randn(NUM_DATA).double()
+    posterior = AutoSubnetLaplace(held).laplace_approximation_from([(x, y)])
+    hybrid = posterior.hybrid_model(linearized=kind == "linearized")
+    new_x, new_y = torch.randn(20, 2).double(), torch.randn(20).double()
+    theta = torch.tensor([0.3, -0.7]).double()
+    given = poutine.condition(hybrid, data={"subnet": theta})
+    found = poutine.trace(given).get_trace(new_x, new_y).log_prob_sum()
+    right = dist.Normal(new_x @ theta, new_x.new_tensor(0.5)).log_prob(new_y).sum()
+    right = right + dist.Normal(new_x.new_zeros(2), 1.0).log_prob(theta).sum()
+    assert_close(found, right, **tolerance(torch.float64, "closed_form"))
