@@ -52,6 +52,7 @@ class Graph:
         leaves: Unconstrained value of every latent site, a leaf that needs gradients.
         activation_bytes: What a run on all data keeps for its backward pass.
         has_drawn: Whether the run drew random numbers.
+        whole: Whether the run was on all data of the call.
     """
 
     leaves: Mapping[str, Tensor]
@@ -59,6 +60,7 @@ class Graph:
     activation_bytes: int
     latents: Latents
     has_drawn: bool
+    whole: bool
 
     @cached_property
     def prior_terms(self) -> list[DensityTerm]:
@@ -235,15 +237,12 @@ class ModelCall:
             other_random_numbers(0) as has_drawn,
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         ):
-            leaves = {
-                site: value.detach().clone().requires_grad_()
-                for site, value in self.latents.values.items()
-            }
+            leaves = self._leaves()
             weights = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
             trace = self.run(leaves, rows)
             drawn = has_drawn()
         activations = sum(size for at, size in saved.items() if at not in weights)
-        return Graph(leaves, trace, activations, self.latents, drawn)
+        return Graph(leaves, trace, activations, self.latents, drawn, rows is None)
 
     def _tells_all(self, graph: Graph, with_prior: bool) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""
@@ -273,13 +272,46 @@ class ModelCall:
 
     def moved_parts(self, graph: Graph, subnet: Subnet) -> MovedParts:
         """Parameters of each output site that the subnet's sites move; () for none."""
-        leaves = [graph.leaves[site] for site in subnet.indices]
         nodes = graph.trace.nodes
         with differentiable():
-            return {
+            leaves = [graph.leaves[site] for site in subnet.indices]
+            moved = {
                 site.name: site.moved_parts(nodes[site.name], leaves)
                 for site in self.sites
             }
+            if graph.whole or not any(
+                site.varies(moved[site.name]) for site in self.sites
+            ):
+                return moved
+            # Later data may move what the first do not: experts that data are sent to,
+            # a part of the data that has a head of its own.
+            leaves, nodes = self._structure(subnet)
+            return {
+                site.name: site.reached_parts(nodes[site.name], leaves)
+                for site in self.sites
+            }
+
+    def _structure(self, subnet: Subnet) -> tuple[list[Tensor], Mapping[str, Node]]:
+        """Leaves of a subnet's sites; a run on all data, whose graph keeps nothing."""
+        leaves: Mapping[str, Tensor] = self._leaves()
+        try:
+            with (
+                differentiable(),
+                preserved_rng(),
+                torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped),
+            ):
+                nodes = self.run(leaves).nodes
+        except Exception:  # as of a model that differentiates by itself
+            graph = self._graph(None)
+            leaves, nodes = graph.leaves, graph.trace.nodes
+        return [leaves[site] for site in subnet.indices], nodes
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """The MAP of every latent site, as leaves that need gradients."""
+        return {
+            site: value.detach().clone().requires_grad_()
+            for site, value in self.latents.values.items()
+        }
 
     def data_rows(self) -> tuple[Tensor, ...]:
         """The tensors of the call whose first axis is as long as the data."""
@@ -299,6 +331,10 @@ class ModelCall:
         left = iter(rows)
         swapped = [next(left) if self._is_row(leaf) else leaf for leaf in leaves]
         return tree_unflatten(swapped, spec)
+
+
+def _dropped(saved: Any) -> Any:
+    """Nothing, in place of what a graph would keep for its backward pass."""
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -132,6 +132,27 @@ class OutputSite:
             if value.requires_grad and _reaches(value, leaves)
         )
 
+    def reached_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
+        """The same, by the graph's structure alone."""
+        wanted = {id(leaf) for leaf in leaves}
+        return tuple(
+            part
+            for part, value in self.own(node).items()
+            if value.requires_grad and _leads_to(value, wanted)
+        )
+
+    def varies(self, known: Sequence[str]) -> bool:
+        """Whether a parameter, other than those known, may differ from row to row."""
+        base, shape = self.distribution.base, self.distribution.element_shape
+        for part in self.family.coordinates.parts:
+            value = getattr(base, part.argument)
+            # A number that all data share is expanded along their axis, or has none.
+            own = value.ndim - part.transform.codomain.event_dim
+            shared = own < len(shape) or not value.ndim or value.stride(0) == 0
+            if part.name not in known and not shared:
+                return True
+        return self.family.unreadable is not None and not known
+
     def weighted_root(self, parts: Sequence[str], without_plates: bool) -> Tensor:
         r"""Root :math:`\sqrt{w} R` of each element, :math:`R^\top R = \Lambda`."""
         taken = self.distribution
@@ -170,3 +191,17 @@ def _reaches(value: Tensor, leaves: list[Tensor]) -> bool:
         value.sum(), leaves, retain_graph=True, allow_unused=True
     )
     return any(gradient is not None for gradient in found)
+
+
+def _leads_to(value: Tensor, wanted: Collection[int]) -> bool:
+    """Whether a value's graph leads to a leaf, by the identities of leaves."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
