@@ -290,3 +290,44 @@ def test_priors_that_couple(function: Callable[[Tensor], Tensor]) -> None:
     expected = dense_hessian(energy, [start])
     found = posterior.get_posterior().precision_matrix
     assert_close(found, expected, **tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_two_sites_and_a_weight_outside_layers(n: int, covariance: Any) -> None:
+    """The structured route takes rows of both sites from another route."""
+    values = {"w": torch.randn(3, 4).double(), "v": torch.randn(4, 2).double()}
+
+    def model(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> None:
+        w, v = (
+            pyro.sample(k, dist.Normal(torch.zeros_like(at), 1.0).to_event(2))
+            for k, at in values.items()
+        )
+        f = torch.einsum("ni,ij->nj", x, w).tanh() @ v
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(f, 0.5).to_event(1), obs=y)
+            pyro.sample("z", dist.Poisson(f[:, 0].exp()), obs=z)
+
+    x = torch.randn(n, 3, dtype=torch.float64)
+    guide = AutoSubnetLaplace(
+        model,
+        init_loc_fn=lambda site: values[site["name"]],
+        covariance=covariance,
+        form="primal" if covariance == "full" else "auto",
+    )
+    posterior = guide.laplace_approximation(x, x[:, :2], torch.ones(n).double())
+
+    def rows(w: Tensor, v: Tensor) -> Tensor:
+        f = (x @ w).tanh() @ v
+        root = (f[:, :1] / 2).exp().detach()  # of the rate
+        return torch.cat([f / 0.5, root * f[:, :1]], dim=1)
+
+    found = jacobian(rows, tuple(values.values()))
+    jac = torch.cat([part.flatten(2) for part in found], dim=-1).flatten(0, 1)
+    expected = jac.mT @ jac + torch.eye(20, dtype=x.dtype)
+    if covariance == "diag":
+        ours = posterior.get_posterior().variance.reciprocal()
+        assert_close(ours, expected.diagonal(), **tolerance(torch.float64))
+    else:
+        ours = posterior.get_posterior().precision_matrix
+        assert_close(ours, expected, **tolerance(torch.float64))

@@ -144,7 +144,8 @@ def _fill_escaped(
     per_site = rows.split(counts, dim=1)
     for block in other(outputs.over(recording.tape.escaped), factors):
         each = len(factors[block.site]) // outputs.num_data
-        flat = per_site[block.site].unflatten(1, (each, -1)).flatten(0, 1)
-        few = slice(block.start, block.start + len(block.rows))
-        flat[few, :, place] = block.rows.to(flat)
-        per_site[block.site].copy_(flat.reshape(per_site[block.site].shape))
+        target = per_site[block.site].unflatten(1, (each, -1))  # by datum and element
+        few = torch.arange(block.start, block.start + len(block.rows)).to(place)
+        rank = torch.arange(target.shape[2]).to(place)[:, None]
+        at = few[:, None, None]
+        target[at // each, at % each, rank, place] = block.rows.to(target)
