@@ -46,7 +46,7 @@ class PrecisionError(SubnetError, RuntimeError):
 
 @final
 class MemoryLimitError(SubnetError, RuntimeError):
-    """Raised when the S x S factor would not fit in memory."""
+    """Raised when what a call needs would not fit in memory."""
 
 
 @final

@@ -19,7 +19,7 @@ from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.options import Curvature, FormName, HeldAs
-from pyro_subnet.tensors.memory import check_factor_fits
+from pyro_subnet.tensors.memory import check_factor_fits, check_fits
 from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tensors.triangular import add_gram_
 
@@ -69,8 +69,22 @@ class GGNSum(CurvatureSum):
         if self.form == "primal":
             add_ggn_(self.matrix(), outputs, factors, budget)
         else:
+            self._check_rows_fit(factors)
             for block in jacobian_blocks(outputs, factors, budget):
                 self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
+
+    def _check_rows_fit(self, factors: Factors) -> None:
+        held = sum(len(rows) for rows in self._rows)
+        more = sum(factor.shape[0] * factor.shape[1] for factor in factors)
+        # The new rows, all of them joined, and the kernel.
+        kernel = _KERNEL_MATRICES * (held + more) ** 2
+        check_fits(
+            8 * (more * self._size + (held + more) * self._size + kernel),
+            self._like.device,
+            f"The rows and the R x R kernel of the dual form must fit in memory; got "
+            f"R={held + more} and S={self._size}",
+            "Pass `form='primal'`, an S x S factor, or fewer data.",
+        )
 
     def matrix(self) -> Float[Tensor, "subnet subnet"]:
         """The S x S buffer of the sum, whose lower triangle may be added to."""

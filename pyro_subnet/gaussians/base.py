@@ -106,9 +106,11 @@ class Gaussian(ABC):
         return float(values[0]), float(values[-1])
 
     def _check_eigenvalues_fit(self) -> None:
-        check_factor_fits(
-            self.size, torch.float64, self.loc.device, matrices=_EIGENVALUE_MATRICES
-        )
+        self._check_dense_fits(_EIGENVALUE_MATRICES)
+
+    def _check_dense_fits(self, matrices: float) -> None:
+        """Refuses so many S x S matrices in float64 as memory does not hold."""
+        check_factor_fits(self.size, torch.float64, self.loc.device, matrices=matrices)
 
     def _quadratic_log_prob(self, quadratic: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac12 (\log\det P - q - S \log 2\pi)`."""

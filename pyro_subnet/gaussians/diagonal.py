@@ -182,7 +182,9 @@ class DiagonalForm(CurvatureForm):
 
     def ggn(self) -> Tensor:
         """See :meth:`CurvatureForm.ggn`."""
-        return self.ggn_diagonal.to(self.precision).diag()
+        like = self.precision
+        check_factor_fits(len(like), like.dtype, like.device)
+        return self.ggn_diagonal.to(like).diag()
 
 
 def _check(precision: Tensor) -> None:

@@ -31,6 +31,7 @@ from pyro_subnet.gaussians.dual_kernel import (
 )
 from pyro_subnet.options import FormName
 from pyro_subnet.subnet import Layout
+from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import full_precision
 
 
@@ -181,5 +182,7 @@ class DualForm(CurvatureForm):
 
     def ggn(self) -> Tensor:
         """See :meth:`CurvatureForm.ggn`."""
+        size, device = self.rows.shape[1], self.rows.device
+        check_factor_fits(size, torch.float64, device, matrices=2.0)
         with full_precision():
             return (self.rows.mT @ self.rows).to(self.prior.diagonal.dtype)

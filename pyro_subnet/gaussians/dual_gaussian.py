@@ -50,6 +50,9 @@ from pyro_subnet.gaussians.dual_kernel import (
 from pyro_subnet.tensors.modes import full_precision
 from pyro_subnet.tensors.triangular import solve_rows_
 
+# A dense matrix in float64, and what it is returned as.
+_MATRICES = 2.0
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -182,6 +185,7 @@ class DualGaussian(Gaussian):
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         """Returns P, shape (S, S)."""
+        self._check_dense_fits(_MATRICES)
         with full_precision():
             precision = self.rows.mT @ self.rows
         precision.diagonal().add_(self.prior_precision)
@@ -189,10 +193,12 @@ class DualGaussian(Gaussian):
 
     def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`\Sigma = P^{-1}`, shape (S, S); made in float64."""
+        self._check_dense_fits(_MATRICES)
         return self._covariance().to(self.loc.dtype)
 
     def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
         """Lower factor of the covariance, (S, S); both are made in float64."""
+        self._check_dense_fits(_MATRICES + 1)
         return torch.linalg.cholesky(self._covariance()).to(self.loc.dtype)
 
     def _covariance(self) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import NonFiniteError, PrecisionError
+from pyro_subnet.tensors.memory import check_fits
 from pyro_subnet.tensors.triangular import add_gram_, cholesky_
 
 PRIMAL_FORM = "Use the primal form, an S x S factor of the precision."
@@ -20,6 +21,8 @@ _BLOCK_COLUMNS = 2048
 # Where the rows are independent all pivots are large; rows that repeat others leave
 # pivots near 1, the identity's, which a large kernel buries.
 _DIGITS = 100.0
+# The kernel's factor C, and C + I during a solve.
+_KERNEL_MATRICES = 2
 
 
 def check_diagonal(diagonal: Float[Tensor, " subnet"]) -> None:
@@ -74,6 +77,12 @@ def kernel_of_rows(
         Zeros above the diagonal, shape (R, R).
     """
     count = len(rows)
+    check_fits(
+        8 * _KERNEL_MATRICES * count**2,
+        rows.device,
+        f"The R x R kernel of the dual form must fit in memory; got R={count}",
+        PRIMAL_FORM,
+    )
     kernel = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
     for block in column_blocks(rows.shape[1]):
         add_gram_(kernel, scaled_columns(rows, diagonal, block))

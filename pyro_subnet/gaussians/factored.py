@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import NonFiniteError
 from pyro_subnet.gaussians.base import Gaussian, refuse_precision
+from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.triangular import (
     cholesky_,
     mirror_,
@@ -124,11 +125,13 @@ class FactoredGaussian(Gaussian):
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`P = L L^\top`, shape (S, S)."""
+        self._check_fits(2.0)
         factor = self.precision_tril.tril()
         return factor @ factor.mT
 
     def covariance_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`\Sigma = P^{-1}`, shape (S, S)."""
+        self._check_fits(2.0)
         return torch.cholesky_inverse(self.precision_tril)
 
     def scale_tril(self) -> Float[Tensor, "subnet subnet"]:
@@ -140,11 +143,16 @@ class FactoredGaussian(Gaussian):
         Returns:
             Shape (S, S).
         """
+        self._check_fits(4.0)
         flipped = self.precision_matrix().flip(-2, -1)
         factor = torch.linalg.cholesky(flipped)
         identity = torch.eye(self.size, dtype=self.loc.dtype, device=self.loc.device)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
         return inverse.mT.flip(-2, -1).contiguous()
+
+    def _check_fits(self, matrices: float) -> None:
+        like = self.precision_tril
+        check_factor_fits(self.size, like.dtype, like.device, matrices=matrices)
 
     def extreme_precisions(self) -> tuple[float, float]:
         """See :meth:`Gaussian.extreme_precisions`: squared singular values of L."""

@@ -21,7 +21,7 @@ from pyro_subnet.gaussians.base import (
 from pyro_subnet.gaussians.factored import FactoredGaussian, factor_precision_
 from pyro_subnet.options import FormName
 from pyro_subnet.subnet import Layout
-from pyro_subnet.tensors.memory import available_bytes
+from pyro_subnet.tensors.memory import available_bytes, check_factor_fits
 from pyro_subnet.tensors.triangular import mirror_
 
 # Prior factors from which on the eigenvalues cost less than a Cholesky factor for each.
@@ -179,7 +179,9 @@ class PrimalForm(CurvatureForm):
 
     def ggn(self) -> Tensor:
         """See :meth:`CurvatureForm.ggn`."""
-        ggn = self.factor_and_ggn.clone()
+        like = self.factor_and_ggn
+        check_factor_fits(len(like), like.dtype, like.device, matrices=1.0)
+        ggn = like.clone()
         _restore_ggn_(ggn, self.ggn_diagonal)
         return ggn
 

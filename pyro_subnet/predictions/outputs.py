@@ -16,8 +16,12 @@ from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.predictions.links.integration import Integration, PredictiveOptions
 from pyro_subnet.predictions.links.likelihood import Likelihood
 from pyro_subnet.tensors.lower_factor import lower_factor
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.site_distribution import SiteDistribution
+
+# The factors, and what they are joined from.
+_FACTORS_HELD = 2
 
 
 @final
@@ -41,6 +45,7 @@ class OutputGaussian:
 
     def moments(self, *, joint: bool) -> tuple[Tensor, Tensor]:
         """Mean (N, C) and factor (N, C, C), or (N C,) and (N C, N C) across inputs."""
+        self._check_fits(joint=joint)
         with torch.set_grad_enabled(self.outputs.follows_inputs):
             # J P^-1 J^T = W W^T = T T^T with W = J L^-T, P = L L^T and T lower
             # triangular. Its only gradients are those to inputs that want them.
@@ -49,6 +54,23 @@ class OutputGaussian:
                 rows = torch.cat(list(whitened)).flatten(0, 1)
                 return loc.flatten(), lower_factor(rows)
             return loc, torch.cat([lower_factor(rows) for rows in whitened])
+
+    def _check_fits(self, *, joint: bool) -> None:
+        """Refuses factors of the outputs' covariances that cannot be held."""
+        shapes, like = self.outputs.outputs.shapes, self.gaussian.loc
+        num_data = self.outputs.outputs.num_data
+        total = sum(count * width for count, width in shapes)
+        numbers = total**2 if joint else total**2 // num_data
+        needed = _FACTORS_HELD * numbers * like.element_size()
+        if needed > DEFAULT_BUDGET:  # smaller ones are not worth asking for
+            check_fits(
+                needed,
+                like.device,
+                "Covariances of the outputs must fit in memory; got "
+                f"{total // num_data} outputs at each of {num_data} inputs"
+                f"{', joint' if joint else ''}",
+                "Predict at fewer inputs at once.",
+            )
 
     def distribution(self, *, joint: bool) -> dist.MultivariateNormal:
         """The Gaussian as a distribution: N of (C,), or one of (N C,) if joint."""

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
 from pyro_subnet.tracing.plate_shape import check_shape
 from pyro_subnet.tracing.plates import plate_length, plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
 from pyro_subnet.tracing.trace import Node, preserved_rng
+
+# The roots, what they are made of, and their rows as cotangents.
+_ROOTS_HELD = 4
 
 
 @final
@@ -153,9 +157,22 @@ class OutputSite:
                 return True
         return self.family.unreadable is not None and not known
 
+    def _check_roots_fit(self, width: int) -> None:
+        like = next(iter(self.own(self.node).values()))
+        needed = _ROOTS_HELD * self.num_elements * width**2 * like.element_size()
+        if needed > DEFAULT_BUDGET:  # smaller ones are not worth asking for
+            check_fits(
+                needed,
+                like.device,
+                "Roots of the output Hessians of one call, C x C each, must fit in "
+                f"memory; got {self.num_elements} of C={width} at site {self.name!r}",
+                "Pass the data in smaller batches to `laplace_approximation_from`.",
+            )
+
     def weighted_root(self, parts: Sequence[str], without_plates: bool) -> Tensor:
         r"""Root :math:`\sqrt{w} R` of each element, :math:`R^\top R = \Lambda`."""
         taken = self.distribution
+        self._check_roots_fit(sum(self.widths(parts)))
         with torch.no_grad():
             root = self.family.root(taken.base, parts)
             shape = (*taken.element_shape, *root.shape[-2:])

@@ -15,6 +15,10 @@ from pyro_subnet.predictions.links.integration import (
     equal_weights,
 )
 from pyro_subnet.predictions.links.likelihood import CLASSES, mixture, standard_error
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
+
+# Tensors of the draws' size: noise, outputs, logits, log densities, and their sums.
+_DRAWS_HELD = 5
 
 
 def by_draws(problem: Integration) -> Integrated:
@@ -26,8 +30,10 @@ def by_draws(problem: Integration) -> Integrated:
         log_weights = equal_weights(count, eta)
     else:
         loc, factor = problem.moments()
+        _check_draws_fit(loc, options.num_samples)
         z, log_weights = problem.draws(loc.shape)
-        eta = loc + (factor @ z.unsqueeze(-1)).squeeze(-1)
+        # All draws of a data point at once: (N, C, C) (N, C, K), without K factors.
+        eta = loc + (factor @ z.movedim(0, -1)).movedim(-1, 0)
     mixed = mixture(likelihood, eta, log_weights, 0 if options.joint else 1)
 
     def error(y: Tensor) -> Tensor:
@@ -35,6 +41,18 @@ def by_draws(problem: Integration) -> Integrated:
 
     collapsed = None if options.joint or likelihood.rest else _mean(problem, mixed)
     return Integrated(mixed if collapsed is None else collapsed, error)
+
+
+def _check_draws_fit(loc: Tensor, num_samples: int) -> None:
+    needed = _DRAWS_HELD * num_samples * loc.numel() * loc.element_size()
+    if needed > DEFAULT_BUDGET:  # smaller ones are not worth asking for
+        check_fits(
+            needed,
+            loc.device,
+            f"Draws of `link='mc'` must fit in memory; got num_samples={num_samples} "
+            f"of {tuple(loc.shape)} outputs",
+            "Lower `num_samples`, or predict at fewer inputs at once.",
+        )
 
 
 def _mean(problem: Integration, mixed: Any) -> Any:
