@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "selection": ("strategies that choose a subnet", ("fit",)),
     "guides": (
         "what users hold: the MAP guide, the posterior guide",
-        ("models", "predictions", "files", "selection"),
+        ("models", "predictions", "files", "selection", "nn"),
     ),
     "comparison": ("a subnet beside the full posterior", ("guides",)),
     "diagnostics": (

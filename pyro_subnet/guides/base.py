@@ -108,6 +108,10 @@ class AutoAtMAP(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickling: without the model, and without touching this guide."""
+        # As every PyroModule does: the param store puts weak references there, which
+        # no pickle takes, and puts them there again when it is asked next.
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
         left = {name: None for name in _LEFT_BEHIND if name in self.__dict__}
         return {**self.__dict__, **left}
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +27,7 @@ from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.laplace.state import PosteriorState
+from pyro_subnet.nn.start import start_of_guide
 from pyro_subnet.options import (
     Covariance,
     Curvature,
@@ -48,6 +48,8 @@ SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
 
 # Live guides by the param-store key of their `loc`.
 _OWNERS: WeakValueDictionary[str, AutoSubnetLaplace] = WeakValueDictionary()
+# What the latest guide had under such a key: any other entry was loaded, or set.
+_MADE: dict[str, ref[Tensor]] = {}
 
 
 @final
@@ -68,7 +70,9 @@ class AutoSubnetLaplace(AutoAtMAP):
     leaves all other elements at the MAP.
 
     Two live guides never share an entry of the param store: the second one's name, and
-    so its key, gets a number.
+    so its key, gets a number. An entry that is loaded or set takes effect in the guide
+    that lives, and a guide made later starts at it. What a guide that is gone has left
+    there, a guide without an ``init_loc_fn`` of its own goes on from, as in Pyro.
 
     Args:
         model: A Pyro model whose latent sites are continuous.
@@ -77,7 +81,9 @@ class AutoSubnetLaplace(AutoAtMAP):
             :class:`~pyro_subnet.selection.LargestVariance`; a selector; or a mapping
             from sites to bool masks or flat positions.
         init_loc_fn: Where the MAP search starts, as everywhere in Pyro; with the
-            values of a MAP found elsewhere no training is needed.
+            values of a MAP found elsewhere no training is needed. By default weights
+            of a :func:`~pyro_subnet.nn.bayesianize`\ d network start at the network's
+            own, wherever in the model it stands, and all other sites at their median.
         curvature: Of the likelihood. ``"ggn"``, the generalized Gauss-Newton matrix,
             is positive semidefinite and exact for the linearized model. ``"ggn-mc"``
             estimates it without bias from labels drawn from the model, one backward
@@ -114,7 +120,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         model: Model,
         subnet: SubnetChoice = None,
         *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] | None = None,
         curvature: Curvature = "ggn",
         covariance: Covariance = "full",
         form: FullForm = "auto",
@@ -127,7 +133,9 @@ class AutoSubnetLaplace(AutoAtMAP):
                 "Leave `subnet` out, or pass covariance='diag' or 'full'."
             )
         self._user_model = (model,)
-        super().__init__(model, init_loc_fn)
+        self._starts_where_told = init_loc_fn is not None
+        self._is_loaded = False
+        super().__init__(model, start_of_guide(init_loc_fn))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -150,29 +158,71 @@ class AutoSubnetLaplace(AutoAtMAP):
                 "`curvature='hessian'`; or give it data. Enumeration, "
                 "https://pyro.ai/examples/enumeration.html, serves the ELBO alone."
             ) from error
-        if self.master is None:
-            self._take_key()
-        self.loc = nn.Parameter(self._init_loc())
+        start = self._init_loc()
+        if self.master is not None:
+            self.loc = nn.Parameter(start)
+            return
+        start = self._take_key(start)
+        self.loc = nn.Parameter(start)
+        self._register()
 
-    def _take_key(self) -> None:
-        """Takes a param-store key that holds no other guide's parameter."""
-        store, count = pyro.get_param_store(), 0
-        dtype = self._init_loc().dtype
-        name: str = self._pyro_name
+    def _take_key(self, start: Tensor) -> Tensor:
+        """Takes a param-store key that no other guide has; returns where to start."""
+        store, name, count = pyro.get_param_store(), self._pyro_name, 0
+        told, loaded = self._starts_where_told, list[Tensor]()
         while True:
-            key = f"{self._pyro_name}.loc"
-            owner = _OWNERS.get(key)
-            live = owner is not None and owner is not self
-            # What a dead guide or a loaded store left there is taken over, if it fits.
-            if key not in store or (
-                not live
-                and store[key].shape == (self.latent_dim,)
-                and store[key].dtype == dtype
-            ):
-                break
+            key = self._key
+            owner, entry = _OWNERS.get(key), _entry(key, start)
+            made = entry is not None and _is_made(key, entry)
+            if owner is None or owner is self:
+                if entry is not None:
+                    # What a guide that is gone has left does not replace what was
+                    # asked for; what was loaded since does.
+                    loaded = loaded if told and made else [entry]
+                    del store[key]
+                if key not in store:
+                    break
+            elif entry is not None and not told and (owner._is_loaded or not made):
+                # It reaches the guide that lives, and this one as well.
+                loaded = loaded or [entry]
             count += 1
             self._pyro_name: str = f"{name}_{count}"
-        _OWNERS[key] = self
+        return loaded[0].detach().clone() if loaded else start
+
+    @property
+    def _key(self) -> str:
+        return f"{self._pyro_name}.loc"
+
+    def _register(self) -> None:
+        """Notes that this guide's parameter is the one of its key."""
+        _OWNERS[self._key] = self
+        _MADE[self._key] = ref(self._parameters["loc"])
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads ``loc`` as the param store has it, where that was loaded or set."""
+        own = self.__dict__["_parameters"].get(name) if name == "loc" else None
+        if own is not None and _OWNERS.get(self._key) is self:
+            entry = _entry(self._key, own)
+            if entry is not None and entry is not own:
+                if not isinstance(entry, nn.Parameter):
+                    entry = nn.Parameter(entry.detach())
+                    pyro.get_param_store()[self._key] = entry
+                self._parameters[name] = entry
+                self._is_loaded = True
+                self._register()
+        return super().__getattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a parameter, and so a key, of its own."""
+        super().__setstate__(state)
+        if self._parameters.get("loc") is None or "." in self._pyro_name:
+            return  # not called yet, or a member of a list, which gives it its name
+        name, count = self._pyro_name, 0
+        store = pyro.get_param_store()
+        while self._key in store or self._key in _OWNERS:
+            count += 1
+            self._pyro_name = f"{name}_{count}"
+        self._register()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Delta:
         """The point estimate, as a distribution over the packed vector.
@@ -393,3 +443,19 @@ def _discrete_site(trace: Any) -> str | None:
         if node["fn"].support.is_discrete:
             return name
     return None
+
+
+def _entry(key: str, like: Tensor) -> Tensor | None:
+    """The param store's entry of a key, if it may stand for a guide's parameter."""
+    store = pyro.get_param_store()
+    if key not in store or pyro.settings.get("module_local_params"):
+        return None
+    entry: Tensor = store[key].unconstrained()
+    fits = entry.shape == like.shape and entry.dtype == like.dtype
+    return entry if fits and entry.device == like.device else None
+
+
+def _is_made(key: str, entry: Tensor) -> bool:
+    """Whether a guide made this entry, and nobody loaded or set it."""
+    made = _MADE.get(key)
+    return made is not None and made() is entry

@@ -69,6 +69,16 @@ def init_to_module(
     return InitToModule(net, fallback)
 
 
+def start_of_guide(init_loc_fn: InitFunction | None) -> InitFunction:
+    """What a guide starts at; without a function, each network's own weights."""
+    if init_loc_fn is None:
+        return InitToModule(None, init_to_median)
+    if isinstance(init_loc_fn, InitToModule):
+        # One of its own, which counts the sites of this guide alone.
+        return InitToModule(init_loc_fn.net, init_loc_fn.fallback)
+    return init_loc_fn
+
+
 @final
 class InitToModule:
     """An ``init_loc_fn``: a site starts at the parameter of its name.
