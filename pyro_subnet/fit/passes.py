@@ -153,6 +153,12 @@ class DataPass(Generic[Prior]):
                     "approximation."
                 )
             check_data(site)
+            # As where `poutine.reparam` moves a site that has data.
+            if graph.trace.nodes[site.name]["value"].requires_grad:
+                raise ModelError(
+                    "Data must not depend on latent sites; got an observed site "
+                    f"{site.name!r} whose value does. Reparametrize latent sites alone."
+                )
         num_data = self._data.num_data
         if num_data is not None:
             self.seen += call.num_seen

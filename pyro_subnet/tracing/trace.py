@@ -14,12 +14,21 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions.torch_distribution import (
+    ExpandedDistribution,
+    MaskedDistribution,
+)
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, Transform, biject_to
+from torch.distributions import (
+    ComposeTransform,
+    Independent,
+    Transform,
+    biject_to,
+)
 from torch.distributions.constraints import Constraint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -324,8 +333,17 @@ def is_output(name: str, node: Node, latents: Latents) -> bool:
 
 
 def is_deterministic(node: Node) -> bool:
-    """Whether a node is a ``pyro.deterministic`` site."""
-    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+    """Whether a node is a ``pyro.deterministic`` site, or was a reparametrized one."""
+    if node["type"] != "sample":
+        return False
+    fn, is_masked = node["fn"], False
+    # `poutine.reparam` leaves a Delta that is masked out in the site's place.
+    while isinstance(fn, MaskedDistribution | ExpandedDistribution | Independent):
+        is_masked |= isinstance(fn, MaskedDistribution) and fn._mask is False
+        fn = fn.base_dist
+    return bool(node["infer"].get("_deterministic")) or (
+        is_masked and isinstance(fn, dist.Delta)
+    )
 
 
 def is_factor(node: Node) -> bool:
