@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import pyro
 import pyro.distributions as dist
@@ -56,7 +56,7 @@ class HybridModel:
 
     Made by :meth:`AutoSubnetMultivariateNormal.hybrid_model
     <pyro_subnet.AutoSubnetMultivariateNormal.hybrid_model>`. Two live hybrid models
-    never share an entry of the param store.
+    never share an entry of the param store, and one that is gone leaves none there.
 
     Args:
         at_map: The user's model and its latent sites.
@@ -256,5 +256,13 @@ def _take_prefix(owner: HybridModel) -> str:
         is_free = other is None or other is owner
         if is_free and not any(key.startswith(f"{prefix}.") for key in keys):
             _OWNERS[prefix] = owner
+            finalize(owner, _give_back, prefix).atexit = False
             return prefix
         count += 1
+
+
+def _give_back(prefix: str) -> None:
+    """Takes the parameters of a model that is gone out of the param store."""
+    store = pyro.get_param_store()
+    for key in [key for key in store.keys() if key.startswith(f"{prefix}.")]:
+        del store[key]

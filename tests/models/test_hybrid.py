@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 from collections.abc import Callable
@@ -330,7 +331,32 @@ def test_a_dead_models_parameters_are_not_taken_up() -> None:
     again = second.posterior.hybrid_model()
     again(second.x, second.y)
     store = pyro.get_param_store()
-    assert_close(store["hybrid_1.w1"], second.posterior.median()["w1"], **EQUAL)
+    assert_close(store["hybrid.w1"], second.posterior.median()["w1"], **EQUAL)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_model_that_is_gone_gives_its_parameters_back(
+    copied: bool, cleared: bool
+) -> None:
+    fit = fitted()
+    pyro.param("hybrid_mine", torch.ones(()))
+    kept = fit.posterior.hybrid_model()
+    theta = fit.theta()
+    expected = log_density(kept, theta, fit.x, fit.y)
+    before = set(pyro.get_param_store().keys())
+    for _ in range(3):
+        hybrid = fit.posterior.hybrid_model()
+        hybrid = copy.deepcopy(hybrid) if copied else hybrid
+        assert_close(log_density(hybrid, theta, fit.x, fit.y), expected, **EQUAL)
+        assert set(pyro.get_param_store().keys()) > before
+        if cleared:
+            pyro.clear_param_store()
+            before = set()
+        del hybrid
+        gc.collect()
+        assert set(pyro.get_param_store().keys()) == before
+    assert_close(log_density(kept, theta, fit.x, fit.y), expected, **EQUAL)
 
 
 @pytest.mark.parametrize("linearized", [False, True])
