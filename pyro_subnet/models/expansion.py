@@ -3,7 +3,7 @@ r"""First-order expansions of a call about the MAP: :math:`J (\theta - \hat\thet
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -21,9 +21,9 @@ from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
-from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tensors.modes import differentiable, full_precision
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.trace import is_deterministic
+from pyro_subnet.tracing.trace import is_deterministic, preserved_rng
 
 # What is expanded: the parameters of an output site, a deterministic site, or a tensor
 # among what the model returns.
@@ -92,15 +92,27 @@ class _Seen:
 
     leaves: tuple[Any, ...]
     versions: tuple[int | None, ...]
-    values: tuple[Tensor, ...]
+    values: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, call: ModelCall, values: tuple[Tensor, ...]) -> _Seen:
+    def of(cls, call: ModelCall) -> _Seen:
+        """Its arguments alone."""
         leaves = tuple(tree_flatten((call.args, dict(call.kwargs)))[0])
-        return cls(leaves, tuple(map(_version, leaves)), values)
+        return cls(leaves, tuple(map(_version, leaves)))
 
     def is_same(self, other: _Seen) -> bool:
         """Whether the model was called on the same data and gave the same values."""
+        return (
+            self.has_arguments_of(other)
+            and len(self.values) == len(other.values)
+            and all(
+                torch.equal(a, b)
+                for a, b in zip(self.values, other.values, strict=True)
+            )
+        )
+
+    def has_arguments_of(self, other: _Seen) -> bool:
+        """Whether the model was called on the same data."""
         return (
             len(self.leaves) == len(other.leaves)
             and None not in other.versions
@@ -109,11 +121,6 @@ class _Seen:
                 for a, b in zip(self.leaves, other.leaves, strict=True)
             )
             and self.versions == other.versions
-            and len(self.values) == len(other.values)
-            and all(
-                torch.equal(a, b)
-                for a, b in zip(self.values, other.values, strict=True)
-            )
         )
 
 
@@ -129,6 +136,8 @@ class Expander:
     def __init__(self) -> None:
         self._seen: _Seen | None = None
         self._repeats = 0
+        # What is returned of a draw, which the weights do not move.
+        self._still: frozenset[Key] = frozenset()
         self._jacobian: _Jacobian | None = None
         self._forward_mode: bool | None = None
         # Whether derivatives hold, by what is expanded and how many draws at once.
@@ -137,9 +146,13 @@ class Expander:
     @full_precision()
     def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
         r""":math:`J (\theta - \hat\theta)` by key, K in front if there are draws."""
-        keys = expanded_keys(call)
+        seen = _Seen.of(call)
+        if self._seen is None or not self._seen.has_arguments_of(seen):
+            self._still = _still_returns(call)
+        # A returned draw, another in each call, would be taken for another call.
+        keys = [key for key in expanded_keys(call) if key not in self._still]
         values = Expansion(call, keys).read(call.trace)
-        self._meet(_Seen.of(call, values))
+        self._meet(replace(seen, values=values))
         # For many draws, or a call that comes again, J is formed once, for the elements
         # that are moved. Otherwise one derivative for each draw is cheaper.
         found: dict[Key, Tensor] = {}
@@ -234,6 +247,28 @@ class Expander:
             if self._held[kind]:
                 return found
         return _by_rows(expansion, directions, draws.count)
+
+
+def _still_returns(call: ModelCall) -> frozenset[Key]:
+    """What is returned of sites that are drawn anew, and has no derivative at them."""
+    drawn = [site for site in call.sites if site.name in call.fixed]
+    returned = [key for key in expanded_keys(call) if key[0] == "return"]
+    if not drawn or not returned:
+        return frozenset()
+    # As `return pyro.sample(...)` does; what is made of a draw shows in the graph of a
+    # run in which the draws are held.
+    leaves = tree_flatten(call.trace.nodes["_RETURN"]["value"])[0]
+    same = [id(site.node["value"]) for site in drawn]
+    if all(id(leaves[int(name)]) in same for _, name in returned):
+        return frozenset(returned)
+    with differentiable(), preserved_rng():
+        values = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in call.latents.values.items()
+        }
+        run = Expansion(call, returned)(values)
+    pairs = zip(returned, run, strict=True)
+    return frozenset(key for key, value in pairs if not value.requires_grad)
 
 
 def expanded_keys(call: ModelCall) -> list[Key]:
