@@ -67,7 +67,10 @@ def _check_event(name: str, fn: Any, value: Tensor) -> None:
 
 
 def _does_not_fit(name: str, fn: Any, value: Tensor) -> str:
-    classes = "Labels of a `Categorical` are class numbers, without an axis of classes."
+    classes = (
+        "Labels of a `Categorical` are class numbers, `y.argmax(-1)`; those of a "
+        "`OneHotCategorical` are `torch.nn.functional.one_hot(y, C)`."
+    )
     return (
         "The data of an observed site must have the shape of its distribution; got "
         f"data of shape {tuple(value.shape)} at site {name!r} for batch shape "
