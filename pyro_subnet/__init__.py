@@ -7,13 +7,16 @@ arXiv 2010.14689).
 
 from __future__ import annotations
 
+import dis
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pyro_subnet import diagnostics, exceptions, nn, plotting, selection
 from pyro_subnet._version import __version__
 from pyro_subnet.comparison.compare import compare_subnets
 from pyro_subnet.curvature.jacobian.route import compare_routes
+from pyro_subnet.exceptions import users_frame
 from pyro_subnet.guides.map import AutoSubnetLaplace
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.subnet import Subnet
@@ -36,14 +39,17 @@ __all__ = [
     "selection",
 ]
 
+# Where else public names live.
+_HOMES = (nn, selection, diagnostics, exceptions, plotting)
+_IMPORT_FROM = dis.opmap["IMPORT_FROM"]
 # Names that need ArviZ. Not in `__all__`: a star import must do without it.
 _NEEDS_ARVIZ = ("from_hybrid_mcmc", "to_inference_data")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs ArviZ when it is first asked for."""
+    """Imports what needs ArviZ when it is first asked for; says where others live."""
     if name not in _NEEDS_ARVIZ:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise _missing(name, users_frame()[1])
     try:
         module = import_module("pyro_subnet.export.inference_data")
     except ModuleNotFoundError as error:
@@ -54,6 +60,18 @@ def __getattr__(name: str) -> Any:
             "`pip install pyro-subnet[arviz]`."
         ) from error
     return getattr(module, name)
+
+
+def _missing(name: str, caller: FrameType) -> Exception:
+    """The error of a name that is not here, which says where it is."""
+    home = next((m for m in _HOMES if name in getattr(m, "__all__", dir(m))), None)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    if home is None or name.startswith("_"):
+        return AttributeError(message)
+    message += f"; it is in `{home.__name__}`. Import it from there."
+    # `from package import name` drops what an AttributeError says.
+    imports = caller.f_code.co_code[caller.f_lasti] == _IMPORT_FROM
+    return ImportError(message) if imports else AttributeError(message)
 
 
 def __dir__() -> list[str]:

@@ -4,10 +4,11 @@
 second base class lets code that knows only ``ValueError`` and the like catch it too.
 """
 
+import inspect
 import sys
 import warnings
 from types import FrameType
-from typing import final
+from typing import Any, final
 
 
 class SubnetError(Exception):
@@ -92,12 +93,31 @@ class NoKroneckerFactorsWarning(SubnetWarning):
 _BETWEEN = ("pyro_subnet", "contextlib", "torch", "jaxtyping", "beartype")
 
 
+_LONG = 60  # characters of a value that a message shows
+
+
 def warn(message: str, category: type[SubnetWarning]) -> None:
     """Warns at the line of the user's code that led here."""
-    level, frame = 1, sys._getframe(0)
+    warnings.warn(message, category, stacklevel=users_frame()[0])
+
+
+def users_frame() -> tuple[int, FrameType]:
+    """The frame of the user's code that led here, and its level above the caller."""
+    level, frame = 0, sys._getframe(0)
     while _package_of(frame) in _BETWEEN and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    return level, frame
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: what is long by its class."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    text = repr(value)
+    is_short = len(text) <= _LONG and "\n" not in text
+    return text if is_short else f"a {type(value).__name__}"
 
 
 def _package_of(frame: FrameType) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, shown
 
 # Curvatures of the likelihood. All but the Hessian are sums over rows of the Jacobian.
 Curvature = Literal["ggn", "ggn-mc", "ef", "hessian"]
@@ -91,6 +92,32 @@ def check_positive(values: Tensor, name: str, default: str) -> None:
         )
 
 
+def as_number(value: Any, name: str, default: str) -> float:
+    """A value as a float; an error unless it is one number, of whatever library."""
+    one = isinstance(value, Real) or getattr(value, "shape", None) == ()
+    if not one or isinstance(value, bool):
+        raise OptionError(
+            f"`{name}` must be a number; got {shown(value)}. Pass {default}."
+        )
+    return float(value)
+
+
+def check_shares(values: Any, name: str) -> None:
+    """Refuses what is no list of numbers in [0, 1]."""
+    shares = (
+        []
+        if isinstance(values, str) or not isinstance(values, Iterable)
+        else [
+            as_number(value, name, "numbers such as [0.05, 0.95]") for value in values
+        ]
+    )
+    if not shares or not all(0.0 <= share <= 1.0 for share in shares):
+        raise OptionError(
+            f"`{name}` must be a list of numbers in [0, 1]; got {shown(values)}. Pass "
+            "[0.05, 0.95], say."
+        )
+
+
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1, NumPy's among them."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -102,7 +129,7 @@ def check_num_samples(num_samples: Any) -> None:
     if not is_count(num_samples):
         raise OptionError(
             "`num_samples` must be at least 1, a whole number; got "
-            f"{num_samples!r}. Pass 1000 or so."
+            f"{shown(num_samples)}. Pass 1000 or so."
         )
 
 
@@ -110,6 +137,6 @@ def check_num_data(num_data: Any) -> None:
     """Refuses a number of data points below 1, and what is no whole number."""
     if num_data is not None and not is_count(num_data):
         raise OptionError(
-            f"`num_data` must be a positive count; got {num_data!r}. Leave it out if "
-            "the batches hold all the data."
+            f"`num_data` must be a positive count; got {shown(num_data)}. Leave it "
+            "out if the batches hold all the data."
         )

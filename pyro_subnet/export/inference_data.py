@@ -15,14 +15,14 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_subnet.exceptions import ModelError, OptionError
+from pyro_subnet.exceptions import ModelError, OptionError, shown
 from pyro_subnet.export.groups import DrawnModel, Groups
 from pyro_subnet.export.labels import names_of_axes
 from pyro_subnet.export.prior_draws import log_prior_at
 from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.models.hybrid import SITE, HybridModel
-from pyro_subnet.options import check_num_samples
+from pyro_subnet.options import check_num_samples, is_count
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.trace import preserved_rng
@@ -112,11 +112,17 @@ def to_inference_data(
     the groups.
     """
     check_num_samples(num_samples)
-    if chains < 1 or num_samples % chains:
+    if not isinstance(posterior, AutoSubnetMultivariateNormal):
+        raise OptionError(
+            "`posterior` must be what `guide.laplace_approximation` returns; got "
+            f"{shown(posterior)}. Pass it first, then the data."
+        )
+    if not is_count(chains) or num_samples % chains:
+        divisor = int(chains) if is_count(chains) else 1
         raise OptionError(
             "`chains` must be positive and divide `num_samples`; got "
-            f"chains={chains} and num_samples={num_samples}. Pass "
-            f"num_samples={max(1, num_samples // max(chains, 1)) * max(chains, 1)}."
+            f"chains={chains!r} and num_samples={num_samples}. Pass "
+            f"num_samples={max(1, num_samples // divisor) * divisor}."
         )
     noise = posterior.noise_factor
     source = DrawnModel(posterior.at_map, posterior.subnet, linearized, noise)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_subnet._version import __version__
-from pyro_subnet.exceptions import CheckpointError
+from pyro_subnet.exceptions import CheckpointError, shown
 
 # What files are written now, and the newest that can be read.
 FORMAT_VERSION = 1
@@ -141,6 +141,10 @@ def read_file(
 
 def check_path(path: str | os.PathLike[str]) -> None:
     """Refuses what is neither a regular file, nor a link to one, nor a new name."""
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"`path` must be a str or a `pathlib.Path`; got {shown(path)}. Name a file."
+        )
     # A device or a pipe would be replaced by a file, or read for ever.
     try:
         mode = os.stat(path).st_mode

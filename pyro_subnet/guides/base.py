@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.options import check_shares
 from pyro_subnet.subnet import Layout
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
@@ -91,6 +92,24 @@ class AutoAtMAP(AutoContinuous):
             name: value.detach().clone()
             for name, value in super().median(*args, **kwargs).items()
         }
+
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of every latent site, constrained.
+
+        Args:
+            quantiles: Numbers in [0, 1].
+            args: Any; not read.
+            kwargs: Any; not read.
+
+        Returns:
+            ``{site: shape (number of quantiles, *site shape)}``.
+
+        Raises:
+            OptionError: If a quantile is no number in [0, 1].
+        """
+        check_shares(quantiles, "quantiles")
+        found: dict[str, Tensor] = super().quantiles(quantiles, *args, **kwargs)
+        return found
 
     def _sharing(self: Guide) -> Guide:
         """A copy that shares tensors, model, and what is known of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, final
 from weakref import WeakValueDictionary, ref
 
@@ -25,6 +26,13 @@ from pyro_subnet.files.resume import FitCheckpoint
 from pyro_subnet.fit.sums import FitSums, SubnetCurvature
 from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
+from pyro_subnet.guides.choices import (
+    SubnetChoice,
+    check_model,
+    check_start,
+    checked_selector,
+    not_here,
+)
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.laplace.state import PosteriorState
 from pyro_subnet.nn.start import start_of_guide
@@ -34,6 +42,7 @@ from pyro_subnet.options import (
     FitOptions,
     FullForm,
     check_num_data,
+    check_shares,
 )
 from pyro_subnet.selection.largest_variance import LargestVariance
 from pyro_subnet.selection.mask import Mask
@@ -43,8 +52,6 @@ from pyro_subnet.tensors.modes import at_least_float32, full_precision
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
-
-SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
 
 # Live guides by the param-store key of their `loc`.
 _OWNERS: WeakValueDictionary[str, AutoSubnetLaplace] = WeakValueDictionary()
@@ -104,7 +111,8 @@ class AutoSubnetLaplace(AutoAtMAP):
 
     Raises:
         SelectionError: If ``subnet`` is a number that is no size.
-        OptionError: If an option is nothing known.
+        OptionError: If an option is nothing known, or an argument of a kind that cannot
+            be meant.
 
     Source: Daxberger et al. (2021), arXiv 2010.14689; Ritter, Botev and Barber (2018),
     "A scalable Laplace approximation for neural networks", for ``"kron"``.
@@ -126,6 +134,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         form: FullForm = "auto",
     ):
         self.options = FitOptions(curvature, covariance, form)
+        check_model(model)
+        check_start(init_loc_fn)
         self._selector = _selector(subnet)
         if covariance == "kron" and self._selector is not None:
             raise OptionError(
@@ -210,7 +220,18 @@ class AutoSubnetLaplace(AutoAtMAP):
                 self._parameters[name] = entry
                 self._is_loaded = True
                 self._register()
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            message = not_here(
+                name,
+                type(self),
+                AutoSubnetMultivariateNormal,
+                self.__dict__.get("prototype_trace") is not None,
+            )
+            if message is None:
+                raise
+            raise AttributeError(message) from error
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has a parameter, and so a key, of its own."""
@@ -252,7 +273,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         Returns:
             ``{site: shape (number of quantiles, *site shape)}``.
         """
-        count = len(list(quantiles))
+        given = list(quantiles) if isinstance(quantiles, Iterable) else quantiles
+        check_shares(given, "quantiles")
+        count = len(given)
         return {
             site: value.expand(count, *value.shape).clone()
             for site, value in self.median().items()
@@ -418,21 +441,13 @@ def _warn_about(curvature: SubnetCurvature) -> None:
         )
 
 
-def _selector(subnet: SubnetChoice) -> Callable[..., Subnet] | None:
+def _selector(subnet: Any) -> Callable[..., Subnet] | None:
     """The selector that a ``subnet=`` argument stands for; None for every weight."""
     if subnet is None:
         return None
-    if isinstance(subnet, int | float) and not isinstance(subnet, bool):
-        return LargestVariance(subnet)
-    if isinstance(subnet, Mapping):
-        return Mask(subnet)
-    if callable(subnet):
-        return subnet
-    raise OptionError(
-        "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
-        f"from sites to masks or positions; got {subnet!r}. Pass 0.05 for 5% of the "
-        "weights."
-    )
+    if isinstance(subnet, Real) and not isinstance(subnet, bool):
+        return LargestVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
+    return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
 
 
 def _discrete_site(trace: Any) -> str | None:

@@ -27,7 +27,12 @@ from pyro_subnet.laplace.tuning import check_tuning
 from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
-from pyro_subnet.options import FitOptions, check_num_data, check_num_samples
+from pyro_subnet.options import (
+    FitOptions,
+    as_number,
+    check_num_data,
+    check_num_samples,
+)
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.held_out import tune_by_nll
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
@@ -656,7 +661,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
     @torch.inference_mode(False)
     @full_precision()
     def _updated(self, data: Data, forgetting: float) -> AutoSubnetMultivariateNormal:
-        if not 0.0 < forgetting <= 1.0:
+        if not 0.0 < as_number(forgetting, "forgetting", "1.0") <= 1.0:
             raise OptionError(
                 f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep "
                 "all that was known."

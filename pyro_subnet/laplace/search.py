@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import NonFiniteError, OptionError, PrecisionError
+from pyro_subnet.options import as_number
 
 # Points of the first pass, one and a half to a decade between the default bounds, and
 # golden-section steps of the second, which leave 0.618^24, 1e-5, of the best interval.
@@ -157,7 +158,12 @@ def nearest_to_own(
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """The bounds as floats; an error unless positive, finite and in order."""
-    low, high = map(float, bounds)
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2  # noqa: PLR2004
+    low, high = (
+        (as_number(bound, "bounds", "(1e-6, 1e6)") for bound in bounds)
+        if pair
+        else (math.nan, math.nan)
+    )
     if not (math.isfinite(high) and 0 < low < high):
         raise OptionError(
             f"`bounds` must be positive, finite and in order; got {bounds}. Pass "

@@ -18,7 +18,7 @@ from pyro_subnet.laplace.evidence import log_evidence, scaled_log_likelihood
 from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.laplace.tuning import tune_noise, tune_prior, tune_site_priors
-from pyro_subnet.options import FitOptions, FormName, check_positive
+from pyro_subnet.options import FitOptions, FormName, as_number, check_positive
 from pyro_subnet.subnet import Layout, Subnet
 
 # What a prior precision may be multiplied by: one number for all sites, or one a site.
@@ -139,7 +139,7 @@ class PosteriorState:
         self, factor: float, tuning: Tuning | None = None
     ) -> PosteriorState:
         """The posterior under normal noise, ``factor`` times the model's own scale."""
-        factor = float(factor)
+        factor = as_number(factor, "scale", "1.0 for the model's own noise")
         checked = torch.tensor(factor, dtype=torch.float64)
         check_positive(checked, "scale", "the model's own noise")
         scaled_log_likelihood(self.summary, checked)
@@ -213,18 +213,26 @@ def factor_of_each(
 ) -> Float[Tensor, "..."]:
     """What each weight's prior precision is multiplied by, () or (S,), float64."""
     if not isinstance(prior_factor, Mapping):
-        factor = torch.as_tensor(prior_factor, dtype=torch.float64)
+        factor = _as_tensor(prior_factor, name)
         _check_number(factor, name)
         return factor
     for site, value in prior_factor.items():
         subnet.layout.shape(site)
-        _check_number(torch.as_tensor(value), f"{name}[{site!r}]")
+        label = f"{name}[{site!r}]"
+        _check_number(_as_tensor(value, label), label)
     # A site that is left out keeps the model's own prior precision.
     parts = [
         torch.as_tensor(prior_factor.get(site, 1.0), dtype=torch.float64).expand(count)
         for site, count in subnet.counts.items()
     ]
     return torch.cat(parts)
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    # Lists are told by their shape.
+    if not isinstance(value, Tensor | list):
+        value = as_number(value, name, f"1.0 for {_OWN_PRIOR}")
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _check_number(factor: Tensor, name: str) -> None:

@@ -25,6 +25,7 @@ from pyro_subnet.laplace.search import (
     minimize,
 )
 from pyro_subnet.laplace.summary import FitSummary
+from pyro_subnet.options import as_number
 from pyro_subnet.subnet import Subnet
 
 # Fixed-point rounds for one scale a site, halvings of a step that gains nothing, and
@@ -54,6 +55,7 @@ def check_tuning(
             "`per_site` must go with method='evidence'; got method='nll', for which a "
             "search over many scales would fit the held-out data. Leave it out."
         )
+    as_number(standard_errors, "standard_errors", "2, say")
     if not 0 <= standard_errors < math.inf:
         raise OptionError(
             f"`standard_errors` must be finite and at least 0; got {standard_errors}. "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, final
 
 import pyro
@@ -18,7 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_subnet.exceptions import ModelError, OptionError
+from pyro_subnet.exceptions import ModelError, OptionError, shown
 
 Prior = Callable[[str, Tensor], Distribution]
 
@@ -243,16 +244,42 @@ def bayesianize(
             its parameter's shape.
         ModelError: If no parameter of the network has ``requires_grad=True``.
     """
-    if not (math.isfinite(prior_scale) and prior_scale > 0):
+    if not isinstance(net, nn.Module) or isinstance(net, BayesianModule):
+        raise OptionError(
+            "`net` must be a `torch.nn.Module` that is not Bayesian yet; got "
+            f"{shown(net)}. Pass the network itself."
+        )
+    if isinstance(prior_scale, Distribution) or isinstance(prior, Distribution):
+        raise OptionError(
+            "`prior_scale` must be a number, and `prior` a function from a parameter's "
+            "name and value to a distribution of its shape; got a distribution. Pass "
+            "`prior=lambda name, p: dist.Normal(0.0, 1.0).expand(p.shape)"
+            ".to_event(p.ndim)`."
+        )
+    if prior is not None and not callable(prior):
+        raise OptionError(
+            "`prior` must be a function from a parameter's name and value to a "
+            f"distribution; got {shown(prior)}. Pass a number as `prior_scale`."
+        )
+    number = (
+        isinstance(prior_scale, Real | Tensor)
+        and math.prod(getattr(prior_scale, "shape", ())) == 1
+    )
+    if not (number and math.isfinite(prior_scale) and prior_scale > 0):
         raise OptionError(
             "`prior_scale` must be positive and finite, a standard deviation; got "
-            f"{prior_scale}. Pass 1.0 for standard normal priors."
+            f"{prior_scale!r}. Pass 1.0 for standard normal priors."
         )
     return BayesianModule(net, _NormalPrior(prior_scale) if prior is None else prior)
 
 
 def _checked(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
     """The prior with all its dimensions those of the event; refuses another shape."""
+    if not isinstance(prior, Distribution):
+        raise OptionError(
+            f"The prior of parameter {name!r} must be a distribution; got "
+            f"{shown(prior)}. Return one from `prior`."
+        )
     shape = prior.batch_shape + prior.event_shape
     if shape != parameter.shape:
         raise OptionError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from numbers import Integral, Real
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.exceptions import SelectionError
+from pyro_subnet.options import is_count
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
@@ -55,11 +57,11 @@ class Selector(ABC):
         """
 
 
-def check_size(size: int | float) -> None:
+def check_size(size: Any) -> None:
     """Refuses a size that is neither a count nor a share in (0, 1]."""
-    count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-    share = isinstance(size, float) and 0.0 < size <= 1.0
-    if not (count or share):
+    # NumPy's numbers are such numbers, too.
+    share = isinstance(size, Real) and not isinstance(size, Integral)
+    if not (is_count(size) or (share and 0.0 < float(size) <= 1.0)):
         raise SelectionError(
             "`size` must be a positive int (a count) or a float in (0, 1] (a share); "
             f"got {size!r}. Pass 0.05 for 5% of the weights."
@@ -68,7 +70,9 @@ def check_size(size: int | float) -> None:
 
 def resolve_size(size: int | float, num_params: int) -> int:
     """S, from a count or a share of D; a share gives the nearest count, at least 1."""
-    count = size if isinstance(size, int) else max(1, round(size * num_params))
+    count = max(1, round(float(size) * num_params))
+    if isinstance(size, Integral):
+        count = int(size)
     if count > num_params:
         raise SelectionError(
             f"`size` must be at most the number of latent parameters, {num_params}; "

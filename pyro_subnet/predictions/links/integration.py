@@ -12,6 +12,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from pyro_subnet.exceptions import OptionError, shown
 from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.predictions.links.likelihood import Likelihood
 from pyro_subnet.predictions.links.reshaped import Reshaped
@@ -37,6 +38,14 @@ class PredictiveOptions:
     num_samples: int = 1000
     noise_factor: float | Tensor = 1.0
     generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.generator, torch.Generator | None):
+            raise OptionError(
+                "`generator` must be a `torch.Generator`; got "
+                f"{shown(self.generator)}. Pass "
+                "`torch.Generator().manual_seed(0)`, say."
+            )
 
 
 @final

@@ -1,0 +1,93 @@
+"""What a user hands to a guide when it is made: model, subnet and start, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_subnet.exceptions import OptionError, shown
+from pyro_subnet.subnet import Subnet
+
+# What a guide has once its model was run.
+_AFTER_SET_UP = ("loc", "latent_dim")
+SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
+
+
+def checked_selector(subnet: Any) -> Callable[..., Subnet]:
+    """A selector, or what is meant for one; refuses what cannot be."""
+    way_out = "Pass 0.05 for 5% of the weights"
+    if isinstance(subnet, type):
+        way_out = f"Make one of the class, such as `{subnet.__name__}(0.05)`"
+    elif isinstance(subnet, str) or _holds_names(subnet):
+        way_out += (
+            ", `LastLayer()` for the last layer, `Sites([...])` for sites or "
+            "`Modules([...])` for modules by their names, all of "
+            "`pyro_subnet.selection`"
+        )
+    elif callable(subnet) and not isinstance(subnet, nn.Module | Distribution):
+        return subnet
+    raise OptionError(
+        "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
+        f"from sites to masks or positions; got {shown(subnet)}. {way_out}."
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no Pyro model, as far as that shows before it is run."""
+    way_out = ""
+    if isinstance(model, type):
+        way_out = f"Make one of the class, such as `{model.__name__}()`."
+    elif isinstance(model, AutoGuide):
+        way_out = "Pass the model that the guide was made for."
+    elif not callable(model) or isinstance(model, Distribution):
+        way_out = "The order is `AutoSubnetLaplace(model, subnet)`."
+    elif inspect.isfunction(model) and str(model.__module__).startswith("pyro_subnet."):
+        if model.__qualname__ == model.__name__:  # not what one of ours returned
+            way_out = f"Pass a model that calls `{model.__name__}(net)`'s result."
+    if way_out:
+        raise OptionError(
+            "`model` must be a Pyro model: a function or a PyroModule that is called "
+            f"with the data; got {shown(model)}. {way_out}"
+        )
+
+
+def check_start(init_loc_fn: Any) -> None:
+    """Refuses what is no function from a site to where it starts."""
+    way_out = ""
+    if isinstance(init_loc_fn, nn.Module):
+        way_out = "Pass `init_to_module(net)`, of `pyro_subnet.nn`."
+    elif isinstance(init_loc_fn, Mapping):
+        way_out = "Pass `init_to_value(values=...)`, of `pyro.infer.autoguide`."
+    elif not callable(init_loc_fn) or isinstance(init_loc_fn, type | Distribution):
+        way_out = "Leave it out, or pass `init_to_module(net)`, of `pyro_subnet.nn`."
+    if way_out:
+        raise OptionError(
+            "`init_loc_fn` must be a function from a site to its first value; got "
+            f"{shown(init_loc_fn)}. {way_out}"
+        )
+
+
+def not_here(name: str, guide: type, posterior: type, is_set_up: bool) -> str | None:
+    """How to come to what a MAP guide has not, or not yet; None for unknown names."""
+    own = hasattr(guide, name) or name in _AFTER_SET_UP
+    if own and not is_set_up:
+        return (
+            f"`{name}` must wait for the guide's first call, which sets it up; got "
+            "none so far. Train it with SVI, or call `guide(x, y)`."
+        )
+    if own or name.startswith("_") or not hasattr(posterior, name):
+        return None
+    return (
+        f"`{name}` must be asked of a posterior; got a MAP guide, which has none. Call "
+        "`posterior = guide.laplace_approximation(x, y)` first."
+    )
+
+
+def _holds_names(value: Any) -> bool:
+    sequence = isinstance(value, list | tuple | set) and bool(value)
+    return sequence and all(isinstance(name, str) for name in value)
