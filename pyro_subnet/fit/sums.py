@@ -99,6 +99,15 @@ class FitSums:
                 # G = -Hessian of sum_ne w_ne log p(y_ne), which no rows give.
                 likelihood = call.log_likelihood(1.0)
                 subtract_hessian_(self.total.matrix(), likelihood, budget)
+            elif (
+                kind == "ggn"
+                and isinstance(self.total, GGNSum)
+                and self.total.form != "dual"
+                and call.is_wide(budget)
+            ):
+                # G = Hessian of sum_ne w_ne KL, where roots of Lambda are too large.
+                self.total.form = "primal"
+                subtract_hessian_(self.total.matrix(), call.divergence(), budget)
             else:
                 outputs, factors = call.rows(kind)
                 self.total.add(outputs, factors, call.data_weights(), budget)

@@ -157,9 +157,13 @@ class OutputSite:
                 return True
         return self.family.unreadable is not None and not known
 
-    def _check_roots_fit(self, width: int) -> None:
+    def root_bytes(self, width: int) -> int:
+        """Bytes that making all roots of Λ takes, of ``width`` outputs an element."""
         like = next(iter(self.own(self.node).values()))
-        needed = _ROOTS_HELD * self.num_elements * width**2 * like.element_size()
+        return _ROOTS_HELD * self.num_elements * width**2 * like.element_size()
+
+    def _check_roots_fit(self, width: int) -> None:
+        needed, like = self.root_bytes(width), self.node["value"]
         if needed > DEFAULT_BUDGET:  # smaller ones are not worth asking for
             check_fits(
                 needed,

@@ -10,6 +10,12 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    MultivariateNormal,
+    OneHotCategorical,
+    kl_divergence,
+)
 
 from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
@@ -21,6 +27,9 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
 from pyro_subnet.tracing.site_distribution import SiteDistribution
+
+# Families of many outputs whose divergence has a closed form, twice differentiable.
+_DIVERGENT = (MultivariateNormal, Categorical, OneHotCategorical)
 
 
 @final
@@ -136,6 +145,48 @@ class SubnetCall:
             reference = of_sites({}, None)
         rows = (*outputs.rows, *labels) if outputs.rows else ()
         return replace(outputs, of_sites=of_sites, reference=reference, rows=rows)
+
+    def is_wide(self, budget: int) -> bool:
+        r"""Whether S divergences' Hessian rows cost less than roots of Λ that large."""
+        sites = self.sites
+        widths = [sum(site.widths(self.moved[site.name])) for site in sites]
+        return (
+            max(map(OutputSite.root_bytes, sites, widths)) > budget
+            and self.subnet.size <= max(widths)
+            and all(isinstance(site.distribution.base, _DIVERGENT) for site in sites)
+        )
+
+    def divergence(self) -> OutputMap:
+        r"""Map :math:`\theta_S \mapsto -\sum_e w_e KL(p_{\hat\theta} \| p_\theta)`.
+
+        Its Hessian at the MAP is that of the Gauss-Newton matrix, with the sign turned,
+        as the divergence has no gradient there: without a root of Λ, which has the
+        square of the outputs' numbers, 7,000 for a Gaussian process at 120 inputs.
+
+        Returns:
+            The map to one number, of all data at once.
+        """
+        sites, base = self.sites, self.call.latents.values
+        outputs = self._own()
+        at_map = {site.name: site.distribution for site in sites}
+        weights = {site.name: self.weights(site) for site in sites}
+
+        def of_sites(
+            values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
+        ) -> tuple[Tensor, ...]:
+            nodes, total = self.call.run({**base, **values}, None).nodes, []
+            for site in sites:
+                taken = SiteDistribution.of(nodes[site.name]["fn"], site.value)
+                found = kl_divergence(at_map[site.name].base, taken.base)
+                each = found.expand(taken.element_shape).reshape(-1)
+                total.append((each * weights[site.name].to(each)).sum())
+            return (-torch.stack(total).sum().reshape(1, 1),)
+
+        # All data at once: what is held at the MAP goes with no part of them.
+        reference = (outputs.loc.new_zeros(1, 1),)
+        return replace(
+            outputs, of_sites=of_sites, reference=reference, rows=(), num_data=1
+        )
 
     def weights(self, site: OutputSite) -> Float[Tensor, " elements"]:
         """w of each element of a site, shape (M,), float64."""

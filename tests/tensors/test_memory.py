@@ -181,7 +181,7 @@ def test_roots_of_output_hessians_that_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y = torch.randn(30, 2), torch.randint(1000, (30,))
-    guide = AutoSubnetLaplace(classes(1000), RandomSubnet(3, seed=0))
+    guide = AutoSubnetLaplace(classes(1000), RandomSubnet(3, seed=0), form="dual")
     free = SimpleNamespace(available=10**8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     message = r"got 30 of C=1000 at site 'y', which .*in smaller batches"
