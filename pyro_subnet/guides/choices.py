@@ -57,8 +57,10 @@ def check_model(model: Any) -> None:
 
 
 def check_start(init_loc_fn: Any) -> None:
-    """Refuses what is no function from a site to where it starts."""
+    """Refuses what is no function from a site to where it starts; None is none."""
     way_out = ""
+    if init_loc_fn is None:
+        return
     if isinstance(init_loc_fn, nn.Module):
         way_out = "Pass `init_to_module(net)`, of `pyro_subnet.nn`."
     elif isinstance(init_loc_fn, Mapping):
