@@ -85,6 +85,11 @@ class NoOutputVarianceWarning(SubnetWarning):
 
 
 @final
+class DataCountWarning(SubnetWarning):
+    """Given when data seem to be left out, repeated, or scaled up twice."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 

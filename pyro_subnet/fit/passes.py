@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.fit.counts import DataCounts
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
@@ -50,6 +51,7 @@ class DataPass(Generic[Prior]):
         numbers: Sums of :class:`FitSummary` so far: log likelihood, noise weight and
             noise energy, shape (3,), float64.
         scales_noise: As in :class:`FitSummary`.
+        counts: What plates and scales say of the data.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class DataPass(Generic[Prior]):
         self.has_outputs = False
         self.numbers = torch.zeros(3, dtype=torch.float64)
         self.scales_noise = True
+        self.counts = DataCounts(data)
         self._at_map, self._subnet, self._data = at_map, subnet, data
         self._read_prior, self._kind = read_prior, kind
         self._prior: Prior | None = None
@@ -131,6 +134,7 @@ class DataPass(Generic[Prior]):
         types = {"summary": self.numbers.dtype}
         check_stored(own, {"summary": ("n",)}, types, {"n": len(self.numbers)})
         self.numbers = own["summary"]
+        self.counts.resume()
         for name in _COUNTED:
             setattr(self, name, content[name])
         if self.log_prior is not None:
@@ -159,6 +163,7 @@ class DataPass(Generic[Prior]):
                     "Data must not depend on latent sites; got an observed site "
                     f"{site.name!r} whose value does. Reparametrize latent sites alone."
                 )
+        self.counts.add(call)
         num_data = self._data.num_data
         if num_data is not None:
             self.seen += call.num_seen

@@ -42,12 +42,14 @@ class SubnetCurvature:
         likelihood: G, the likelihood's curvature, summed over the data, nats / param².
         prior: P0, the negative Hessian of the log prior, unscaled.
         has_outputs: Whether the model has any observed site.
+        doubts: Why data may count never, or several times.
     """
 
     likelihood: Summed
     prior: PriorPrecision
     summary: FitSummary
     has_outputs: bool
+    doubts: Sequence[str]
 
 
 @final
@@ -117,6 +119,7 @@ class FitSums:
             prior,
             self._pass.summary(gradient),
             self._pass.has_outputs,
+            self._pass.counts.doubts(),
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

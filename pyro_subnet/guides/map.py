@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_subnet.exceptions import (
+    DataCountWarning,
     ModelError,
     NoObservedSiteWarning,
     NoOutputVarianceWarning,
@@ -425,6 +426,8 @@ def _needs_matrix(options: FitOptions, data: Data) -> bool:
 
 
 def _warn_about(curvature: SubnetCurvature) -> None:
+    for doubt in curvature.doubts:
+        warn(doubt, DataCountWarning)
     if not curvature.has_outputs:
         warn(
             "The model has no observed site, so the posterior is the prior's curvature "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import DataCountWarning, OptionError, warn
 from pyro_subnet.files.checkpoint import load_posterior, save_posterior
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.gaussians.base import CurvatureForm, Gaussian
@@ -655,7 +655,9 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             A new posterior guide.
         """
         check_num_data(num_data)
-        data = Data(batches, whole=False, num_data=num_data, progress=progress)
+        data = Data(
+            batches, whole=False, num_data=num_data, progress=progress, added=True
+        )
         return self._updated(data, forgetting)
 
     @torch.inference_mode(False)
@@ -668,6 +670,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             )
         state = self.state
         more = subnet_curvature(self.at_map, state.subnet, data, state.options_to_add)
+        for doubt in more.doubts:
+            warn(doubt, DataCountWarning)
         return self._with(state.with_data(more.likelihood, more.summary, forgetting))
 
     # Files

@@ -146,6 +146,25 @@ class ModelCall:
         counts = {site.name: site.num_seen(rows) for site in self.sites}
         return num_seen(counts, [site.node for site in self.sites], rows)
 
+    def own_subsample(self) -> str | None:
+        """A plate whose subsample, drawn anew in every call, decides what is seen."""
+        nodes = self.trace.nodes
+        drawn = {n: v for n, v in self.fixed.items() if site_is_subsample(nodes[n])}
+        for name, index in drawn.items():
+            # Where the model ignores the index, its arguments are the subsample.
+            fixed = {**self.fixed, name: (index + 1) % nodes[name]["fn"].size}
+            values = self.latents.constrain(self.latents.values)
+            with torch.no_grad():
+                other = run_model(
+                    self.at_map.model, self.args, self.kwargs, values, fixed
+                )
+            for site in self.sites:
+                node, again = site.node, other.nodes[site.name]
+                same = torch.equal(site.outputs(node), site.outputs(again))
+                if not same or not torch.equal(node["value"], again["value"]):
+                    return name
+        return None
+
     def run(
         self,
         unconstrained: Mapping[str, Tensor],

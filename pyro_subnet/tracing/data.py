@@ -29,12 +29,14 @@ class Data:
             in ``laplace_approximation``. Minibatches are summed without that scale.
         num_data: Number of data points in all, if the batches hold only a part of them.
         progress: Whether to show a progress bar.
+        added: Whether they come on top of others, which a plate's size counts too.
     """
 
     batches: Iterable[Any]
     whole: bool
     num_data: int | None = None
     progress: bool = False
+    added: bool = False
 
     def __post_init__(self) -> None:
         _check_batches(self.batches)
@@ -53,7 +55,7 @@ class Data:
         Returns:
             The data.
         """
-        return cls([(args, dict(kwargs))], whole)
+        return cls([(args, dict(kwargs))], whole, added=not whole)
 
     @property
     def repeatable(self) -> bool:

@@ -1,0 +1,120 @@
+"""How often a pass counts its data, by what plates and scales say of them."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from torch import Tensor
+
+from pyro_subnet.exceptions import DataError
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.loader import loader_doubts
+from pyro_subnet.tracing.plates import plate_length, plate_scale
+
+
+@final
+class DataCounts:
+    """What the calls of one pass show of the plates' data, and at what scales."""
+
+    def __init__(self, data: Data):
+        self._data = data
+        self._calls = 0
+        self._sizes: dict[str, int] = {}  # of plates, as they say
+        self._shown: dict[str, int] = {}
+        self._partly: set[str] = set()  # plates that some call shows a part of
+        self._scaled: dict[str, list[tuple[float, int]]] = {}
+        self._subsamples: str | None = None
+        self._is_whole = True
+
+    def add(self, call: ModelCall) -> None:
+        """Counts one call.
+
+        Raises:
+            DataError: If a plate has shown more data than it holds.
+        """
+        self._calls += 1
+        if self._calls == 1:
+            self._subsamples = call.own_subsample()
+        frames = {
+            frame.name: (frame, site.node)
+            for site in call.sites
+            for frame in site.node["cond_indep_stack"]
+        }
+        for name, (frame, node) in frames.items():
+            length, size = plate_length(node, frame), frame.full_size or frame.size
+            if self._sizes.setdefault(name, size) != size:
+                self._sizes[name] = 0  # as long as each batch
+            if length != size:
+                self._partly.add(name)
+            self._shown[name] = self._shown.get(name, 0) + length
+            self._check_size(name)
+        for site in call.sites:
+            scale, seen = site.node["scale"], site.num_seen(None)
+            if isinstance(scale, Tensor):  # with an axis it is a weight of each datum
+                scale = math.nan if scale.ndim else float(scale)
+            own = scale / plate_scale(site.node)
+            self._scaled.setdefault(site.name, []).append((own, seen or 0))
+
+    def resume(self) -> None:
+        """Forgets: what was counted before a pass was resumed is not known."""
+        self._is_whole = False
+
+    def doubts(self) -> list[str]:
+        """Why the sum may count data never, or several times."""
+        found = loader_doubts(self._data.batches, self._data.num_data)
+        if self._subsamples is not None:
+            found.append(
+                "The model draws a subsample of its own in every call, in plate "
+                f"{self._subsamples!r}: the fit sees that part of the data alone. "
+                "Leave `subsample_size` out of the plate, or pass the batches as "
+                "arguments."
+            )
+        if self._is_whole and not self._data.whole and not self._data.added:
+            found += [] if found else self._left_out()
+        return [*found, *self._scaled_by_hand()]
+
+    def _check_size(self, name: str) -> None:
+        size, shown = self._sizes[name], self._shown[name]
+        if self._data.added or self._data.num_data is not None:
+            return
+        if name in self._partly and 0 < size < shown:
+            raise DataError(
+                f"The size of plate {name!r} must be the number of all data; got "
+                f"{size}, and {shown} data so far. Show each datum once, and pass the "
+                "plate the number of all data."
+            )
+
+    def _left_out(self) -> list[str]:
+        return [
+            f"The batches show {self._shown[name]} of the {size} data that plate "
+            f"{name!r} holds: the sum is over those alone. Pass num_data={size} to "
+            "scale it up to all data."
+            for name, size in self._sizes.items()
+            if name in self._partly
+            and size > self._shown[name]
+            and self._data.num_data is None
+        ]
+
+    def _scaled_by_hand(self) -> list[str]:
+        """Scales N/B that a model sets itself, which no sum of batches can tell."""
+        found = []
+        for name, pairs in self._scaled.items():
+            total = sum(seen for _, seen in pairs)
+            products = [scale * seen for scale, seen in pairs]
+            known = {total, self._data.num_data}
+            same = all(math.isclose(p, products[0], rel_tol=1e-5) for p in products)
+            sizes = {seen for _, seen in pairs}
+            is_all = any(
+                n and math.isclose(products[0], n, rel_tol=1e-5) for n in known
+            )
+            if same and len(pairs) > 1 and (len(sizes) > 1 or is_all):
+                if any(scale != 1 for scale, _ in pairs):
+                    found.append(
+                        f"The scale of site {name!r} seems to be N/B, by "
+                        "`poutine.scale`: each datum of the batches counts that often. "
+                        "Leave it out of the fit, or scale by `pyro.plate(name, N, "
+                        "subsample_size=B)`, which is left out of a sum of batches."
+                    )
+        return found

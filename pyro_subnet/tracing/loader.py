@@ -1,0 +1,97 @@
+"""What a DataLoader leaves out of its dataset, or shows more than once."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from pyro_subnet.tracing.trace import preserved_rng
+
+# Samplers that show each of their data once.
+_ONCE = (SequentialSampler, SubsetRandomSampler)
+
+
+def loader_doubts(batches: Any, num_data: int | None) -> list[str]:
+    """Why the batches of a loader may not show each datum of its dataset once."""
+    if not isinstance(batches, DataLoader) or isinstance(
+        batches.dataset, IterableDataset
+    ):
+        return []
+    sampler: Any = batches.sampler
+    dataset: Any = batches.dataset
+    total = len(dataset)
+    kind, found = type(sampler).__name__, list[str]()
+    own = batches.batch_size is None  # it has a batch sampler, or no batches
+    once = type(sampler) in _ONCE
+    once |= type(sampler) is RandomSampler and not sampler.replacement
+    if isinstance(sampler, WeightedRandomSampler | RandomSampler) and (
+        sampler.replacement
+    ):
+        found.append(
+            f"`batches` draw from the {total} data with replacement, by {kind}: some "
+            "count several times, others never. Pass a loader of the same dataset "
+            "without that sampler."
+        )
+    elif isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        found.append(
+            f"`batches` show one of {sampler.num_replicas} parts of the {total} data, "
+            "by DistributedSampler. Pass a loader of the whole dataset."
+        )
+    elif not (once and not own) or _length(sampler) > total:
+        found += _of_indices(batches, total, num_data)
+    lost = _length(sampler) % (batches.batch_size or 1)
+    if batches.drop_last and not own and lost and num_data is None:
+        found.append(
+            f"`batches` leave out the last {lost} of {_length(sampler)} data, by "
+            "drop_last=True. Pass a loader with drop_last=False, or "
+            f"num_data={total} to scale the sum up to all data."
+        )
+    return found
+
+
+def _length(sampler: Any) -> int:
+    try:
+        return len(sampler)
+    except TypeError:
+        return 0
+
+
+def _of_indices(loader: Any, total: int, num_data: int | None) -> list[str]:
+    """Counts the indices that a sampler of the user's own gives, without loading."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - restored
+    source = loader.batch_sampler if loader.batch_size is None else loader.sampler
+    if source is None:
+        source = loader.sampler
+    with preserved_rng():
+        items = islice(iter(source), 2 * total + 1)
+        lists = (item if isinstance(item, list | tuple) else [item] for item in items)
+        found = Counter[Any](chain.from_iterable(lists))
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    doubts, kind = [], type(source).__name__
+    repeated = sum(count > 1 for count in found.values())
+    if repeated:
+        doubts.append(
+            f"`batches` show {repeated} of the {total} data more than once, by {kind}. "
+            "Pass a loader of the same dataset without that sampler."
+        )
+    elif len(found) < total and num_data is None:
+        doubts.append(
+            f"`batches` leave out {total - len(found)} of {total} data, by {kind}. "
+            f"Pass a loader of all data, or num_data={total} to scale the sum up to "
+            "them."
+        )
+    return doubts
