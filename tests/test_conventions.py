@@ -66,7 +66,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "export": ("posteriors and chains as ArviZ reads them", ("guides",)),
     "plotting": ("pictures of predictions, posteriors and subnets", ("diagnostics",)),
-    "nn": ("torch networks as Pyro modules", ("exceptions",)),
+    "nn": ("torch networks as Pyro modules", ("tensors",)),
     "": ("the public names", ("export", "plotting", "nn")),
 }
 # The first room whose files may import Pyro, with those above it.

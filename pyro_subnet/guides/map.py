@@ -50,6 +50,7 @@ from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import at_least_float32, full_precision
+from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
@@ -150,7 +151,8 @@ class AutoSubnetLaplace(AutoAtMAP):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            run_on(super()._setup_prototype, self.user_model, args, kwargs)
+            with plain_calls():
+                run_on(super()._setup_prototype, self.user_model, args, kwargs)
         except (ValueError, RuntimeError) as error:
             site = _discrete_site(self.prototype_trace)
             empty = "found no latent variables" in str(error)

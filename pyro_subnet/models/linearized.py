@@ -11,15 +11,21 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander, Key
 from pyro_subnet.tensors.modes import without_autocast
+from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.plates import WidePlates
 from pyro_subnet.tracing.site_distribution import SiteDistribution
-from pyro_subnet.tracing.trace import ModelAtMAP, is_deterministic, is_factor
+from pyro_subnet.tracing.trace import (
+    DIFFERENTIATES,
+    ModelAtMAP,
+    is_deterministic,
+    is_factor,
+)
 
 
 @final
@@ -59,8 +65,18 @@ class LinearizedModel:
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
         sites = _LinearizedSites(call, draws, tangents, factors, self._noise_factor)
-        with without_autocast(), WidePlates(), sites:
+        wanted = torch.is_grad_enabled()
+        on = wanted or DIFFERENTIATES in call.trace.nodes["_RETURN"]
+        with (
+            without_autocast(),
+            plain_calls(),
+            torch.set_grad_enabled(on),
+            WidePlates(),
+            sites,
+        ):
             returned = self._at_map.model(*args, **kwargs)
+        if not wanted:
+            returned = tree_map_only(Tensor, Tensor.detach, returned)
         leaves, spec = tree_flatten(returned)
         for i, leaf in enumerate(leaves):
             if ("return", str(i)) in tangents:
@@ -86,6 +102,7 @@ class _LinearizedSites(Messenger):
     ):
         super().__init__()
         self.call = call
+        self.wants_gradients = torch.is_grad_enabled()
         self.draws = draws
         self.tangents = tangents
         self.log_factors = log_factors
@@ -131,6 +148,8 @@ class _LinearizedSites(Messenger):
         site = next(site for site in self.call.sites if site.name == name)
         taken = SiteDistribution.of(fn, site.node["value"])
         own = site.family.outputs(taken.base)
+        if not self.wants_gradients:
+            own = {part: value.detach() for part, value in own.items()}
         tangent = self.tangents["output", name]
         shape = taken.element_shape
         # eta_lin = eta + J (theta - MAP), parameter by parameter.

@@ -4,7 +4,7 @@
 guide at them.
 """
 
-# May import exceptions.
+# May import tensors.
 
 from pyro_subnet.nn.bayesian import BayesianModule, bayesianize
 from pyro_subnet.nn.start import init_to_module

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_subnet.exceptions import ModelError, OptionError, shown
+from pyro_subnet.tensors.plain_calls import plain_calls
 
 Prior = Callable[[str, Tensor], Distribution]
 
@@ -75,9 +76,15 @@ class BayesianModule(PyroModule):
 
     def __init__(self, net: nn.Module, prior: Prior):
         super().__init__()
-        # Wrapped for several devices, torch cannot run it with weights from outside.
-        while isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            net = net.module
+        # Wrapped for several devices, torch cannot run it with weights from outside;
+        # compiled, it would be compiled anew for each.
+        while True:
+            if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+                net = net.module
+            elif type(net).__name__ == "OptimizedModule":
+                net = net.get_submodule("_orig_mod")
+            else:
+                break
         self.net = copy.deepcopy(net)
         self._prior = prior
         self._used = False
@@ -128,7 +135,8 @@ class BayesianModule(PyroModule):
         for name, row in self._padding_rows.items():
             weights[name] = _with_row(weights[name], row, self.net.get_buffer(name))
         self._used = True
-        return torch.func.functional_call(self.net, weights, args, kwargs)
+        with plain_calls():
+            return torch.func.functional_call(self.net, weights, args, kwargs)
 
     def _weight(self, name: str, call: object) -> Tensor:
         """Samples a weight once in a call, as ``PyroSample`` attributes do."""

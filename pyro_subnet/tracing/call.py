@@ -17,6 +17,7 @@ from pyro_subnet.curvature.jacobian.output_map import OutputMap
 from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.kept_bytes import counting_kept_bytes
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.held_sites import data_sites, stand_alike
@@ -242,26 +243,13 @@ class ModelCall:
                 check_same(self.sites, self.trace, trace, prior, hidden)
 
     def _graph(self, rows: tuple[Tensor, ...] | None) -> Graph:
-        saved: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            # The tensor's own size: the few data points are a view of all.
-            storage = tensor.untyped_storage().data_ptr()
-            saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
-            return tensor
-
-        with (
-            differentiable(),
-            # Others than the reference run's, to show a random model.
-            other_random_numbers(0) as has_drawn,
-            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-        ):
+        # Others than the reference run's, to show a random model.
+        with differentiable(), other_random_numbers(0) as has_drawn:
             leaves = self._leaves()
-            weights = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-            trace = self.run(leaves, rows)
+            weights = list(leaves.values())
+            trace, nbytes = counting_kept_bytes(lambda: self.run(leaves, rows), weights)
             drawn = has_drawn()
-        activations = sum(size for at, size in saved.items() if at not in weights)
-        return Graph(leaves, trace, activations, self.latents, drawn, rows is None)
+        return Graph(leaves, trace, nbytes, self.latents, drawn, rows is None)
 
     def _tells_all(self, graph: Graph, with_prior: bool) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""

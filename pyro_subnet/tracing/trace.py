@@ -35,12 +35,22 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Layout, Subnet
-from pyro_subnet.tensors.modes import one_thread_at_a_time, without_autocast
+from pyro_subnet.tensors.modes import (
+    differentiable,
+    one_thread_at_a_time,
+    without_autocast,
+)
+from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tracing.one_thread import OneThread
 from pyro_subnet.tracing.plates import WidePlates
+from pyro_subnet.tracing.without_graph import without_graph
 
 Model = Callable[..., Any]
 Node = dict[str, Any]
+# Key of the node of the returned value: the model needs gradients on where it runs.
+DIFFERENTIATES = "differentiates"
+# What torch says of `autograd.grad` and `backward` where gradients are off.
+_NO_GRAPH = "element 0 of tensors does not require grad"
 
 
 @final
@@ -165,13 +175,51 @@ def run_model(
     values: Mapping[str, Tensor],
     fixed: Mapping[str, Tensor],
 ) -> poutine.Trace:
-    """Trace of a model at constrained values, hidden from all handlers around it."""
+    """Trace of a model at constrained values, hidden from all handlers around it.
+
+    Without gradients, where the mode around says so, also of a model that
+    differentiates itself, which needs them on while it runs.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Constrained values of latent sites.
+        fixed: Values of other sites that a run would draw.
+
+    Returns:
+        The trace, with what the model returned at ``"_RETURN"``.
+
+    Raises:
+        RuntimeError: As the model does.
+    """
+    if torch.is_grad_enabled():
+        return _run(model, args, kwargs, values, fixed)
+    try:
+        trace = _run(model, args, kwargs, values, fixed)
+    except RuntimeError as error:
+        if not str(error).startswith(_NO_GRAPH):
+            raise
+        with differentiable():
+            trace = _run(model, args, kwargs, values, fixed)
+        trace.nodes["_RETURN"][DIFFERENTIATES] = True
+    return without_graph(trace)
+
+
+def _run(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    fixed: Mapping[str, Tensor],
+) -> poutine.Trace:
     # Validation branches on values, which `vmap` cannot do. Attention runs on its plain
     # kernels, which have derivatives of every order. Autocast around the call would
     # round its outputs; a model that wants it enters it itself.
     with (
         apart(),
         without_autocast(),
+        plain_calls(),
         _plain_attention(),
         pyro.validation_enabled(False),
         poutine.block(),

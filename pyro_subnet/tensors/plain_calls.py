@@ -1,0 +1,179 @@
+"""Torch's functions in a form of the same values that has every derivative.
+
+Some save work in training at the cost of what a curvature needs: embeddings with sparse
+gradients, recurrent kernels without a backward pass in eval mode, layers that are run
+again in the backward pass, compiled ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from pyro_subnet.exceptions import ModelError
+from pyro_subnet.tensors.modes import one_thread_at_a_time
+
+_EMBEDDINGS: Mapping[Any, list[str]] = {
+    F.embedding: (
+        "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
+    ).split(),
+    F.embedding_bag: (
+        "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse"
+    ).split(),
+}
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+_RERUN = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+# What keeps torch from a zero in the denominator of a row's norm.
+_RENORM_EPS = 1e-7
+
+
+@contextmanager
+def plain_calls() -> Iterator[None]:
+    """Runs torch's functions in their plain form, and nothing compiled."""
+    if any(
+        isinstance(mode, _PlainCalls) for mode in _get_current_function_mode_stack()
+    ):
+        yield
+        return
+    with _EAGER.entered(), _PlainCalls():
+        yield
+
+
+@final
+class _PlainCalls(TorchFunctionMode):
+    """Replaces calls while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wants_graph = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs a torch function."""
+        kwargs = kwargs or {}
+        if func in _EMBEDDINGS:
+            return _embedded(func, args, kwargs)
+        if func in _RECURRENT:
+            with _without_fused_recurrence():
+                return func(*args, **kwargs)
+        if self._wants_graph and not torch.is_grad_enabled():
+            _refuse_reentrant_checkpoint()
+        return _kept(func, args, kwargs)
+
+
+def _embedded(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An embedding whose gradient is dense, and which leaves its weight as it is."""
+    names = _EMBEDDINGS[func]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # The gradient divided by how often a row is read is no derivative.
+    given |= {"sparse": False, "scale_grad_by_freq": False}
+    limit = given.get("max_norm")
+    if limit is not None:
+        order = given.get("norm_type", 2.0)
+        weight = _renormed(given["weight"], float(limit), float(order))
+        given |= {"weight": weight, "max_norm": None}
+    # Past the arguments that are named here.
+    return func(*args[len(names) :], **given)
+
+
+def _renormed(weight: Tensor, limit: float, order: float) -> Tensor:
+    """A weight whose longer rows are cut to a norm, with torch's gradient."""
+    # Torch overwrites the rows it reads, without a gradient: at the new values the
+    # derivative is that of a plain lookup.
+    now = weight.detach()
+    norm = torch.linalg.vector_norm(now, order, dim=-1, keepdim=True)
+    scale = torch.where(norm > limit, limit / (norm + _RENORM_EPS), 1.0)
+    return weight + (now * scale.to(now.dtype) - now)
+
+
+@contextmanager
+def _without_fused_recurrence() -> Iterator[None]:
+    """Switches off kernels of recurrent layers that have no gradient in eval mode."""
+    with one_thread_at_a_time():  # they are switched for the whole process
+        before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
+        try:
+            torch._C._set_mkldnn_enabled(False)
+            torch.backends.cudnn.enabled = False
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(before[0])
+            torch.backends.cudnn.enabled = before[1]
+
+
+def _kept(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Runs a function and keeps what its backward pass needs, though checkpointed."""
+    # A layer that runs again in the backward pass would find other weights than those
+    # that a functional call, or a draw, gave it in the forward pass.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__:
+        return func(*args, **kwargs)
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        return func(*args, **kwargs)
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _refuse_reentrant_checkpoint() -> None:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_code is _RERUN:
+            raise ModelError(
+                "Checkpointed layers must have `use_reentrant=False`, as torch's other "
+                "kind gives their weights no gradient but in `backward()`; got "
+                "`use_reentrant=True`. Pass `use_reentrant=False` to "
+                "`torch.utils.checkpoint.checkpoint`."
+            )
+        frame = frame.f_back
+
+
+@final
+class _Eager:
+    """Torch's switch for compiled code: the last thread gives it back."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._stance: Any = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Runs compiled code eagerly: it has neither our modes nor a graph of ours."""
+        entered = False
+        try:
+            with self._lock:
+                entered = True
+                self._inside += 1
+                # The compiler takes seconds to import: without it nothing is compiled.
+                if self._stance is None and "torch._dynamo" in sys.modules:
+                    self._stance = torch.compiler.set_stance("force_eager")
+            yield
+        finally:
+            if entered:
+                self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_EAGER = _Eager()
