@@ -52,7 +52,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fit": ("one pass over the data, and what it sums", ("laplace", "tracing")),
     "files": (
         "what is written and read, whole or not at all",
-        ("laplace", "tracing", "_version"),
+        ("laplace", "tracing", "nn", "_version"),
     ),
     "selection": ("strategies that choose a subnet", ("fit",)),
     "guides": (

@@ -1,4 +1,4 @@
 """What is written and read, whole or not at all.
 
-May import laplace, tracing, _version.
+May import laplace, tracing, nn, _version.
 """

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_subnet.exceptions import CheckpointError, SelectionError
+from pyro_subnet.files.constants import check_constants, constants_of
 from pyro_subnet.files.fields import POSTERIOR, TUNING, check_fields
 from pyro_subnet.files.fingerprint import (
     SiteRecord,
@@ -81,6 +82,9 @@ def save_posterior(
             "is_flat": bool(tuning.is_flat),
             "by_site": None if tuning.by_site is None else _plain(tuning.by_site),
         }
+    # An unpickled guide has left its model behind.
+    if (model := getattr(guide, "held_model", None)) is not None:
+        content["constants"] = constants_of(model)
     write_file(path, KIND, tensors, content)
 
 
@@ -97,6 +101,7 @@ def load_posterior(
     sites = content["sites"]
     prototype = _prototype(model, args, kwargs, sites, tensors["loc"])
     check_sites(site_records(prototype), sites)
+    check_constants(constants_of(model), content.get("constants"))
     _, node = next(iter(prototype.prototype_trace.iter_stochastic_nodes()))
     # The posterior goes where the model's latent sites are.
     moved = {name: tensor.to(node["value"].device) for name, tensor in tensors.items()}
