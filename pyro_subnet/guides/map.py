@@ -149,6 +149,19 @@ class AutoSubnetLaplace(AutoAtMAP):
         self._is_loaded = False
         super().__init__(model, start_of_guide(init_loc_fn))
 
+    def __repr__(self) -> str:
+        options, selector = self.options, self._selector
+        size = "not called yet"
+        if self.prototype_trace is not None:
+            layout = self.layout
+            size = f"MAP of {layout.num_params} weights at {len(layout.names)} sites"
+        subnet = "all weights" if selector is None else repr(selector)
+        return (
+            f"{type(self).__name__}: {size}\n  subnet: {subnet}\n"
+            f"  curvature {options.curvature!r}, covariance {options.covariance!r}, "
+            f"form {options.form!r}"
+        )
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
             with plain_calls():

@@ -86,6 +86,20 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             setattr(self, name, getattr(prototype, name))
         self._hold(state)
 
+    def __repr__(self) -> str:
+        options, tuning = self.options, self.tuning
+        factors = f"prior precision times {_shown(self.prior_factor)}"
+        factors += f", noise times {_shown(self.noise_factor)}"
+        if tuning is not None:
+            factors += f" (tuned by {tuning.method})"
+        lines = [
+            str(self.subnet),
+            f"  curvature {options.curvature!r}, covariance {options.covariance!r}, "
+            f"held in {self.form_name} form",
+            f"  {factors}",
+        ]
+        return f"{type(self).__name__} of a " + "\n".join(lines)
+
     def _hold(self, state: PosteriorState) -> None:
         """Takes a state in place of the one there is."""
         for name in list(self._buffers):
@@ -719,3 +733,10 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         """
         prototype, state = load_posterior(path, model, args, kwargs)
         return cls(model, prototype, state)
+
+
+def _shown(factor: float | Mapping[str, float]) -> str:
+    """A factor, or one for each site, for people."""
+    if isinstance(factor, Mapping):
+        return ", ".join(f"{number:.4g} at {site}" for site, number in factor.items())
+    return f"{factor:.4g}"

@@ -32,6 +32,11 @@ class SubnetNormal(TorchDistribution):
         self.gaussian = gaussian
         super().__init__(torch.Size(), gaussian.loc.shape, validate_args=validate_args)
 
+    def __repr__(self) -> str:
+        held = type(self.gaussian).__name__
+        size, dtype = self.loc.numel(), str(self.loc.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}(S={size}, held as {held}, {dtype})"
+
     @property
     def loc(self) -> Tensor:
         """Mean, shape (S,)."""
