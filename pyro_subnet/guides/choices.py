@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 
-from pyro_subnet.exceptions import OptionError, shown
+from pyro_subnet.exceptions import ModelError, OptionError, shown
 from pyro_subnet.subnet import Subnet
 
 # What a guide has once its model was run.
@@ -93,3 +94,35 @@ def not_here(name: str, guide: type, posterior: type, is_set_up: bool) -> str | 
 def _holds_names(value: Any) -> bool:
     sequence = isinstance(value, list | tuple | set) and bool(value)
     return sequence and all(isinstance(name, str) for name in value)
+
+
+def check_in_support(nodes: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuses a start that no unconstrained value stands for.
+
+    Args:
+        nodes: The latent sites by name, at the values that they start at.
+
+    Raises:
+        ModelError: If a value is outside of its prior's support.
+    """
+    for name, node in nodes:
+        support, value = node["fn"].support, node["value"].detach()
+        inside = support.check(value)
+        if bool(inside.all()):
+            continue
+        # A check is strict where round-off decides, as on a simplex: what comes back
+        # from unconstrained space as it was is inside.
+        transform = biject_to(support)
+        tolerance = torch.finfo(value.dtype).eps ** 0.5
+        same = torch.isclose(
+            transform(transform.inv(value)), value, tolerance, tolerance
+        )
+        outside = value[~same & value.isfinite()]
+        if outside.numel():
+            raise ModelError(
+                f"A latent site must start in the support of its prior; got "
+                f"{float(outside[0]):.6g} at site {name!r}, whose support is {support} "
+                f"({outside.numel()} of {value.numel()} values lie outside). Take a "
+                "prior that the network's own values are possible under, or start "
+                "elsewhere with `init_loc_fn`."
+            )

@@ -29,6 +29,7 @@ from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.choices import (
     SubnetChoice,
+    check_in_support,
     check_model,
     check_start,
     checked_selector,
@@ -184,6 +185,7 @@ class AutoSubnetLaplace(AutoAtMAP):
                 "`curvature='hessian'`; or give it data. Enumeration, "
                 "https://pyro.ai/examples/enumeration.html, serves the ELBO alone."
             ) from error
+        check_in_support(self.prototype_trace.iter_stochastic_nodes())
         start = self._init_loc()
         if self.master is not None:
             self.loc = nn.Parameter(start)
