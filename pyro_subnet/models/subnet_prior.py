@@ -149,13 +149,13 @@ class GivenSites(Messenger):
         super().__init__()
         self._sites = sites
         self._theta = theta
-        self._met: list[tuple[Node, int]] = []
+        # By name: a network that is called twice in a run meets its sites again.
+        self._met: dict[str, tuple[Node, int]] = {}
 
     def log_prior(self) -> Tensor:
         """Unconstrained log density of the sites met, in nats, at ``theta`` (S,)."""
         terms = []
-        for node, event_dim in self._met:
-            name = node["name"]
+        for name, (node, event_dim) in self._met.items():
             u = self._sites.unconstrained(name, self._theta, event_dim)
             given = {**node, "value": self._sites.constrained(name, u)}
             terms.append(prior_term(given, self._sites.latents.transforms[name], u))
@@ -167,7 +167,7 @@ class GivenSites(Messenger):
             return
         event_dim = msg["fn"].event_dim + sites.extra_dims[name]
         # Without the value: traces of many draws would hold all D elements of each.
-        self._met.append((dict(msg), event_dim))
+        self._met[name] = dict(msg), event_dim
         u = sites.unconstrained(name, self._theta, event_dim)
         msg["value"] = sites.constrained(name, u)
         msg["stop"] = True

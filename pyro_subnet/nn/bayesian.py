@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from itertools import chain
 from numbers import Real
 from typing import Any, final
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
@@ -20,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_subnet.exceptions import ModelError, OptionError, shown
+from pyro_subnet.nn.copying import copied
+from pyro_subnet.nn.weight_site import Drawn, weight_site
 from pyro_subnet.tensors.plain_calls import plain_calls
 
 Prior = Callable[[str, Tensor], Distribution]
@@ -68,6 +68,8 @@ class BayesianModule(PyroModule):
     parameters' places during a call. Tied parameters are one site; buffers, such as the
     running statistics of norms, move and save with the module. The padding row of an
     embedding, which torch never trains, keeps the network's value at every draw.
+    Called more than once in a run of a model it has the same weights, and inside a
+    plate one weight for all data.
 
     Args:
         net: The network; copied.
@@ -85,9 +87,10 @@ class BayesianModule(PyroModule):
                 net = net.get_submodule("_orig_mod")
             else:
                 break
-        self.net = copy.deepcopy(net)
+        self.net = copied(net)
         self._prior = prior
         self._used = False
+        self._drawn: Drawn = {}
         everywhere = list(self.net.named_parameters(remove_duplicate=False))
         self._names = {
             name: [other for other, tied in everywhere if tied is parameter]
@@ -124,7 +127,7 @@ class BayesianModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no longer a copy of the network, but of this module."""
-        return {**super().__getstate__(), "_source": None}
+        return {**super().__getstate__(), "_source": None, "_drawn": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Samples the weights, and runs the network with them."""
@@ -145,7 +148,7 @@ class BayesianModule(PyroModule):
         if value is None:
             token = _DRAWING.set(Drawing(self, name, call))
             try:
-                value = pyro.sample(site, self._priors[name])
+                value = weight_site(site, self._priors[name], self._drawn)
             finally:
                 _DRAWING.reset(token)
             self._pyro_context.set(site, value)
@@ -250,7 +253,8 @@ def bayesianize(
     Raises:
         OptionError: If ``prior_scale`` is not positive and finite, or a prior is not of
             its parameter's shape.
-        ModelError: If no parameter of the network has ``requires_grad=True``.
+        ModelError: If no parameter of the network has ``requires_grad=True``, a part
+            with such parameters is TorchScript, or there is no deep copy.
     """
     if not isinstance(net, nn.Module) or isinstance(net, BayesianModule):
         raise OptionError(
@@ -334,6 +338,8 @@ def _versions(net: nn.Module) -> list[tuple[int, int]]:
 def _parameters_to_buffers(net: nn.Module) -> None:
     """Keeps a network's values, but no parameters for Pyro to register or train."""
     for module in net.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # frozen, or there is no copy
+            continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 del module._parameters[name]

@@ -1,0 +1,77 @@
+"""A network's copy, whatever a call left on it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyro_subnet.exceptions import ModelError
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A deep copy of a network; tensors that a call kept on it become plain values.
+
+    Args:
+        net: The network; it is not changed.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ModelError: If a scripted part has weights to train, or a part has no copy.
+    """
+    for path, module in net.named_modules():
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, torch.jit.ScriptModule) and trained:
+            raise ModelError(
+                "A network must be of Python for its weights to be drawn; got the "
+                f"TorchScript module {path or type(net).__name__!r}. Pass the network "
+                "that was scripted or traced."
+            )
+    with _WithoutGraphs():
+        try:
+            return copy.deepcopy(net)
+        # Whatever a network holds may refuse, with any error.
+        except Exception as error:
+            raise ModelError(
+                "A network must have a deep copy; got none of attribute "
+                f"{_what_refuses(net)} ({type(error).__name__}: {error}). Delete it, "
+                "or set it to None."
+            ) from error
+
+
+@final
+class _WithoutGraphs(TorchFunctionMode):
+    """Copies tensors that a call has computed, as attention maps kept for later."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Copies the values of a tensor with a graph, which torch refuses to copy."""
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _what_refuses(net: nn.Module) -> str:
+    """The name of the first attribute that has no deep copy."""
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return repr(f"{path}.{name}".removeprefix("."))
+    return repr(type(net).__name__)
