@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
-import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro.infer.autoguide import AutoContinuous
@@ -34,6 +33,7 @@ from pyro_subnet.options import (
     check_num_samples,
 )
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
+from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.predictions.held_out import tune_by_nll
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
 from pyro_subnet.predictions.outputs import OutputGaussian
@@ -266,13 +266,15 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
     @outside_inference_mode()
     def output_distribution(
         self, *args: Any, joint: bool = False, **kwargs: Any
-    ) -> dist.MultivariateNormal:
+    ) -> FullNormal:
         r"""Gaussian over the linearized outputs, in closed form, before any noise.
 
         .. math:: \eta(x) \sim N\big(\eta(x; \hat\theta),\; J(x) P^{-1} J(x)^\top\big)
 
         Outputs are the unconstrained parameters of the observed distributions: logits,
-        log rate, loc, log scale. Parameters that no subnet weight moves are left out.
+        log rate, loc, log scale. Parameters that no subnet weight moves are left out:
+        of a model with latent noise ``subnet=None`` has one column more than a subnet
+        without it. ``names`` says which is which.
         For each site, in trace order, and each parameter of its family, the elements
         of one datum follow in row-major order. Categorical logits are log-probabilities
         at the MAP: softmax is blind to a constant per row.
@@ -289,7 +291,10 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             kwargs: Keyword arguments of the model.
 
         Returns:
-            A multivariate normal distribution.
+            A multivariate normal, whose ``names`` say what each element of an event is:
+            ``"loc"``, ``"log_scale"``; with an index where there are several, as in
+            ``"logits[2]"``; and with the site's name first where the model observes
+            several sites, as in ``"y.loc"``.
 
         Raises:
             ModelError: If the subnet moves no output parameter, or the observed sites

@@ -1,8 +1,9 @@
-"""Torch's multivariate normal, whose products autocast does not round."""
+"""A multivariate normal that names its columns, and that autocast does not round."""
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
@@ -18,7 +19,19 @@ class FullNormal(dist.MultivariateNormal):
 
     Torch multiplies when it is asked for a covariance or a draw, which may be long
     after the computation that made the distribution.
+
+    Attributes:
+        names: What each element of an event is, such as ``("loc", "log_scale")``; empty
+            where nothing names them.
     """
+
+    names: tuple[str, ...] = ()
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FullNormal:
+        """The same for each element of a larger batch."""
+        new: FullNormal = super().expand(batch_shape, _instance)
+        new.names = self.names
+        return new
 
     @lazy_property
     @full_precision()

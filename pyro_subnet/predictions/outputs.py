@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
-import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -72,12 +71,15 @@ class OutputGaussian:
                 "Predict at fewer inputs at once.",
             )
 
-    def distribution(self, *, joint: bool) -> dist.MultivariateNormal:
+    def distribution(self, *, joint: bool) -> FullNormal:
         """The Gaussian as a distribution: N of (C,), or one of (N C,) if joint."""
         loc, factor = self.moments(joint=joint)
         # A singular covariance has zeros on the factor's diagonal, which torch's check
         # of the argument, though not its arithmetic, refuses.
-        return FullNormal(loc, scale_tril=factor, validate_args=False)
+        found = FullNormal(loc, scale_tril=factor, validate_args=False)
+        names = self.outputs.names
+        found.names = names * (loc.shape[-1] // len(names))
+        return found
 
     def problem(self, options: PredictiveOptions) -> Integration:
         """The integral that gives the distribution of y at the only site."""

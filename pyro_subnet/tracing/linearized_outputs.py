@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, final
 
 import torch
@@ -69,6 +71,23 @@ class LinearizedOutputs:
     def sites(self) -> tuple[OutputSite, ...]:
         """The sites that the subnet moves, in trace order."""
         return self.subnet_call.sites
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of the C outputs of one datum is, such as ``"logits[2]"``."""
+        several = len(self.subnet_call.call.sites) > 1
+        found = list[str]()
+        for site in self.sites:
+            parts = self.subnet_call.moved[site.name]
+            for part, width in zip(parts, site.widths(parts), strict=True):
+                name = f"{site.name}.{part}" if several else part
+                axes = (*site.distribution.element_shape[1:], width)
+                if math.prod(axes) == 1:  # (N, 1) as (N,)
+                    found.append(name)
+                    continue
+                places = product(*map(range, axes if width > 1 else axes[:-1]))
+                found += [f"{name}{list(place)}" for place in places]
+        return tuple(found)
 
     def loc(self, like: Tensor) -> Float[Tensor, "data out"]:
         r""":math:`\eta(x; \hat\theta)`, shape (N, C), in the dtype of a tensor."""
