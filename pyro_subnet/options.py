@@ -133,6 +133,15 @@ def check_num_samples(num_samples: Any) -> None:
         )
 
 
+def check_forgetting(forgetting: Any) -> None:
+    """Refuses a factor of the old data's log likelihood outside (0, 1]."""
+    if not 0.0 < as_number(forgetting, "forgetting", "1.0") <= 1.0:
+        raise OptionError(
+            f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep all "
+            "that was known."
+        )
+
+
 def check_num_data(num_data: Any) -> None:
     """Refuses a number of data points below 1, and what is no whole number."""
     if num_data is not None and not is_count(num_data):

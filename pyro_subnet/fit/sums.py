@@ -21,7 +21,13 @@ from pyro_subnet.curvature.prior import (
     prior_gradient,
 )
 from pyro_subnet.curvature.sums import Summed
-from pyro_subnet.exceptions import CheckpointError
+from pyro_subnet.exceptions import (
+    CheckpointError,
+    DataCountWarning,
+    NoObservedSiteWarning,
+    NoOutputVarianceWarning,
+    warn,
+)
 from pyro_subnet.fit.passes import DataPass
 from pyro_subnet.gaussians.registry import new_sum
 from pyro_subnet.laplace.summary import FitSummary
@@ -50,6 +56,29 @@ class SubnetCurvature:
     summary: FitSummary
     has_outputs: bool
     doubts: Sequence[str]
+
+    def warn_of_doubts(self) -> None:
+        """Says why data may count never, or several times."""
+        for doubt in self.doubts:
+            warn(doubt, DataCountWarning)
+
+    def warn_of_no_data(self) -> None:
+        """Says where the likelihood adds nothing to the prior."""
+        if not self.has_outputs:
+            warn(
+                "The model has no observed site, so the posterior is the prior's "
+                "curvature alone. If a likelihood is hidden by `poutine.block`, pass "
+                "the full model.",
+                NoObservedSiteWarning,
+            )
+        elif self.likelihood.is_zero:
+            warn(
+                "The subnet moves no output at any training input: there the "
+                "predictive is the MAP's. Its weights may still matter on other "
+                "inputs; choose more weights, or another selector such as "
+                "`LargestGradient`, to have variance on these.",
+                NoOutputVarianceWarning,
+            )
 
 
 @final

@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_subnet.exceptions import (
-    DataCountWarning,
     ModelError,
-    NoObservedSiteWarning,
-    NoOutputVarianceWarning,
     OptionError,
     SelectionError,
-    warn,
 )
 from pyro_subnet.files.resume import FitCheckpoint
-from pyro_subnet.fit.sums import FitSums, SubnetCurvature
+from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.choices import (
@@ -411,7 +407,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         label = "Curvature"
         batches = data.calls(label) if file is None else file.calls(data, label, sums)
         curvature = sums.over(batches)
-        _warn_about(curvature)
+        curvature.warn_of_doubts()
+        curvature.warn_of_no_data()
         form = form_of(curvature.likelihood, curvature.prior, latents.layout)
         posterior = AutoSubnetMultivariateNormal(
             at_map.model,
@@ -440,25 +437,6 @@ def _needs_matrix(options: FitOptions, data: Data) -> bool:
     # Of a single call it is soon known how many rows there are: what "auto" then
     # chooses checks the memory itself.
     return options.held_as == "primal" or (options.held_as == "auto" and not data.whole)
-
-
-def _warn_about(curvature: SubnetCurvature) -> None:
-    for doubt in curvature.doubts:
-        warn(doubt, DataCountWarning)
-    if not curvature.has_outputs:
-        warn(
-            "The model has no observed site, so the posterior is the prior's curvature "
-            "alone. If a likelihood is hidden by `poutine.block`, pass the full model.",
-            NoObservedSiteWarning,
-        )
-    elif curvature.likelihood.is_zero:
-        warn(
-            "The subnet moves no output at any training input: there the predictive "
-            "is the MAP's. Its weights may still matter on other inputs; choose more "
-            "weights, or another selector such as `LargestGradient`, to have variance "
-            "on these.",
-            NoOutputVarianceWarning,
-        )
 
 
 def _selector(subnet: Any) -> Callable[..., Subnet] | None:

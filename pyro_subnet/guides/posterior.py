@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_subnet.curvature.prior import PriorPrecision
-from pyro_subnet.exceptions import DataCountWarning, OptionError, warn
+from pyro_subnet.exceptions import OptionError
 from pyro_subnet.files.checkpoint import load_posterior, save_posterior
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.gaussians.base import CurvatureForm, Gaussian
@@ -28,7 +28,7 @@ from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
 from pyro_subnet.options import (
     FitOptions,
-    as_number,
+    check_forgetting,
     check_num_data,
     check_num_samples,
 )
@@ -87,18 +87,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         self._hold(state)
 
     def __repr__(self) -> str:
-        options, tuning = self.options, self.tuning
-        factors = f"prior precision times {_shown(self.prior_factor)}"
-        factors += f", noise times {_shown(self.noise_factor)}"
-        if tuning is not None:
-            factors += f" (tuned by {tuning.method})"
-        lines = [
-            str(self.subnet),
-            f"  curvature {options.curvature!r}, covariance {options.covariance!r}, "
-            f"held in {self.form_name} form",
-            f"  {factors}",
-        ]
-        return f"{type(self).__name__} of a " + "\n".join(lines)
+        return f"{type(self).__name__} of a {self.state}"
 
     def _hold(self, state: PosteriorState) -> None:
         """Takes a state in place of the one there is."""
@@ -682,15 +671,10 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
     @torch.inference_mode(False)
     @full_precision()
     def _updated(self, data: Data, forgetting: float) -> AutoSubnetMultivariateNormal:
-        if not 0.0 < as_number(forgetting, "forgetting", "1.0") <= 1.0:
-            raise OptionError(
-                f"`forgetting` must be in (0, 1]; got {forgetting}. Pass 1.0 to keep "
-                "all that was known."
-            )
+        check_forgetting(forgetting)
         state = self.state
         more = subnet_curvature(self.at_map, state.subnet, data, state.options_to_add)
-        for doubt in more.doubts:
-            warn(doubt, DataCountWarning)
+        more.warn_of_doubts()
         return self._with(state.with_data(more.likelihood, more.summary, forgetting))
 
     # Files
@@ -738,10 +722,3 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         """
         prototype, state = load_posterior(path, model, args, kwargs)
         return cls(model, prototype, state)
-
-
-def _shown(factor: float | Mapping[str, float]) -> str:
-    """A factor, or one for each site, for people."""
-    if isinstance(factor, Mapping):
-        return ", ".join(f"{number:.4g} at {site}" for site, number in factor.items())
-    return f"{factor:.4g}"

@@ -65,6 +65,19 @@ class PosteriorState:
     noise_factor: float = 1.0
     tuning: Tuning | None = None
 
+    def __str__(self) -> str:
+        factors = f"prior precision times {_shown(self.prior_factor)}"
+        factors += f", noise times {_shown(self.noise_factor)}"
+        if self.tuning is not None:
+            factors += f" (tuned by {self.tuning.method})"
+        options = self.options
+        return (
+            f"{self.subnet}\n"
+            f"  curvature {options.curvature!r}, covariance {options.covariance!r}, "
+            f"held in {self.form.name} form\n"
+            f"  {factors}"
+        )
+
     @property
     def facts(self) -> PosteriorFacts:
         """What it holds beside its tensors."""
@@ -242,3 +255,10 @@ def _check_number(factor: Tensor, name: str) -> None:
             f"for {_OWN_PRIOR}, or a mapping from sites to numbers."
         )
     check_positive(factor, name, _OWN_PRIOR)
+
+
+def _shown(factor: float | Mapping[str, float]) -> str:
+    """A factor, or one for each site, for people."""
+    if isinstance(factor, Mapping):
+        return ", ".join(f"{number:.4g} at {site}" for site, number in factor.items())
+    return f"{factor:.4g}"

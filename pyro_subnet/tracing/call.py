@@ -20,9 +20,8 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.kept_bytes import counting_kept_bytes
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
-from pyro_subnet.tracing.held_sites import data_sites, stand_alike
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
-from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.output_site import OutputSite, data_sites, stand_alike
 from pyro_subnet.tracing.plates import num_seen
 from pyro_subnet.tracing.repeats import check_same, hidden_latents
 from pyro_subnet.tracing.trace import (

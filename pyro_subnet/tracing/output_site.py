@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -226,3 +226,30 @@ def _leads_to(value: Tensor, wanted: Collection[int]) -> bool:
             return True
         waiting.extend(following for following, _ in node.next_functions)
     return False
+
+
+def stand_alike(sites: Sequence[OutputSite]) -> bool:
+    """Whether all sites stand in the same plates, with one length: all are data."""
+    return len({_place(site) for site in sites}) < 2  # noqa: PLR2004 - nothing to tell
+
+
+def data_sites(
+    sites: Sequence[OutputSite], nodes: Mapping[str, Any], leaves: list[Tensor]
+) -> tuple[OutputSite, ...]:
+    """The sites that are data, by the graph of a run to all latent leaves."""
+    # `pyro.condition` makes an observed site of a hyperparameter as it does of data. No
+    # latent site moves it, and it stands elsewhere than what they do move.
+    moved = [site for site in sites if site.moved_parts(nodes[site.name], leaves)]
+    places = {_place(site) for site in moved}
+    return tuple(
+        site
+        for site in sites
+        if not moved or not site.node["is_observed"] or _place(site) in places
+    )
+
+
+def _place(site: OutputSite) -> tuple[frozenset[str], tuple[int, ...]]:
+    """The plates around a site, and the length of its first axis, if it has one."""
+    frames = site.node["cond_indep_stack"]
+    plates = frozenset(frame.name for frame in frames if frame.vectorized)
+    return plates, tuple(site.distribution.element_shape[:1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -14,12 +14,27 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tracing.log_prior import log_prior_terms
-from pyro_subnet.tracing.output_site import OutputSite
-from pyro_subnet.tracing.trace import Latents, ModelAtMAP, is_output, run_model
+from pyro_subnet.tracing.trace import Latents, ModelAtMAP, Node, is_output, run_model
+
+
+@runtime_checkable
+class HasOutputs(Protocol):
+    """What is compared of a site, such as an output site."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def node(self) -> Node:
+        """What the first run has of it."""
+
+    def own(self, node: Node) -> Mapping[str, Tensor]:
+        """The values that must agree, of a node of some run."""
 
 
 def check_same(
-    sites: Sequence[OutputSite],
+    sites: Sequence[HasOutputs],
     reference: poutine.Trace,
     again: poutine.Trace,
     latents: Latents | None,
