@@ -26,14 +26,15 @@ def without_graph(trace: poutine.Trace) -> poutine.Trace:
 
 def _tensors(value: Any) -> list[Tensor]:
     """Tensors of containers, and of distributions in distributions."""
-    if isinstance(value, Distribution | Transform):
-        value = list(vars(value).values())
-    found = list[Tensor]()
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Distribution | Transform):
-            found += _tensors(leaf)
+    found, waiting, seen = list[Tensor](), [value], set[int]()
+    while waiting:
+        for leaf in tree_leaves(waiting.pop()):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            # A transform and its inverse hold each other.
+            elif isinstance(leaf, Distribution | Transform) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                waiting.append(list(vars(leaf).values()))
     return found
 
 
