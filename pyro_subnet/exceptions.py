@@ -90,6 +90,11 @@ class DataCountWarning(SubnetWarning):
 
 
 @final
+class SquashedLogitsWarning(SubnetWarning):
+    """Given when the logits of a likelihood seem to be probabilities."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 

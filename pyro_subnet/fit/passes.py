@@ -25,6 +25,7 @@ from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.forgotten_data import check_forgotten
 from pyro_subnet.tracing.output_site import OutputSite
+from pyro_subnet.tracing.squashed_logits import squashed_logits
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
@@ -52,6 +53,7 @@ class DataPass(Generic[Prior]):
             noise energy, shape (3,), float64.
         scales_noise: As in :class:`FitSummary`.
         counts: What plates and scales say of the data.
+        squashed: Sites whose logits are probabilities, by what made them so.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DataPass(Generic[Prior]):
         self.numbers = torch.zeros(3, dtype=torch.float64)
         self.scales_noise = True
         self.counts = DataCounts(data)
+        self.squashed = dict[str, str]()
         self._at_map, self._subnet, self._data = at_map, subnet, data
         self._read_prior, self._kind = read_prior, kind
         self._prior: Prior | None = None
@@ -81,6 +84,7 @@ class DataPass(Generic[Prior]):
                     site.require_outputs()
             graph = call.graph()
             check_forgotten(call, graph)
+            self.squashed |= squashed_logits(call.sites, graph.trace.nodes)
             self._meet(call, graph)
             subnet_call = self._over_subnet(call, graph)
             del graph  # frees the activations before the Jacobian needs the room

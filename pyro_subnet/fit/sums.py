@@ -26,6 +26,7 @@ from pyro_subnet.exceptions import (
     DataCountWarning,
     NoObservedSiteWarning,
     NoOutputVarianceWarning,
+    SquashedLogitsWarning,
     warn,
 )
 from pyro_subnet.fit.passes import DataPass
@@ -143,6 +144,13 @@ class FitSums:
                 outputs, factors = call.rows(kind)
                 self.total.add(outputs, factors, call.data_weights(), budget)
         prior, gradient = self._pass.prior
+        for site, function in self._pass.squashed.items():
+            warn(
+                f"The logits of site {site!r} are the output of a {function}, that is "
+                "probabilities: they would be taken through it once more. Pass them as "
+                f"`probs=`, or leave out the {function}.",
+                SquashedLogitsWarning,
+            )
         return SubnetCurvature(
             self.total.finish(self._pass.scale),
             prior,
