@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, shown
 
 
 def names_of_axes(
     dims: Mapping[str, str | Sequence[str]] | None,
 ) -> dict[str, Sequence[str]]:
     """Names of axes by variable; one name may be given without a list."""
-    given = (dims or {}).items()
-    return {name: [axes] if isinstance(axes, str) else axes for name, axes in given}
+    named = {} if dims is None else dims
+    if not isinstance(named, Mapping):
+        _refuse(dims)
+    found = {name: [a] if isinstance(a, str) else a for name, a in named.items()}
+    if not all(isinstance(axes, Sequence) for axes in found.values()):
+        _refuse(dims)
+    return found
+
+
+def _refuse(dims: Any) -> NoReturn:
+    raise OptionError(
+        "`dims` must be a mapping from variables to the names of their axes; got "
+        f"{shown(dims)}. Pass `{{'y': ['site']}}`, say."
+    )
 
 
 def check_labels(

@@ -31,11 +31,27 @@ def checked_selector(subnet: Any) -> Callable[..., Subnet]:
             "`pyro_subnet.selection`"
         )
     elif callable(subnet) and not isinstance(subnet, nn.Module | Distribution):
+        _check_signature(subnet)
         return subnet
     raise OptionError(
         "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
         f"from sites to masks or positions; got {shown(subnet)}. {way_out}."
     )
+
+
+def _check_signature(selector: Callable[..., Any]) -> None:
+    """Refuses a selector that cannot be called with a guide and the data."""
+    try:
+        signature = inspect.signature(selector)
+    except (TypeError, ValueError):
+        return  # what is written in C may not tell
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise OptionError(
+            "A selector must take the guide and the data, `(guide, data)`; got "
+            f"{signature}. Give it these two arguments, used or not."
+        ) from error
 
 
 def check_model(model: Any) -> None:

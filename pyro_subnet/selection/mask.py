@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from pyro_subnet.exceptions import SelectionError, shown
 from pyro_subnet.selection.base import GuideAtMAP, Selector
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
@@ -34,7 +35,17 @@ class Mask(Selector):
         """See :meth:`Selector.__call__`."""
         device = guide.latents.loc.device
         mapping = {
-            site: torch.as_tensor(choice, device=device)
+            site: _as_tensor(site, choice, device)
             for site, choice in self.mapping.items()
         }
         return Subnet.from_sites(guide.latents.layout, mapping)
+
+
+def _as_tensor(site: str, choice: Any, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(choice, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SelectionError(
+            f"`subnet` of site {site!r} must be a bool mask or flat positions; got "
+            f"{shown(choice)}. Pass `Sites([{site!r}])` for all of the site."
+        ) from error

@@ -62,6 +62,26 @@ SUBNETS: dict[str, tuple[Any, str, type[Exception]]] = {
         r"at most the number of latent parameters, 4; got 5\. Pass a share",
         SelectionError,
     ),
+    "a site by a word": (
+        {"weight": "all"},
+        r"site 'weight' must be a bool mask or flat positions; got 'all'\. Pass `Sites",
+        SelectionError,
+    ),
+    "a site by None": (
+        {"weight": None},
+        r"site 'weight' must be a bool mask or flat .*; got None\. Pass `Sites\(\['we",
+        SelectionError,
+    ),
+    "a selector of the guide alone": (
+        lambda guide: None,
+        r"must take the guide and the data, .*; got \(guide\)\. Give it these two",
+        OptionError,
+    ),
+    "a selector of three arguments": (
+        lambda guide, data, size: None,
+        r"must take the guide and the data, .*; got \(guide, data, size\)\. Give it",
+        OptionError,
+    ),
     "an unknown site": (
         {"fc1.weight": torch.tensor([0])},
         r"one of \['weight', 'bias'\]; got 'fc1\.weight'\. Check the spelling",
@@ -333,12 +353,29 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
     ),
     "the guide to ArviZ": (
         lambda p: to_inference_data(p.guide(), p.x, p.y),
-        r"`posterior` must be what `guide\.laplace_approximation` returns; got Auto",
+        r"`posterior` must be what `guide\.laplace_approximation` returns; got (a )?Auto",
         OptionError,
     ),
     "data before the posterior": (
         lambda p: to_inference_data(p.x, p.y),  # type: ignore[arg-type]
         r"`posterior` must be what .* returns; got a Tensor\. Pass it first",
+        OptionError,
+    ),
+    "names of axes without variables": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, dims=["a"]),  # type: ignore[arg-type]
+        r"`dims` must be a mapping from variables .*; got \['a'\]\. Pass `\{'y'",
+        OptionError,
+    ),
+    "axes that are a number": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, dims={"y": 3}),  # type: ignore[dict-item]
+        r"`dims` must be a mapping from variables .*; got \{'y': 3\}\. Pass",
+        OptionError,
+    ),
+    "standard errors as text": (
+        lambda p: p.posterior().tune_prior_precision(
+            "nll", val=(p.x, p.y), standard_errors="2"
+        ),
+        r"`standard_errors` must be a number; got '2'\. Pass 2",
         OptionError,
     ),
     "chains as text": (
