@@ -353,7 +353,7 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
     ),
     "the guide to ArviZ": (
         lambda p: to_inference_data(p.guide(), p.x, p.y),
-        r"`posterior` must be what `guide\.laplace_approximation` returns; got (a )?Auto",
+        r"`posterior` must be what `guide\.laplace_approximation` returns; got .*Auto",
         OptionError,
     ),
     "data before the posterior": (
