@@ -49,7 +49,7 @@ _NEEDS_ARVIZ = ("from_hybrid_mcmc", "to_inference_data")
 def __getattr__(name: str) -> Any:
     """Imports what needs ArviZ when it is first asked for; says where others live."""
     if name not in _NEEDS_ARVIZ:
-        raise _missing(name, users_frame()[1])
+        raise _missing(name, users_frame())
     try:
         module = import_module("pyro_subnet.export.inference_data")
     except ModuleNotFoundError as error:

@@ -108,15 +108,18 @@ _LONG = 60  # characters of a value that a message shows
 
 def warn(message: str, category: type[SubnetWarning]) -> None:
     """Warns at the line of the user's code that led here."""
-    warnings.warn(message, category, stacklevel=users_frame()[0])
-
-
-def users_frame() -> tuple[int, FrameType]:
-    """The frame of the user's code that led here, and its level above the caller."""
-    level, frame = 0, sys._getframe(0)
-    while _package_of(frame) in _BETWEEN and frame.f_back is not None:
+    level, frame, user = 1, sys._getframe(0), users_frame()
+    while frame is not user and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
-    return level, frame
+    warnings.warn(message, category, stacklevel=level)
+
+
+def users_frame() -> FrameType:
+    """The frame of the user's code that led here."""
+    frame = sys._getframe(0)
+    while _package_of(frame) in _BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def shown(value: Any) -> str:
@@ -127,7 +130,8 @@ def shown(value: Any) -> str:
         return f"the function {value.__name__}"
     text = repr(value)
     is_short = len(text) <= _LONG and "\n" not in text
-    return text if is_short else f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return text if is_short else f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def _package_of(frame: FrameType) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_subnet.exceptions import CheckpointError, SelectionError
+from pyro_subnet.exceptions import CheckpointError, ModelError, SelectionError
 from pyro_subnet.files.constants import check_constants, constants_of
 from pyro_subnet.files.fields import POSTERIOR, TUNING, check_fields
 from pyro_subnet.files.fingerprint import (
@@ -83,7 +84,8 @@ def save_posterior(
             "by_site": None if tuning.by_site is None else _plain(tuning.by_site),
         }
     # An unpickled guide has left its model behind.
-    if (model := getattr(guide, "held_model", None)) is not None:
+    with suppress(ModelError):
+        model: Any = guide.user_model
         content["constants"] = constants_of(model)
     write_file(path, KIND, tensors, content)
 

@@ -54,11 +54,6 @@ class AutoAtMAP(AutoContinuous):
         return self._user_model[0]
 
     @property
-    def held_model(self) -> Model | None:
-        """The model, as the user wrote it; None if the guide was unpickled."""
-        return None if self._user_model is None else self._user_model[0]
-
-    @property
     def latents(self) -> Latents:
         """The latent sites at the present ``loc``."""
         return Latents.from_guide(self, self.loc)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, final
 
 import pyro
@@ -80,9 +81,13 @@ class Latents:
         Returns:
             The latent sites, with ``loc`` detached.
         """
+        nodes = dict(guide.prototype_trace.iter_stochastic_nodes())
+        # The type of all sites together, which `loc` had before the guide was moved.
+        types = [node["value"].dtype for node in nodes.values()]
+        widest = reduce(torch.promote_types, types)
         transforms = {
-            name: _transform(node, loc.dtype)
-            for name, node in guide.prototype_trace.iter_stochastic_nodes()
+            name: _transform(node, loc.dtype, node["value"].dtype == widest)
+            for name, node in nodes.items()
         }
         shapes = guide._unconstrained_shapes
         layout = Layout(tuple(shapes), tuple(shapes.values()))
@@ -157,12 +162,12 @@ class _ToType(Transform):
         return x.new_zeros(x.shape[: x.ndim - self.domain.event_dim])
 
 
-def _transform(node: Node, dtype: torch.dtype) -> Transform:
+def _transform(node: Node, dtype: torch.dtype, follows: bool) -> Transform:
     """From a site's unconstrained value, of a type, to what the model draws."""
     transform = biject_to(node["fn"].support)
-    outside = node["value"].dtype
-    if outside == dtype:
+    if follows:
         return transform
+    outside = node["value"].dtype
     # As in a backbone of bfloat16 with adapters in float32.
     support = transform.codomain
     return ComposeTransform([transform, _ToType(support, dtype, outside)])

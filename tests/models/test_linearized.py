@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import ModelError
+from pyro_subnet.exceptions import DataCountWarning, ModelError
 from tests.tolerances import FALSE_ALARM_RATE, tolerance
 
 Model = Callable[..., Any]
@@ -649,7 +649,8 @@ def test_a_subsampling_plate_keeps_its_scale() -> None:
             pyro.sample("y", dist.Normal(x[index] @ w, 0.5), obs=y[index])
 
     x, y = double(NUM_DATA, NUM_INPUTS), double(NUM_DATA)
-    posterior = fitted(model, {"w": double(NUM_INPUTS)}, x, y)
+    with pytest.warns(DataCountWarning, match="draws a subsample of its own"):
+        posterior = fitted(model, {"w": double(NUM_INPUTS)}, x, y)
     values = {"w": double(NUM_INPUTS)}
     trace = run(posterior.linearized_model, values, x, y)
     node, index = trace.nodes["y"], trace.nodes["data"]["value"]
