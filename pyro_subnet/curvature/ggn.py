@@ -6,7 +6,7 @@ is the Gram matrix of, or as its diagonal. Kronecker factors are in ``kronecker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -15,10 +15,16 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
-from pyro_subnet.curvature.prior import PriorPrecision
+from pyro_subnet.curvature.prior import (
+    DensityTerm,
+    PriorPrecision,
+    prior_diagonal,
+    prior_precision,
+)
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.options import Curvature, FormName, HeldAs
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits, check_fits
 from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tensors.triangular import add_gram_
@@ -72,6 +78,24 @@ class GGNSum(CurvatureSum):
             self._check_rows_fit(factors)
             for block in jacobian_blocks(outputs, factors, budget):
                 self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
+
+    def add_terms(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> None:
+        """See :meth:`CurvatureSum.add_terms`."""
+        if self.form == "dual":
+            raise OptionError(
+                "`form='dual'` must have observed sites alone for data; got "
+                f"`pyro.factor` site {terms[0].site!r} in the data's plate. Pass "
+                "`form='primal'`, or observe the data by a distribution."
+            )
+        self.form = "primal"
+        hessian = prior_precision(terms, leaves, subnet, budget)
+        hessian.to(self._like.dtype).add_to_lower_(self.matrix(), 1.0)
 
     def _check_rows_fit(self, factors: Factors) -> None:
         held = sum(len(rows) for rows in self._rows)
@@ -148,6 +172,16 @@ class DiagonalSum(CurvatureSum):
     ) -> None:
         """See :meth:`CurvatureSum.add`."""
         self._total = self._total + squared_columns(outputs, factors, budget)
+
+    def add_terms(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> None:
+        """See :meth:`CurvatureSum.add_terms`."""
+        self._total = self._total + subnet.gather(prior_diagonal(terms, leaves, budget))
 
     def finish(self, scale: float) -> Summed:
         """See :meth:`CurvatureSum.finish`."""

@@ -52,6 +52,7 @@ from pyro_subnet.exceptions import (
     MemoryLimitError,
     ModelError,
     NoKroneckerFactorsWarning,
+    OptionError,
     warn,
 )
 from pyro_subnet.options import FormName, HeldAs
@@ -152,6 +153,20 @@ class KroneckerSum(CurvatureSum):
                     raise ModelError(_changed(str(error))) from error
                 self._blocks, self.reason = [], str(error)
                 self.diagonal = before + squared_columns(outputs, factors, budget)
+
+    def add_terms(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> None:
+        """See :meth:`CurvatureSum.add_terms`: no factors hold it."""
+        raise OptionError(
+            "Kronecker factors must have observed sites alone for data; got "
+            f"`pyro.factor` site {terms[0].site!r} in the data's plate. Pass "
+            "`covariance='full'`, or observe the data by a distribution."
+        )
 
     def finish(self, scale: float) -> Summed:
         """See :meth:`CurvatureSum.finish`; warns if there are no factors at all."""

@@ -29,7 +29,9 @@ class DensityTerm:
     # Sum over the site's elements, with its scale, mask and the transform's Jacobian,
     # as a function of the unconstrained leaves.
     log_density: Float[Tensor, ""]
-    site: str | None  # the latent site that it is the prior of; None for a factor
+    # The latent site that it is the prior of, or a factor of the data; None for one of
+    # the prior.
+    site: str | None
     elementwise: bool  # whether the site's elements are independent given other sites
 
 

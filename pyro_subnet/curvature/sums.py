@@ -62,6 +62,26 @@ class CurvatureSum(ABC):
         """
 
     @abstractmethod
+    def add_terms(
+        self,
+        terms: Sequence[DensityTerm],
+        leaves: Mapping[str, Tensor],
+        subnet: Subnet,
+        budget: int,
+    ) -> None:
+        r"""Adds the exact :math:`-\nabla_S^2` of log densities that have no outputs.
+
+        Args:
+            terms: Factors of the data in one call, named by their sites.
+            leaves: All latent sites' values, in packing order.
+            subnet: The chosen elements.
+            budget: As in :meth:`add`.
+
+        Raises:
+            OptionError: If the form cannot hold it.
+        """
+
+    @abstractmethod
     def finish(self, scale: float) -> Summed:
         """The sum so far times ``scale``; nothing is added to it afterwards."""
 

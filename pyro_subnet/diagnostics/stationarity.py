@@ -135,8 +135,12 @@ def _stationarity(posterior: AutoSubnetMultivariateNormal, data: Data) -> Statio
     ) -> Tensor:
         return prior_gradient(terms, leaves, subnet).double()
 
-    passed = DataPass(at_map, subnet, data, read_prior)
     likelihood = torch.zeros(subnet.size).to(gaussian.loc.device, torch.float64)
+
+    def add_terms(terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]) -> None:
+        likelihood.add_(prior_gradient(terms, leaves, subnet))
+
+    passed = DataPass(at_map, subnet, data, read_prior, add_terms)
     for call in passed.calls(data.calls("Gradient")):
         likelihood += _gradient(call.log_likelihood(1.0), subnet)
     scales = state.prior_factors.to(passed.prior.device)

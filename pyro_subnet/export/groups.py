@@ -85,6 +85,7 @@ class Groups:
             check_data(site)
         self._add_elements("posterior", theta, self.chains)
         drawn = self._at_draws(self.call, theta)
+        drawn = drawn.with_factors(self.call, self.source.subnet, theta)
         self.add("posterior_predictive", drawn.samples)
         self.add("log_likelihood", drawn.log_likelihood)
         observed = {
@@ -164,6 +165,8 @@ def _shapes(call: ModelCall) -> dict[str, torch.Size]:
     for site in call.sites:
         taken = site.distribution
         found[site.name] = taken.element_shape + taken.base.event_shape
+    for name, node in call.factors.items():
+        found[name] = node["fn"].batch_shape
     named = _named(_by_parameter(call))
     return {name: leaf.shape for name, leaf in named} | found
 

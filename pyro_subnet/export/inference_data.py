@@ -65,7 +65,8 @@ def to_inference_data(
     - ``log_likelihood``: :math:`\log p(y_n \mid \theta_k)`, with an entry for each
       element of an observed site's batch, or of its first axis where all axes are its
       event's. Scales (``poutine.scale``, N/B of plates) do not enter; data that a mask
-      or a scale of zero leaves out count 0.
+      or a scale of zero leaves out count 0. A ``pyro.factor`` in the data's plate adds
+      to the one observed site there, or has a variable of its name.
     - ``posterior_predictive``, ``observed_data``, and ``constant_data``: draws of y, y,
       and the other tensor arguments whose first axis is as long as the data.
     - ``prior``, ``prior_predictive``: the subnet's elements as the user's model draws

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import pyro
@@ -19,9 +19,11 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import one_thread_at_a_time
 from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data_factors import data_terms, factor_density
 from pyro_subnet.tracing.output_site import OutputSite, site_weights
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.subnet_call import SubnetCall
+from pyro_subnet.tracing.trace import Node
 
 
 @final
@@ -35,6 +37,8 @@ class OutputDraws:
             of its batch, or of its first axis where all are its event's. Neither scaled
             nor weighted; what a mask or a scale of zero leaves out counts 0.
         total: Log likelihood as the model weights it, over all sites with data, (K,).
+
+    Factors of the data are in both after :meth:`with_factors`.
     """
 
     samples: Mapping[str, Tensor]
@@ -59,6 +63,61 @@ class OutputDraws:
             if linearized:
                 return _linearized(call, subnet, theta, math.log(noise_factor))
             return _sampled_network(call, subnet, theta)
+
+    def with_factors(
+        self, call: ModelCall, subnet: Subnet, theta: Float[Tensor, "draws subnet"]
+    ) -> OutputDraws:
+        """The same with the factors of the data, where all sites have theirs.
+
+        A factor adds to the one observed site whose plates it shares, datum by datum,
+        or else stands under its own name. The network runs once for each draw.
+
+        Args:
+            call: The call, as before.
+            subnet: The chosen elements.
+            theta: Their draws, shape (K, S).
+
+        Returns:
+            The same, or new draws.
+        """
+        if not call.factors or any(not s.node["is_observed"] for s in call.sites):
+            return self
+        found: dict[str, list[Tensor]] = {name: [] for name in call.factors}
+        totals = []
+        with one_thread_at_a_time(), pyro.validation_enabled(False):
+            for row in theta:
+                trace = call.run(call.latents.values_with(subnet, row))
+                terms = data_terms(trace, call.factors, without_plates=False)
+                totals.append(torch.stack([t.log_density.double() for t in terms]))
+                for name, parts in found.items():
+                    parts.append(_factor_log_likelihood(trace.nodes[name]))
+        pointwise = dict(self.log_likelihood)
+        for name, parts in found.items():
+            density = torch.stack(parts)
+            where = self._site_of(call, name, density) or name
+            pointwise[where] = pointwise[where] + density if where != name else density
+        total = self.total + torch.stack(totals).sum(1)
+        return replace(self, log_likelihood=pointwise, total=total)
+
+    def _site_of(self, call: ModelCall, factor: str, density: Tensor) -> str | None:
+        """The one observed site that stands in a factor's plates, datum by datum."""
+        plates = set(call.factors[factor]["cond_indep_stack"])
+        alike = [
+            site.name
+            for site in call.sites
+            if set(site.node["cond_indep_stack"]) == plates
+        ]
+        same = len(alike) == 1 and self.log_likelihood[alike[0]].shape == density.shape
+        return alike[0] if same else None
+
+
+def _factor_log_likelihood(node: Node) -> Tensor:
+    """Unweighted log density of a factor; 0 where a mask or a scale leaves it out."""
+    density = factor_density(node)
+    live = torch.as_tensor(node["scale"], device=density.device) != 0
+    if node["mask"] is not None:
+        live = live & torch.as_tensor(node["mask"], device=density.device)
+    return density.where(live, 0.0)
 
 
 def _linearized(

@@ -43,20 +43,21 @@ def draw_prior(
 def log_prior_at(
     call: ModelCall, subnet: Subnet, theta: Float[Tensor, "draws subnet"]
 ) -> Float[Tensor, " draws"]:
-    """Unconstrained log density of all latent sites and factors, (K,), in nats."""
+    """Unconstrained log density of latent sites and their factors, (K,), in nats."""
     # Where no prior depends on a chosen site and there are no factors, only the sites
     # with chosen elements are evaluated anew. Otherwise the model runs once for each
     # draw.
     nodes, latents = call.trace.nodes, call.latents
     chosen = set(subnet.indices)
     parents = set[str]().union(*call.latent_parents().values())
-    runs = bool(chosen & parents) or any(map(is_factor, nodes.values()))
+    factors = {name for name, node in nodes.items() if is_factor(node)}
+    runs = bool(chosen & parents or factors - set(call.factors))
     with one_thread_at_a_time(), pyro.validation_enabled(False):
         if runs:
             found = []
             for row in theta:
                 u = latents.values_with(subnet, row)
-                terms = log_prior_terms(call.run(u), latents, u)
+                terms = log_prior_terms(call.run(u), latents, u, call.factors)
                 found.append(_sum([term.log_density for term in terms]))
             return torch.stack(found)
         rest = _terms(call, latents.values, set(latents.layout.names) - chosen)

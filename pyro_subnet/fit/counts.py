@@ -37,10 +37,11 @@ class DataCounts:
         self._calls += 1
         if self._calls == 1:
             self._subsamples = call.own_subsample()
+        nodes = {site.name: site.node for site in call.sites} | dict(call.factors)
         frames = {
-            frame.name: (frame, site.node)
-            for site in call.sites
-            for frame in site.node["cond_indep_stack"]
+            frame.name: (frame, node)
+            for node in nodes.values()
+            for frame in node["cond_indep_stack"]
         }
         for name, (frame, node) in frames.items():
             length, size = plate_length(node, frame), frame.full_size or frame.size
@@ -50,12 +51,13 @@ class DataCounts:
                 self._partly.add(name)
             self._shown[name] = self._shown.get(name, 0) + length
             self._check_size(name)
-        for site in call.sites:
-            scale, seen = site.node["scale"], site.num_seen(None)
+        shown = call.shown(None)
+        for name, node in nodes.items():
+            scale, seen = node["scale"], shown[name]
             if isinstance(scale, Tensor):  # with an axis it is a weight of each datum
                 scale = math.nan if scale.ndim else float(scale)
-            own = scale / plate_scale(site.node)
-            self._scaled.setdefault(site.name, []).append((own, seen or 0))
+            own = scale / plate_scale(node)
+            self._scaled.setdefault(name, []).append((own, seen or 0))
 
     def resume(self) -> None:
         """Forgets: what was counted before a pass was resumed is not known."""

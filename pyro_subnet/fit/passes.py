@@ -33,6 +33,9 @@ Prior = TypeVar("Prior")
 # From the log prior, term by term, and the latent leaves of its graph.
 ReadPrior = Callable[[Sequence[DensityTerm], Mapping[str, Tensor]], Prior]
 
+# From the log densities of the data's factors in one call, and the leaves.
+AddTerms = Callable[[Sequence[DensityTerm], Mapping[str, Tensor]], None]
+
 # What a pass has counted besides its numbers.
 _COUNTED = ("seen", "log_prior", "has_outputs", "scales_noise")
 
@@ -43,12 +46,13 @@ class DataPass(Generic[Prior]):
 
     Args:
         read_prior: What is kept of the log prior; called once, with its graph.
+        add_terms: Takes the factors that are data, in each call that has any.
         kind: The curvature that is summed; all but the GGN's take a density alone.
 
     Attributes:
         seen: Number of data points that were passed, counted if ``num_data`` is given.
         log_prior: The log prior of one call; all have the same.
-        has_outputs: Whether the model has any observed site.
+        has_outputs: Whether the model has any observed site, or factor of the data.
         numbers: Sums of :class:`FitSummary` so far: log likelihood, noise weight and
             noise energy, shape (3,), float64.
         scales_noise: As in :class:`FitSummary`.
@@ -62,6 +66,8 @@ class DataPass(Generic[Prior]):
         subnet: Subnet,
         data: Data,
         read_prior: ReadPrior[Prior],
+        add_terms: AddTerms,
+        *,
         kind: Curvature = "ggn",
     ):
         self.seen = 0
@@ -72,7 +78,7 @@ class DataPass(Generic[Prior]):
         self.counts = DataCounts(data)
         self.squashed = dict[str, str]()
         self._at_map, self._subnet, self._data = at_map, subnet, data
-        self._read_prior, self._kind = read_prior, kind
+        self._read_prior, self._add_terms, self._kind = read_prior, add_terms, kind
         self._prior: Prior | None = None
 
     def calls(self, batches: Iterable[Batch]) -> Iterator[SubnetCall]:
@@ -86,6 +92,7 @@ class DataPass(Generic[Prior]):
             check_forgotten(call, graph)
             self.squashed |= squashed_logits(call.sites, graph.trace.nodes)
             self._meet(call, graph)
+            self._add_factors(graph)
             subnet_call = self._over_subnet(call, graph)
             del graph  # frees the activations before the Jacobian needs the room
             self._add_densities(subnet_call)
@@ -123,7 +130,8 @@ class DataPass(Generic[Prior]):
         self.log_prior = None
         self._meet_prior(graph)
         weigh = self._over_subnet(call, graph).weights
-        return float(sum(_log_likelihood(site, weigh(site)) for site in call.sites))
+        of_sites = sum(_log_likelihood(site, weigh(site)) for site in call.sites)
+        return float(of_sites) + _total(self._data_terms(graph))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that was counted but the prior: tensors, and what JSON holds."""
@@ -152,7 +160,7 @@ class DataPass(Generic[Prior]):
     def _meet(self, call: ModelCall, graph: Graph) -> None:
         """Counts a call, and compares its prior with that of the others."""
         self._meet_prior(graph)
-        self.has_outputs |= bool(call.sites)
+        self.has_outputs |= bool(call.sites or call.factors)
         for site in call.sites:
             if not site.node["is_observed"]:
                 raise ModelError(
@@ -180,7 +188,7 @@ class DataPass(Generic[Prior]):
 
     def _meet_prior(self, graph: Graph) -> None:
         terms = graph.prior_terms
-        value = sum(term.log_density.item() for term in terms)
+        value = _total(terms)
         tolerance = torch.finfo(graph.latents.loc.dtype).eps ** 0.5
         if self.log_prior is None:
             self.log_prior = value
@@ -188,10 +196,22 @@ class DataPass(Generic[Prior]):
             raise ModelError(
                 "The log prior at the MAP must be the same for every batch; got "
                 f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
-                "depends on the data needs `laplace_approximation` on all of them."
+                "depends on the data needs `laplace_approximation` on all of them; a "
+                "factor that each datum has for itself belongs in the data's plate."
             )
         if self._prior is None:
             self._prior = self._read_prior(terms, graph.leaves)
+
+    def _data_terms(self, graph: Graph) -> list[DensityTerm]:
+        return graph.data_terms(without_plates=not self._data.whole)
+
+    def _add_factors(self, graph: Graph) -> None:
+        """Adds the factors that are data, while the graph is there."""
+        terms = self._data_terms(graph)
+        if terms:
+            self.numbers[0] += _total(terms)
+            self.scales_noise = False
+            self._add_terms(terms, graph.leaves)
 
     def _add_densities(self, subnet_call: SubnetCall) -> None:
         for site in subnet_call.call.sites:
@@ -204,6 +224,10 @@ class DataPass(Generic[Prior]):
                 self.numbers[2] += _noise_energy(site, weight)
             else:
                 self.scales_noise = False
+
+
+def _total(terms: Sequence[DensityTerm]) -> float:
+    return sum(term.log_density.item() for term in terms)
 
 
 def _log_likelihood(site: OutputSite, weight: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ class FitSums:
     ``"hessian"`` :math:`-\nabla_S^2 \sum_{ne} w_{ne} \log p(y_{ne} \mid \theta)`
     ============= =====================================================================
 
+    A factor in the data's plate has no outputs: all take its exact negative Hessian.
+
     Args:
         subnet: The chosen elements; all of them for Kronecker factors.
         budget: Bytes of Jacobian and activations that may be held at once.
@@ -120,7 +122,8 @@ class FitSums:
         self._subnet, self._like, self._budget = subnet, like, budget
         self._kind = options.curvature
         self._tolerance = torch.finfo(loc.dtype).eps ** 0.5
-        self._pass = DataPass(at_map, subnet, data, self._read_prior, self._kind)
+        reads = self._read_prior, self._add_terms
+        self._pass = DataPass(at_map, subnet, data, *reads, kind=self._kind)
         self._last = 0.0  # log likelihood of the batch that was added last
 
     def over(self, batches: Iterable[Batch]) -> SubnetCurvature:
@@ -218,6 +221,11 @@ class FitSums:
         self.total.meet(prior, self._kind)
         return prior, prior_gradient(terms, leaves, self._subnet)
 
+    def _add_terms(
+        self, terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]
+    ) -> None:
+        self.total.add_terms(terms, leaves, self._subnet, self._budget)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -251,8 +259,12 @@ def diagonal_curvature(
     """Both diagonals over all D elements, by one pass; no matrix over D is formed."""
     everything = at_map.latents.everything
     read_prior = partial(prior_diagonal, budget=budget)
-    passed = DataPass(at_map, everything, data, read_prior, kind)
     ggn = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
+
+    def add_terms(terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]) -> None:
+        ggn.add_(prior_diagonal(terms, leaves, budget))
+
+    passed = DataPass(at_map, everything, data, read_prior, add_terms, kind=kind)
     for call in passed.calls(data.calls("Variances")):
         ggn += squared_columns(*call.rows(kind), budget)
     return DiagonalCurvature(ggn * passed.scale, passed.prior.to(torch.float64))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import (
     DataError,
+    ModelError,
     NonFiniteError,
     OptionError,
     PrecisionError,
@@ -116,7 +117,14 @@ class _HeldOut:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> _HeldOut:
-        call = of_site(ModelCall.read(at_map, args, kwargs), None)
+        call = ModelCall.read(at_map, args, kwargs)
+        if call.factors:
+            raise ModelError(
+                "Held-out data must all be observed, for a predictive density; got "
+                f"`pyro.factor` site {next(iter(call.factors))!r} in the data's plate. "
+                "Observe them by a distribution, or tune by method='evidence'."
+            )
+        call = of_site(call, None)
         (site,) = call.sites
         if not site.node["is_observed"]:
             raise DataError(

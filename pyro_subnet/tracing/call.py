@@ -15,14 +15,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_subnet.curvature.jacobian.output_map import OutputMap
 from pyro_subnet.curvature.prior import DensityTerm
-from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.kept_bytes import counting_kept_bytes
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.arguments import run_on
+from pyro_subnet.tracing.checked_map import check_finite_map, check_latents
+from pyro_subnet.tracing.data_factors import data_factors, data_terms, factor_density
 from pyro_subnet.tracing.log_prior import latent_parents, log_prior_terms
 from pyro_subnet.tracing.output_site import OutputSite, data_sites, stand_alike
-from pyro_subnet.tracing.plates import num_seen
+from pyro_subnet.tracing.plates import num_seen, num_shown
 from pyro_subnet.tracing.repeats import check_same, hidden_latents
 from pyro_subnet.tracing.trace import (
     Latents,
@@ -53,6 +54,7 @@ class Graph:
         activation_bytes: What a run on all data keeps for its backward pass.
         has_drawn: Whether the run drew random numbers.
         whole: Whether the run was on all data of the call.
+        factors: Names of the factors that are data.
     """
 
     leaves: Mapping[str, Tensor]
@@ -61,12 +63,18 @@ class Graph:
     latents: Latents
     has_drawn: bool
     whole: bool
+    factors: tuple[str, ...]
 
     @cached_property
     def prior_terms(self) -> list[DensityTerm]:
-        """Unconstrained log prior: one term for each latent site and factor."""
+        """Unconstrained log prior: one term for each latent site and its factors."""
         with differentiable():
-            return log_prior_terms(self.trace, self.latents, self.leaves)
+            return log_prior_terms(self.trace, self.latents, self.leaves, self.factors)
+
+    def data_terms(self, *, without_plates: bool) -> list[DensityTerm]:
+        """Weighted log density of the factors that are data, of a run that is whole."""
+        with differentiable():
+            return data_terms(self.trace, self.factors, without_plates=without_plates)
 
 
 @final
@@ -93,7 +101,7 @@ class ModelCall:
     ) -> ModelCall:
         """The call, after a run at the MAP that checks sites, modes and finiteness."""
         latents = at_map.latents
-        _check_finite_map(latents)
+        check_finite_map(latents)
         values = latents.constrain(latents.values)
 
         def run(*args: Any, **kwargs: Any) -> poutine.Trace:
@@ -102,7 +110,7 @@ class ModelCall:
         with torch.no_grad(), preserved_rng(), refuse_training_mode():
             found = run_on(run, at_map.model, args, kwargs, latents.loc)
         trace, (args, kwargs) = found
-        _check_latents(trace, latents)
+        check_latents(trace, latents)
         fixed = {
             name: node["value"]
             for name, node in trace.nodes.items()
@@ -131,6 +139,12 @@ class ModelCall:
         """The latent sites at the MAP."""
         return self.at_map.latents
 
+    @cached_property
+    def factors(self) -> Mapping[str, Node]:
+        """Factors that are data, by name: terms of the log likelihood."""
+        outputs = [site.name for site in self.sites]
+        return data_factors(self.trace.nodes, outputs, self.latents)
+
     @property
     def num_data(self) -> int:
         """N, length of the data axis that all output sites share; 1 without one."""
@@ -143,8 +157,15 @@ class ModelCall:
         # The rows of the first tensor tell the plate over the data from other plates.
         first = next((leaf for leaf in self._flatten()[0] if _has_rows(leaf)), None)
         rows = None if first is None else first.shape[0]
-        counts = {site.name: site.num_seen(rows) for site in self.sites}
-        return num_seen(counts, [site.node for site in self.sites], rows)
+        shown = self.shown(rows)
+        names = [site.name for site in self.sites] or list(self.factors)
+        nodes = [self.trace.nodes[name] for name in names]
+        return num_seen({name: shown[name] for name in names}, nodes, rows)
+
+    def shown(self, rows: int | None) -> dict[str, int | None]:
+        """Data points that each site and factor shows; None if plates do not tell."""
+        of_sites = {site.name: site.num_seen(rows) for site in self.sites}
+        return of_sites | {n: num_shown(v, rows) for n, v in self.factors.items()}
 
     def own_subsample(self) -> str | None:
         """A plate whose subsample, drawn anew in every call, decides what is seen."""
@@ -162,6 +183,10 @@ class ModelCall:
                 node, again = site.node, other.nodes[site.name]
                 same = torch.equal(site.outputs(node), site.outputs(again))
                 if not same or not torch.equal(node["value"], again["value"]):
+                    return name
+            for factor, node in self.factors.items():
+                again = factor_density(other.nodes[factor])
+                if not torch.equal(factor_density(node), again):
                     return name
         return None
 
@@ -212,7 +237,9 @@ class ModelCall:
         """A run with its graph to the latent leaves, on few data if they suffice."""
         # The graph of a few data points serves if no output depends on other data
         # points and, where the prior will be read, if the prior is that of all data.
-        if self.num_data > _PROBE and self.data_rows():
+        # With it the factors of the data are read, which take all of them.
+        needs_all = with_prior and bool(self.factors)
+        if not needs_all and self.num_data > _PROBE and self.data_rows():
             rows = tuple(row[:_PROBE] for row in self.data_rows())
             try:
                 graph = self._graph(rows)
@@ -248,7 +275,8 @@ class ModelCall:
             weights = list(leaves.values())
             trace, nbytes = counting_kept_bytes(lambda: self.run(leaves, rows), weights)
             drawn = has_drawn()
-        return Graph(leaves, trace, nbytes, self.latents, drawn, rows is None)
+        factors = tuple(self.factors)
+        return Graph(leaves, trace, nbytes, self.latents, drawn, rows is None, factors)
 
     def _tells_all(self, graph: Graph, with_prior: bool) -> bool:
         """Whether a run on the first data has the reference's outputs and prior."""
@@ -265,7 +293,8 @@ class ModelCall:
                     return False
             if not with_prior:
                 return True
-            ours = log_prior_terms(self.trace, self.latents, self.latents.values)
+            values = self.latents.values
+            ours = log_prior_terms(self.trace, self.latents, values, self.factors)
             return all(
                 torch.allclose(a.log_density, b.log_density.to(a.log_density))
                 for a, b in zip(ours, graph.prior_terms, strict=True)
@@ -355,30 +384,3 @@ def _is_drawn(name: str, node: Node, latents: Latents) -> bool:
         fn = node["fn"]
         return fn.subsample_size is not None and fn.subsample_size < fn.size
     return is_output(name, node, latents) and not node["is_observed"]
-
-
-def _check_finite_map(latents: Latents) -> None:
-    for site, value in latents.values.items():
-        bad = int((~value.isfinite()).sum())
-        if bad:
-            raise NonFiniteError(
-                f"The MAP must be finite; got {bad} non-finite of {value.numel()} "
-                f"values at site {site!r}. Train again with a smaller learning rate, "
-                "or start from other values with `init_loc_fn`."
-            )
-
-
-def _check_latents(trace: poutine.Trace, latents: Latents) -> None:
-    for name in latents.layout.names:
-        node = trace.nodes.get(name)
-        if node is None:
-            raise ModelError(
-                f"The model must have the guide's latent sites in every call; got a "
-                f"call without site {name!r}. Make its sites independent of the data."
-            )
-        if node["is_observed"]:
-            raise ModelError(
-                f"A latent site of the guide must not be observed; got data for site "
-                f"{name!r}. The guide was first called without them, so it took the "
-                "site for a latent one: make a new guide and call it with the data."
-            )

@@ -54,7 +54,7 @@ def _is_leaf(call: ModelCall, graph: Graph, name: str) -> bool:
     leaf, nodes = graph.leaves[name], graph.trace.nodes
     others = {site: u for site, u in graph.leaves.items() if site != name}
     with differentiable():
-        for term in graph.prior_terms:
+        for term in graph.prior_terms + graph.data_terms(without_plates=False):
             if term.site == name:
                 if not _reaches(term.log_density, others):
                     return False

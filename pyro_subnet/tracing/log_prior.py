@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -18,14 +18,21 @@ from pyro_subnet.tracing.trace import Latents, Node, is_factor
 
 
 def log_prior_terms(
-    trace: poutine.Trace, latents: Latents, unconstrained: Mapping[str, Tensor]
+    trace: poutine.Trace,
+    latents: Latents,
+    unconstrained: Mapping[str, Tensor],
+    data: Collection[str],
 ) -> list[DensityTerm]:
-    """One term for each latent site and factor of a run at these values."""
+    """One term for each latent site, and factor that is not ``data``, of a run."""
     nodes = trace.nodes
     return [
         prior_term(nodes[name], latents.transforms[name], value)
         for name, value in unconstrained.items()
-    ] + [_factor_term(node) for node in nodes.values() if is_factor(node)]
+    ] + [
+        _factor_term(node)
+        for name, node in nodes.items()
+        if is_factor(node) and name not in data
+    ]
 
 
 def _factor_term(node: Node) -> DensityTerm:

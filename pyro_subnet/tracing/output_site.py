@@ -15,7 +15,7 @@ from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
 from pyro_subnet.tracing.plate_shape import check_shape
-from pyro_subnet.tracing.plates import plate_length, plate_scale
+from pyro_subnet.tracing.plates import num_shown, plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution, spread
 from pyro_subnet.tracing.trace import Node, preserved_rng
 
@@ -86,15 +86,9 @@ class OutputSite:
 
     def num_seen(self, rows: int | None) -> int | None:
         """Number of data points that the site shows; None if its plates do not tell."""
-        frames = self.node["cond_indep_stack"]
-        lengths = {plate_length(self.node, frame) for frame in frames}
-        if not lengths:
+        if not self.node["cond_indep_stack"]:
             return self.leading
-        # Of several plates the one over the data is as long as ``rows``, the first axis
-        # of the call's first tensor.
-        if len(lengths) > 1:
-            lengths = {length for length in lengths if length == rows}
-        return lengths.pop() if len(lengths) == 1 else None
+        return num_shown(self.node, rows)
 
     def own(self, node: Node) -> dict[str, Tensor]:
         """Unconstrained parameters in some run; of an unreadable family its density."""

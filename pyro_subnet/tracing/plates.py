@@ -53,6 +53,23 @@ def plate_scale(node: Node) -> float:
     return float(scale)
 
 
+def num_shown(node: Node, rows: int | None) -> int | None:
+    """Number of data points that a site's plates show; None if they do not tell.
+
+    Args:
+        node: The site's node.
+        rows: Length of the first axis of the call's first tensor, if there is one.
+
+    Returns:
+        The number, or None.
+    """
+    lengths = {plate_length(node, frame) for frame in node["cond_indep_stack"]}
+    # Of several plates the one over the data is as long as ``rows``.
+    if len(lengths) > 1:
+        lengths = {length for length in lengths if length == rows}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def num_seen(
     counts: Mapping[str, int | None], nodes: Sequence[Node], rows: int | None
 ) -> int:

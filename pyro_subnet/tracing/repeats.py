@@ -40,7 +40,7 @@ def check_same(
     latents: Latents | None,
     hidden: Callable[[], Sequence[str]],
 ) -> None:
-    """Refuses a random model: outputs, and the prior of ``latents``, must agree."""
+    """Refuses a random model: outputs, prior of ``latents`` and factors must agree."""
     for site in sites:
         other = site.own(again.nodes[site.name])
         for part, value in site.own(site.node).items():
@@ -55,7 +55,7 @@ def check_same(
     first, second = (
         torch.stack([term.log_density.detach().double() for term in terms]).sum()
         for terms in (
-            log_prior_terms(trace, latents, latents.values)
+            log_prior_terms(trace, latents, latents.values, ())
             for trace in (reference, again)
         )
     )

@@ -294,7 +294,8 @@ def factors(like: Tensor) -> Case:
         v = pyro.sample("v", dist.Normal(like.new_zeros(2), 1.0).to_event(1))
         pyro.sample("b", dist.Normal(like.new_zeros(2), 1.0).to_event(1))
         pyro.factor("penalty", -((w @ v) ** 4).sum())
-        with poutine.scale(scale=0.5), pyro.plate("pairs", 2):
+        # Without a plate: in one that holds no latent site it would be data.
+        with poutine.scale(scale=0.5):
             pyro.factor("smooth", -((w[:2, 0] - w[1:, 0]) ** 2))
 
     def log_prior(v: Values) -> Tensor:
