@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.options import check_shares
 from pyro_subnet.subnet import Layout
-from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
+from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP, types_of_sites
 
 Guide = TypeVar("Guide", bound="AutoAtMAP")
 # The model may hold anything, and a guide list is held by weak reference.
@@ -71,8 +71,9 @@ class AutoAtMAP(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Prototype nodes and unconstrained values of sites, each of its own type."""
+        own = types_of_sites(self, latent.dtype)
         for site, value in self._unpack_elements(latent):
-            yield site, value.to(site["value"].dtype)
+            yield site, value.to(own[site["name"]])
 
     def _unpack_elements(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The same in the type of the packed vector."""

@@ -81,13 +81,10 @@ class Latents:
         Returns:
             The latent sites, with ``loc`` detached.
         """
-        nodes = dict(guide.prototype_trace.iter_stochastic_nodes())
-        # The type of all sites together, which `loc` had before the guide was moved.
-        types = [node["value"].dtype for node in nodes.values()]
-        widest = reduce(torch.promote_types, types)
+        own = types_of_sites(guide, loc.dtype)
         transforms = {
-            name: _transform(node, loc.dtype, node["value"].dtype == widest)
-            for name, node in nodes.items()
+            name: _transform(node, loc.dtype, own[name])
+            for name, node in guide.prototype_trace.iter_stochastic_nodes()
         }
         shapes = guide._unconstrained_shapes
         layout = Layout(tuple(shapes), tuple(shapes.values()))
@@ -162,12 +159,21 @@ class _ToType(Transform):
         return x.new_zeros(x.shape[: x.ndim - self.domain.event_dim])
 
 
-def _transform(node: Node, dtype: torch.dtype, follows: bool) -> Transform:
+def types_of_sites(guide: AutoContinuous, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type of each latent site, where the packed vector has the type ``dtype``."""
+    # At set-up the vector had the widest of them. Sites of that one follow it, when the
+    # guide is moved to another.
+    nodes = guide.prototype_trace.iter_stochastic_nodes()
+    own = {name: node["value"].dtype for name, node in nodes}
+    widest = reduce(torch.promote_types, own.values())
+    return {name: dtype if kind == widest else kind for name, kind in own.items()}
+
+
+def _transform(node: Node, dtype: torch.dtype, outside: torch.dtype) -> Transform:
     """From a site's unconstrained value, of a type, to what the model draws."""
     transform = biject_to(node["fn"].support)
-    if follows:
+    if outside == dtype:
         return transform
-    outside = node["value"].dtype
     # As in a backbone of bfloat16 with adapters in float32.
     support = transform.codomain
     return ComposeTransform([transform, _ToType(support, dtype, outside)])

@@ -136,7 +136,7 @@ MADE: dict[str, tuple[Mistake, str, type[Exception]]] = {
     ),
     "a guide as the model": (
         lambda p: AutoSubnetLaplace(p.guide()),
-        r"got AutoSubnetLaplace\(\)\. Pass the model that the guide was made for",
+        r"got an AutoSubnetLaplace\. Pass the model that the guide was made for",
         OptionError,
     ),
     "a start at a network": (
