@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -236,10 +237,14 @@ def _factor_scaled_(
 ) -> None:
     """Puts the factor of G + s P0 into the lower triangle, in place; G stays above."""
     scaled = prior.scaled(factor)
-
-    def restore() -> None:
-        _restore_ggn_(ggn, ggn_diagonal)
-        scaled.add_to_lower_(ggn, 1.0)
-
     scaled.add_to_lower_(ggn, 1.0)
+    restore = partial(_restore_precision_, ggn, ggn_diagonal, scaled)
     factor_precision_(ggn, restore, factor)
+
+
+def _restore_precision_(
+    factor_and_ggn: Tensor, ggn_diagonal: Tensor, prior: PriorPrecision
+) -> None:
+    """Puts G and a prior's precision into the lower triangle, in place."""
+    _restore_ggn_(factor_and_ggn, ggn_diagonal)
+    prior.add_to_lower_(factor_and_ggn, 1.0)

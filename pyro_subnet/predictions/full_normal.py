@@ -41,9 +41,9 @@ class FullNormal(dist.MultivariateNormal):
         return (factor @ factor.mT).expand(self.scale_tril.shape)
 
     @full_precision()
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, shape ``sample_shape + batch_shape + (C,)``, differentiable."""
-        return super().rsample(sample_shape)
+        return super().rsample(torch.Size(sample_shape))
 
     @full_precision()
     def log_prob(self, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_subnet.predictions.links.likelihood import CLASSES
+from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 
@@ -27,22 +29,25 @@ def with_raw_logits(linearized: LinearizedOutputs) -> LinearizedOutputs:
     (site,) = linearized.sites
     if site.family.distribution not in CLASSES:
         return linearized
-    base = call.latents.values
-
-    def of_sites(
-        values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, ...]:
-        with _Normalizations() as seen:
-            node = call.run({**base, **values}, rows).nodes[site.name]
-        taken = SiteDistribution.of(node["fn"], node["value"])
-        logits = seen.before(taken.base.logits)  # type: ignore[attr-defined]
-        wide = logits.expand(*taken.element_shape, logits.shape[-1])
-        return (wide.reshape(-1, wide.shape[-1]),)
-
+    of_sites = partial(_raw_logits, call, site.name)
     with torch.no_grad():
         reference = of_sites({}, None)
     outputs = replace(linearized.outputs, of_sites=of_sites, reference=reference)
     return replace(linearized, outputs=outputs)
+
+
+def _raw_logits(
+    call: ModelCall,
+    site: str,
+    values: Mapping[str, Tensor],
+    rows: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, ...]:
+    with _Normalizations() as seen:
+        node = call.run({**call.latents.values, **values}, rows).nodes[site]
+    taken = SiteDistribution.of(node["fn"], node["value"])
+    logits = seen.before(taken.base.logits)  # type: ignore[attr-defined]
+    wide = logits.expand(*taken.element_shape, logits.shape[-1])
+    return (wide.reshape(-1, wide.shape[-1]),)
 
 
 @final

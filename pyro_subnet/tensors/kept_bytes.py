@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -29,13 +30,7 @@ def counting_kept_bytes(
         Both.
     """
     saved: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        # The tensor's own size: the few data points are a view of all.
-        storage = tensor.untyped_storage().data_ptr()
-        saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
-        return tensor
-
+    count = partial(_count, saved)
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             result = run()
@@ -46,6 +41,13 @@ def counting_kept_bytes(
             return run(), made.nbytes
     known = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
     return result, sum(size for at, size in saved.items() if at not in known)
+
+
+def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
+    # The tensor's own size: the few data points are a view of all.
+    storage = tensor.untyped_storage().data_ptr()
+    saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
+    return tensor
 
 
 @final

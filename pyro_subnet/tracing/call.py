@@ -27,6 +27,7 @@ from pyro_subnet.tracing.plates import num_seen, num_shown
 from pyro_subnet.tracing.repeats import check_same, hidden_latents
 from pyro_subnet.tracing.trace import (
     Latents,
+    Model,
     ModelAtMAP,
     Node,
     is_output,
@@ -103,10 +104,7 @@ class ModelCall:
         latents = at_map.latents
         check_finite_map(latents)
         values = latents.constrain(latents.values)
-
-        def run(*args: Any, **kwargs: Any) -> poutine.Trace:
-            return run_model(at_map.model, args, kwargs, values, {})
-
+        run = partial(_run_at, at_map.model, values)
         with torch.no_grad(), preserved_rng(), refuse_training_mode():
             found = run_on(run, at_map.model, args, kwargs, latents.loc)
         trace, (args, kwargs) = found
@@ -210,28 +208,25 @@ class ModelCall:
     ) -> OutputMap:
         """The map from the chosen flat positions of each site to what a run gives."""
         base = self.latents.values
-
-        # One matrix a tensor: its first axis, which goes with the data, by the rest.
-        def matrices(trace: poutine.Trace) -> tuple[Tensor, ...]:
-            return tuple(
-                value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
-                for value in read(trace)
-            )
-
-        def of_sites(
-            values: Mapping[str, Tensor], rows: tuple[Tensor, ...] | None
-        ) -> tuple[Tensor, ...]:
-            return matrices(self.run({**base, **values}, rows))
-
         return OutputMap(
             base={site: base[site] for site in chosen},
             chosen=chosen,
-            of_sites=of_sites,
-            reference=matrices(self.trace),
+            of_sites=partial(self._read_at, read, base),
+            reference=_matrices(read(self.trace)),
             rows=self.data_rows(),
             num_data=self.num_data,
             activation_bytes=activation_bytes,
         )
+
+    def _read_at(
+        self,
+        read: Callable[[poutine.Trace], tuple[Tensor, ...]],
+        base: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        rows: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, ...]:
+        """What :meth:`map_of` reads of a run at the values of some sites."""
+        return _matrices(read(self.run({**base, **values}, rows)))
 
     def graph(self, *, with_prior: bool = True) -> Graph:
         """A run with its graph to the latent leaves, on few data if they suffice."""
@@ -384,3 +379,17 @@ def _is_drawn(name: str, node: Node, latents: Latents) -> bool:
         fn = node["fn"]
         return fn.subsample_size is not None and fn.subsample_size < fn.size
     return is_output(name, node, latents) and not node["is_observed"]
+
+
+def _run_at(
+    model: Model, values: Mapping[str, Tensor], *args: Any, **kwargs: Any
+) -> poutine.Trace:
+    return run_model(model, args, kwargs, values, {})
+
+
+def _matrices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One matrix a tensor: its first axis, which goes with the data, by the rest."""
+    return tuple(
+        value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
+        for value in tensors
+    )

@@ -82,15 +82,14 @@ class SubnetCall:
 
     def _own(self) -> OutputMap:
         """The same; of an unreadable family the log density."""
+        return self.call.map_of(self._read, self.subnet.indices, self.activation_bytes)
 
-        def read(trace: poutine.Trace) -> tuple[Tensor, ...]:
-            found = (
-                site.outputs(trace.nodes[site.name], self.moved[site.name])
-                for site in self.sites
-            )
-            return tuple(value.reshape(-1, value.shape[-1]) for value in found)
-
-        return self.call.map_of(read, self.subnet.indices, self.activation_bytes)
+    def _read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
+        found = (
+            site.outputs(trace.nodes[site.name], self.moved[site.name])
+            for site in self.sites
+        )
+        return tuple(value.reshape(-1, value.shape[-1]) for value in found)
 
     def factors(self) -> Factors:
         r"""Roots :math:`\sqrt{w} R` of weighted output Hessians, one a moved site."""

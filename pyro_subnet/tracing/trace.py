@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, final
 
 import pyro
@@ -320,13 +320,12 @@ def other_random_numbers(turn: int) -> Iterator[Callable[[], bool]]:
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
-        before = _random_states()
+        yield partial(_has_drawn_since, _random_states())
 
-        def has_drawn() -> bool:
-            pairs = zip(before, _random_states(), strict=True)
-            return not all(torch.equal(one, other) for one, other in pairs)
 
-        yield has_drawn
+def _has_drawn_since(before: list[Tensor]) -> bool:
+    pairs = zip(before, _random_states(), strict=True)
+    return not all(torch.equal(one, other) for one, other in pairs)
 
 
 def _random_states() -> list[Tensor]:
@@ -342,12 +341,7 @@ def refuse_training_mode() -> Iterator[None]:
     # Before it runs, because batch statistics would change the layer's buffers. The
     # hook is global and is removed afterwards: no module is touched. Another thread may
     # be training a network of its own.
-    owner = threading.get_ident()
-
-    def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if threading.get_ident() == owner:
-            _check_mode(module)
-
+    check = partial(_check_mode, threading.get_ident())
     handle = register_module_forward_pre_hook(check)
     try:
         yield
@@ -355,7 +349,9 @@ def refuse_training_mode() -> Iterator[None]:
         handle.remove()
 
 
-def _check_mode(module: nn.Module) -> None:
+def _check_mode(owner: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if threading.get_ident() != owner:
+        return
     if module.training and (_changes_itself(module) or _is_random(module)):
         raise ModelError(
             "The network must run in eval mode where a layer's training mode is random "

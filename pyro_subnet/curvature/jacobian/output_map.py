@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import final
 
 import torch
@@ -93,20 +93,23 @@ class OutputMap:
         if stop - start == self.num_data:
             return self
         rows = tuple(row[start:stop] for row in self.rows)
-
-        def of_sites(
-            values: Mapping[str, Tensor], other: tuple[Tensor, ...] | None
-        ) -> tuple[Tensor, ...]:
-            return self.of_sites(values, rows if other is None else other)
-
         return replace(
             self,
-            of_sites=of_sites,
+            of_sites=partial(self._of_rows, rows),
             reference=factors_of(self.reference, self.num_data, start, stop),
             rows=rows,
             num_data=stop - start,
             activation_bytes=self.activation_bytes * (stop - start) // self.num_data,
         )
+
+    def _of_rows(
+        self,
+        rows: tuple[Tensor, ...],
+        values: Mapping[str, Tensor],
+        other: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, ...]:
+        """The outputs of some rows of the data, unless others are given."""
+        return self.of_sites(values, rows if other is None else other)
 
     def over(self, sites: Collection[str]) -> OutputMap:
         """The map of some of the chosen sites alone, the others fixed at the MAP."""

@@ -124,14 +124,7 @@ def joined_rows(
 
 def squared_columns(outputs: OutputMap, factors: Factors, budget: int) -> Tensor:
     r"""Diagonal of :math:`(R J)^\top R J`, summed over all elements, (S,), float64."""
-
-    def general(part: OutputMap, of_part: Factors) -> Tensor:
-        total = torch.zeros(part.size, dtype=torch.float64, device=part.loc.device)
-        for block in _general_blocks(part, of_part, budget):
-            rows = block.rows.flatten(0, 1).to(at_least_float32(block.rows.dtype))
-            total += rows.square().sum(0)
-        return total
-
+    general = partial(_general_squares, budget)
     with torch.no_grad():
         try:
             return layered_diagonal(outputs, factors, budget, general)
@@ -176,14 +169,19 @@ def _blocks(
 
 def _layered_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
     """Blocks by the structured route; general ones serve what it does not."""
-
-    def general(part: OutputMap, of_part: Factors) -> Blocks:
-        return _general_blocks(part, of_part, budget)
-
+    general = partial(_general_blocks, budget=budget)
     for block in layered_blocks(outputs, factors, budget, general):
         if _COMPARES.get():
             _compare(block, general(outputs, factors))
         yield block
+
+
+def _general_squares(budget: int, outputs: OutputMap, factors: Factors) -> Tensor:
+    total = torch.zeros(outputs.size, dtype=torch.float64, device=outputs.loc.device)
+    for block in _general_blocks(outputs, factors, budget):
+        rows = block.rows.flatten(0, 1).to(at_least_float32(block.rows.dtype))
+        total += rows.square().sum(0)
+    return total
 
 
 def _general_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -271,27 +271,42 @@ def broadcast(
     weight: Tensor, shape: torch.Size, factor: Tensor | None
 ) -> Callable[[Tensor, int], Entries]:
     """Entries of a weight that is broadcast to ``shape``, times ``factor``."""
-    axes = [axis for axis, length in enumerate(weight.shape) if length > 1]
+    if sum(length > 1 for length in weight.shape) == 1:
+        return partial(_of_channels, weight, shape, factor)
+    return partial(_of_broadcast, weight, shape, factor)
 
-    def channelwise(chosen: Tensor, num_data: int) -> Entries:
-        axis = len(shape) - weight.ndim + axes[0]
-        picked = None
-        if factor is not None:
-            picked = factor.detach().expand(shape).index_select(axis, chosen)
-        return Channelwise(num_data, axis, chosen, picked)
 
-    def entries(chosen: Tensor, num_data: int) -> Entries:
-        # Each output's chosen element, -1 where the element is not chosen.
-        column = torch.full((weight.numel(),), -1, device=weight.device)
-        column[chosen] = torch.arange(len(chosen), device=weight.device)
-        # The same for all rows of axis 0, along which the weight does not vary.
-        of_row = column.view(weight.shape).expand(shape[1:]).flatten()
-        of_datum = of_row.repeat(shape[0] // num_data)
-        features = (of_datum >= 0).nonzero().squeeze(-1)
-        picked = None
-        if factor is not None:
-            wide = factor.detach().expand(shape).reshape(num_data, -1)
-            picked = wide.index_select(1, features)
-        return Broadcast(num_data, features, of_datum[features], len(chosen), picked)
+def _of_channels(
+    weight: Tensor,
+    shape: torch.Size,
+    factor: Tensor | None,
+    chosen: Tensor,
+    num_data: int,
+) -> Channelwise:
+    (own,) = (axis for axis, length in enumerate(weight.shape) if length > 1)
+    axis = len(shape) - weight.ndim + own
+    picked = None
+    if factor is not None:
+        picked = factor.detach().expand(shape).index_select(axis, chosen)
+    return Channelwise(num_data, axis, chosen, picked)
 
-    return channelwise if len(axes) == 1 else entries
+
+def _of_broadcast(
+    weight: Tensor,
+    shape: torch.Size,
+    factor: Tensor | None,
+    chosen: Tensor,
+    num_data: int,
+) -> Broadcast:
+    # Each output's chosen element, -1 where the element is not chosen.
+    column = torch.full((weight.numel(),), -1, device=weight.device)
+    column[chosen] = torch.arange(len(chosen), device=weight.device)
+    # The same for all rows of axis 0, along which the weight does not vary.
+    of_row = column.view(weight.shape).expand(shape[1:]).flatten()
+    of_datum = of_row.repeat(shape[0] // num_data)
+    features = (of_datum >= 0).nonzero().squeeze(-1)
+    picked = None
+    if factor is not None:
+        wide = factor.detach().expand(shape).reshape(num_data, -1)
+        picked = wide.index_select(1, features)
+    return Broadcast(num_data, features, of_datum[features], len(chosen), picked)

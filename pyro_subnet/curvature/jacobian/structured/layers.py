@@ -67,11 +67,11 @@ def _matrix_plan(
     chosen: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of a matrix that hold a chosen entry, its place in them; then columns."""
-
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *compact(chosen // width, height), *compact(chosen % width, width)
-
-    return planned(chosen, (height, width), make)
+    return planned(
+        chosen,
+        (height, width),
+        lambda: (*compact(chosen // width, height), *compact(chosen % width, width)),
+    )
 
 
 def _matmul(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
