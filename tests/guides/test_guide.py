@@ -40,6 +40,7 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import (
+    DataCountWarning,
     ModelError,
     NoObservedSiteWarning,
     OptionError,
@@ -1134,9 +1135,13 @@ def test_one_call_with_a_subsample_keeps_its_scale(batch_size: int) -> None:
     x, y = data()
     guide = AutoSubnetLaplace(user_model)
     guide(x, y)
-    posterior = guide.laplace_approximation(x, y)
-    index = kept[-1]
-    assert all(torch.equal(index, again) for again in kept[-2:])
+    kept.clear()
+    with pytest.warns(DataCountWarning, match="draws a subsample of its own"):
+        posterior = guide.laplace_approximation(x, y)
+    # One run more, at other data, finds that the model draws them itself.
+    index, others = kept[0], (kept[0] + 1) % N
+    assert torch.equal(kept[1], index)
+    assert all(torch.equal(k, index) or torch.equal(k, others) for k in kept)
     rows = x[index]
     eye = torch.eye(INPUTS, dtype=torch.float64)
     expected = N / batch_size * rows.mT @ rows / 0.25 + eye
@@ -1157,6 +1162,7 @@ def test_one_call_with_a_given_subsample_keeps_its_scale() -> None:
     expected = 10 * x.mT @ x / 0.25 + eye
     assert_close(posterior.get_posterior().precision_matrix, expected, **SUM)
     # summed as minibatches, the plate's scale must not count
-    once = guide.laplace_approximation_from([(x, y)])
+    with pytest.warns(DataCountWarning, match="show 7 of the 70 data"):
+        once = guide.laplace_approximation_from([(x, y)])
     found = once.get_posterior().precision_matrix
     assert_close(found, x.mT @ x / 0.25 + eye, **SUM)
