@@ -128,8 +128,8 @@ def check_num_samples(num_samples: Any) -> None:
     """Refuses a number of draws below 1, and what is no whole number."""
     if not is_count(num_samples):
         raise OptionError(
-            "`num_samples` must be at least 1, a whole number; got "
-            f"{shown(num_samples)}. Pass 1000 or so."
+            f"`num_samples` must be at least 1; got {shown(num_samples)}. Pass a whole "
+            "number, 1000 or so."
         )
 
 

@@ -94,5 +94,5 @@ def test_a_generator_leaves_the_global_one_alone() -> None:
 
 def test_there_must_be_draws() -> None:
     posterior, x = fitted(1)
-    with pytest.raises(OptionError, match=r"`num_samples` must be at least 1.*got 0"):
+    with pytest.raises(OptionError, match=r"`num_samples` must be at least 1; got 0"):
         posterior.sample_functions(0, x)
