@@ -227,7 +227,7 @@ class DataPass(Generic[Prior]):
 
 
 def _total(terms: Sequence[DensityTerm]) -> float:
-    return sum(term.log_density.item() for term in terms)
+    return float(sum(term.log_density.item() for term in terms))
 
 
 def _log_likelihood(site: OutputSite, weight: Tensor) -> Tensor:

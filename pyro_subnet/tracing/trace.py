@@ -37,6 +37,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Layout, Subnet
 from pyro_subnet.tensors.modes import (
+    at_least_float32,
     differentiable,
     one_thread_at_a_time,
     without_autocast,
@@ -161,11 +162,13 @@ class _ToType(Transform):
 
 def types_of_sites(guide: AutoContinuous, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The type of each latent site, where the packed vector has the type ``dtype``."""
-    # At set-up the vector had the widest of them. Sites of that one follow it, when the
-    # guide is moved to another.
+    # At set-up the vector had the widest of them, and float32 at least. Sites of that
+    # one follow it, when the guide is moved to another.
     nodes = guide.prototype_trace.iter_stochastic_nodes()
     own = {name: node["value"].dtype for name, node in nodes}
     widest = reduce(torch.promote_types, own.values())
+    if dtype == at_least_float32(widest):
+        return own
     return {name: dtype if kind == widest else kind for name, kind in own.items()}
 
 

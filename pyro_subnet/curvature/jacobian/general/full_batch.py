@@ -77,7 +77,7 @@ def reverse_blocks(
             # Row (m, r): element m of the site carries R_m[r], the others nothing.
             cotangents = leaf.new_zeros(stop - start, rank, *value.shape)
             picked = torch.arange(stop - start, device=leaf.device)
-            cotangents[picked, :, start + picked] = factor[start:stop]
+            cotangents[picked, :, start + picked] = factor[start:stop].to(leaf)
             rows = [
                 rows_of(part.to(value))[0]
                 for part in cotangents.flatten(0, 1).split(group)
