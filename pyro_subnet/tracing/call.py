@@ -382,7 +382,7 @@ def _is_drawn(name: str, node: Node, latents: Latents) -> bool:
 
 
 def _run_at(
-    model: Model, values: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    model: Model, values: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
 ) -> poutine.Trace:
     return run_model(model, args, kwargs, values, {})
 
