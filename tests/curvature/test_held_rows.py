@@ -51,20 +51,8 @@ class ScaledWhereBatched(torch.autograd.Function):
         return ScaledWhereBatched.apply(1.01 * x), in_dims[0]
 
 
-class WronglyBatched(torch.autograd.Function):
+class WronglyBatched(ScaledWhereBatched):
     """The identity, whose gradients are 1% too large wherever they are batched."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return ScaledWhereBatched.apply(gradient)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
