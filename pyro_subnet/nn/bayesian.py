@@ -138,7 +138,7 @@ class BayesianModule(PyroModule):
         for name, row in self._padding_rows.items():
             weights[name] = _with_row(weights[name], row, self.net.get_buffer(name))
         self._used = True
-        with plain_calls():
+        with plain_calls(trains=True):
             return torch.func.functional_call(self.net, weights, args, kwargs)
 
     def _weight(self, name: str, call: object) -> Tensor:

@@ -37,14 +37,19 @@ _RENORM_EPS = 1e-7
 
 
 @contextmanager
-def plain_calls() -> Iterator[None]:
-    """Runs torch's functions in their plain form, and nothing compiled."""
+def plain_calls(*, trains: bool = False) -> Iterator[None]:
+    """Runs torch's functions in their plain form, and nothing compiled.
+
+    Args:
+        trains: Whether first derivatives are all that is asked for, as where the user
+            trains: recurrent layers in training mode then keep their fast kernels.
+    """
     if any(
         isinstance(mode, _PlainCalls) for mode in _get_current_function_mode_stack()
     ):
         yield
         return
-    with _EAGER.entered(), _PlainCalls():
+    with _EAGER.entered(), _PlainCalls(trains):
         yield
 
 
@@ -52,8 +57,9 @@ def plain_calls() -> Iterator[None]:
 class _PlainCalls(TorchFunctionMode):
     """Replaces calls while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, trains: bool) -> None:
         super().__init__()
+        self._trains = trains
         self._wants_graph = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -67,7 +73,7 @@ class _PlainCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _EMBEDDINGS:
             return _embedded(func, args, kwargs)
-        if func in _RECURRENT:
+        if func in _RECURRENT and not (self._trains and _in_training_mode(args)):
             with _without_fused_recurrence():
                 return func(*args, **kwargs)
         if self._wants_graph and not torch.is_grad_enabled():
@@ -98,6 +104,14 @@ def _renormed(weight: Tensor, limit: float, order: float) -> Tensor:
     norm = torch.linalg.vector_norm(now, order, dim=-1, keepdim=True)
     scale = torch.where(norm > limit, limit / (norm + _RENORM_EPS), 1.0)
     return weight + (now * scale.to(now.dtype) - now)
+
+
+def _in_training_mode(args: tuple[Any, ...]) -> bool:
+    """Whether a recurrent call is one of training, whose kernels have a gradient."""
+    # After the weights: biases, layers, dropout, training. Packed sequences have one
+    # argument more in front of the weights.
+    weights = next(i for i, arg in enumerate(args) if isinstance(arg, list))
+    return bool(args[weights + 4])
 
 
 @contextmanager

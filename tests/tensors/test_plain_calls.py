@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -131,6 +132,57 @@ def test_recurrent_layers_in_both_modes(
     compare(net, Recurrent(kind), torch.randn(5, 4, 2, dtype=dtype))
     assert net.training == training
     assert torch.backends.cudnn.enabled
+
+
+class Packed(Recurrent):
+    """The same on packed sequences of two lengths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([x.shape[1]] * (len(x) - 1) + [1])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        states, _ = nn.utils.rnn.pad_packed_sequence(
+            self.cells(packed)[0], batch_first=True
+        )
+        return self.head(states[:, 0])
+
+
+class Kernels(TorchFunctionMode):
+    """Notes of every recurrent call whether it may take torch's fast kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast: list[bool] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.lstm, torch.gru, torch.rnn_tanh):
+            self.fast.append(torch.backends.cudnn.enabled)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("network", [Recurrent, Packed])
+@pytest.mark.parametrize("training", [True, False])
+def test_training_keeps_the_fast_kernels_of_recurrent_layers(
+    training: bool, network: type[Recurrent], kind: str
+) -> None:
+    """In training mode, whose kernels have first derivatives; a fit needs others."""
+    net = network(kind).train(training)
+    model = model_of(bayesianize(net), called)
+    x, y = torch.randn(5, 4, 2), torch.randn(5)
+    guide = AutoSubnetLaplace(model, init_loc_fn=init_to_module(net))
+    guide(x, y)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with Kernels() as kernels:
+        svi.step(x, y)
+    assert kernels.fast == [training] * len(kernels.fast)
+    assert kernels.fast
+    if network is Recurrent:  # `vmap` has no packed sequences
+        with Kernels() as kernels:
+            guide.laplace_approximation(x, y)
+        assert kernels.fast
+        assert not any(kernels.fast)
 
 
 class Checkpointed(nn.Module):
