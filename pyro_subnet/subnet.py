@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import final
 
@@ -28,7 +29,7 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of unconstrained elements of each site."""
         return tuple(math.prod(shape) for shape in self.shapes)
@@ -38,8 +39,8 @@ class Layout:
         """D, the length of the packed vector."""
         return sum(self.sizes)
 
-    @property
-    def offsets(self) -> dict[str, int]:
+    @cached_property
+    def offsets(self) -> Mapping[str, int]:
         """Position of each site's first element in the packed vector."""
         starts = accumulate(self.sizes, initial=0)
         return dict(zip(self.names, starts, strict=False))

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, final, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,8 @@ class _PlainCalls(TorchFunctionMode):
         self._trains = trains
         self._wants_graph = torch.is_grad_enabled()
 
+    # Called for each torch function of a run: checks at run time would take longer.
+    @no_type_check
     def __torch_function__(
         self,
         func: Any,
@@ -128,6 +130,7 @@ def _without_fused_recurrence() -> Iterator[None]:
             torch.backends.cudnn.enabled = before[1]
 
 
+@no_type_check
 def _kept(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:

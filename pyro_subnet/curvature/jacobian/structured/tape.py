@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -124,6 +124,8 @@ class Tape(TorchFunctionMode):
             index = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
             self._marked[id(leaf)] = (leaf, Weight(site, index, as_is=True))
 
+    # Called for each torch function of a run: checks at run time would take longer.
+    @no_type_check
     def __torch_function__(
         self,
         func: Any,
