@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_labels
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.diagnostics.probabilities import check_labels, tensors_of
+from pyro_subnet.exceptions import OptionError, shown
+from pyro_subnet.options import is_count
 
 
 @final
@@ -67,6 +68,7 @@ def reliability(
 
     Source: Guo, Pleiss, Sun and Weinberger (2017), section 2, arXiv 1706.04599.
     """
+    probs, labels = tensors_of(probs=probs, labels=labels)
     check_labels(probs, labels)
     confidence, predicted = probs.max(-1)
     return binned(confidence, predicted == labels, num_bins)
@@ -122,6 +124,7 @@ def classwise_calibration_error(
     Source: Kull et al. (2019), arXiv 1910.12656; Nixon et al. (2019), arXiv
     1904.01685, as "static calibration error".
     """
+    probs, labels = tensors_of(probs=probs, labels=labels)
     check_labels(probs, labels)
     hits = F.one_hot(labels.long(), probs.shape[-1]).bool()
     errors = [
@@ -135,9 +138,10 @@ def binned(
     confidence: Float[Tensor, " data"], hits: Bool[Tensor, " data"], num_bins: int
 ) -> Reliability:
     """Sorts predictions into bins (a, b] of confidence; 0 falls in the first bin."""
-    if num_bins < 1:
+    if not is_count(num_bins):
         raise OptionError(
-            f"`num_bins` must be positive; got {num_bins}. Leave it out for 15."
+            f"`num_bins` must be positive; got {shown(num_bins)}. Pass a whole number, "
+            "or leave it out for 15."
         )
     confidence = confidence.to(torch.float64).contiguous()
     edges = torch.linspace(0, 1, num_bins + 1).to(confidence)

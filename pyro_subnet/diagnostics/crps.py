@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_same_shape
+from pyro_subnet.diagnostics.probabilities import check_same_shape, tensors_of
+from pyro_subnet.exceptions import DataError
 
 
 def crps_normal(
@@ -39,12 +40,18 @@ def crps_normal(
         Shape (N, ...), in the unit of y.
 
     Raises:
-        DataError: If shapes differ.
+        DataError: If shapes differ, or a scale is not positive.
 
     Source: Gneiting and Raftery (2007), section 4.2.
     """
+    loc, scale, y = tensors_of(loc=loc, scale=scale, y=y)
     check_same_shape("loc", loc.shape, "y", y.shape)
     check_same_shape("scale", scale.shape, "y", y.shape)
+    if not bool((scale > 0).all()):
+        raise DataError(
+            f"`scale` must be standard deviations, positive; got {float(scale.min())}. "
+            "Pass `predictive.stddev`."
+        )
     z = (y - loc) / scale
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
     centred = torch.erf(z / math.sqrt(2))  # 2 Φ(z) - 1
@@ -67,6 +74,7 @@ def crps_from_draws(
     Raises:
         DataError: If draws and observations are of different data.
     """
+    draws, y = tensors_of(draws=draws, y=y)
     check_same_shape("draws", draws.shape[1:], "y", y.shape)
     count = len(draws)
     ordered = draws.sort(0).values

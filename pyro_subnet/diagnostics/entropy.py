@@ -14,7 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_probabilities
+from pyro_subnet.diagnostics.probabilities import check_probabilities, tensors_of
+from pyro_subnet.exceptions import DataError
+
+_AXES = 3  # of draws: K, N and C
 
 
 @final
@@ -47,6 +50,7 @@ def predictive_entropy(
     Raises:
         DataError: If rows are no probabilities.
     """
+    (probs,) = tensors_of(probs=probs)
     check_probabilities(probs)
     return torch.special.entr(probs).sum(-1)
 
@@ -65,11 +69,18 @@ def decompose_entropy(
         :math:`(C - 1) / 2 K` nats where each draw is sure of a class, else by less.
 
     Raises:
-        DataError: If rows are no probabilities.
+        DataError: If rows are no probabilities, or axes are missing.
 
     Source: Depeweg et al. (2018), arXiv 1710.07283; Houlsby et al. (2011),
     eq. 2, arXiv 1112.5745.
     """
+    (draws,) = tensors_of(draws=draws)
+    if draws.ndim != _AXES:
+        raise DataError(
+            "`draws` must have shape (K, N, C), class probabilities of each draw of "
+            f"the weights; got {tuple(draws.shape)}. Pass "
+            "`posterior.sample_functions(K, x).softmax(-1)`."
+        )
     each = predictive_entropy(draws).mean(0)
     total = torch.special.entr(draws.mean(0)).sum(-1)
     # Entropy is concave, so that only round-off can make the difference negative.

@@ -14,9 +14,12 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_subnet.exceptions import NonFiniteError, OptionError
+from pyro_subnet.diagnostics.probabilities import tensors_of
+from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError, shown
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.models.hybrid import SITE
+from pyro_subnet.options import is_count
+from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.trace import apart
 
 # Fewest weights to fit a Pareto tail to, and fewest draws for smoothing to be of use.
@@ -131,18 +134,20 @@ def importance_check(
 
     Raises:
         OptionError: If there are fewer than 25 draws.
+        DataError: If observations are missing.
         NonFiniteError: If a weight is NaN, or all are zero.
 
     Source: Vehtari et al. (2024), arXiv 1507.02646.
     """
-    if num_samples < _MIN_SAMPLES:
+    if not is_count(num_samples) or num_samples < _MIN_SAMPLES:
         raise OptionError(
             f"`num_samples` must be at least {_MIN_SAMPLES}, for a tail to be seen; "
-            f"got {num_samples}. Take 1000 or more."
+            f"got {shown(num_samples)}. Take 1000 or more."
         )
+    kwargs = dict(model_kwargs or {})
+    _check_observed(ModelCall.read(posterior.at_map, args, kwargs))
     hybrid = posterior.hybrid_model(linearized=linearized)
     q = posterior.get_posterior()
-    kwargs = dict(model_kwargs or {})
     with torch.no_grad(), apart():
         draws = q.sample(torch.Size([num_samples]))
         found = []
@@ -164,6 +169,17 @@ def importance_check(
     return ImportanceCheck(log_weights, draws, k_hat, size, linearized)
 
 
+def _check_observed(call: ModelCall) -> None:
+    """Refuses a call without data: reading it has refused those of other shapes."""
+    for site in call.sites:
+        if not site.node["is_observed"]:
+            raise DataError(
+                "The training data must be given, as weights are those of their "
+                f"likelihood; got none at site {site.name!r}. Pass what the fit took, "
+                "such as `(x, y)`."
+            )
+
+
 def pareto_smoothed(
     log_weights: Float[Tensor, " draws"],
 ) -> tuple[Float[Tensor, " draws"], float]:
@@ -178,6 +194,7 @@ def pareto_smoothed(
 
     Source: Vehtari et al. (2024), algorithm 1, arXiv 1507.02646.
     """
+    (log_weights,) = tensors_of(log_weights=log_weights)
     raw = log_weights - log_weights.max()
     count = len(raw)
     if -float(raw.min()) < _EQUAL:

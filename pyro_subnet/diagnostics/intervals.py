@@ -9,7 +9,7 @@ Source: Gneiting, Balabdaoui and Raftery (2007), doi 10.1111/j.1467-9868.2007.00
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ import torch.distributions as td
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_same_shape
-from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError
+from pyro_subnet.diagnostics.probabilities import check_same_shape, tensors_of
+from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError, shown
+from pyro_subnet.options import as_number
 
 _WIDEN, _HALVE = 60, 200  # more steps than any interval with finite ends takes
 
@@ -42,6 +43,7 @@ def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*da
 
     Source: Dawid (1984), doi 10.2307/2981683.
     """
+    (y,) = tensors_of(y=y)
     marginal = _marginal(predictive)
     shape = tuple(marginal.batch_shape)
     if shape != tuple(y.shape) or not y.numel():
@@ -69,6 +71,7 @@ def pit_from_draws(
     Raises:
         DataError: If draws and observations are of different data.
     """
+    draws, y = tensors_of(draws=draws, y=y)
     check_same_shape("draws", draws.shape[1:], "y", y.shape)
     return ((draws < y).to(y) + 0.5 * (draws == y).to(y)).mean(0)
 
@@ -90,7 +93,8 @@ def interval_coverage(
         OptionError: If a level is outside [0, 1].
         DataError: If a PIT value is outside [0, 1], or there is none.
     """
-    _check_levels(levels)
+    levels = _checked(levels)
+    (pit,) = tensors_of(pit=pit)
     outside = ~((pit >= 0) & (pit <= 1))
     if not pit.numel() or bool(outside.any()):
         raise DataError(
@@ -118,7 +122,7 @@ def mean_interval_width(predictive: Any, levels: Sequence[float]) -> Tensor:
         DataError: If the distribution has no distribution function.
         NonFiniteError: If no finite interval holds a level.
     """
-    _check_levels(levels, below_one=True)
+    levels = _checked(levels, below_one=True)
     marginal = _marginal(predictive)
     widths = [
         quantile(marginal, 0.5 + level / 2) - quantile(marginal, 0.5 - level / 2)
@@ -138,9 +142,15 @@ def quantile(predictive: Any, level: float) -> Tensor:
         Shape (N, ...).
 
     Raises:
+        OptionError: If the level is outside (0, 1).
         DataError: If the distribution has no distribution function.
         NonFiniteError: If the quantile is not finite.
     """
+    level = as_number(level, "level", "0.5 for the median")
+    if not 0 < level < 1:
+        raise OptionError(
+            f"`level` must be in (0, 1); got {level}. Pass 0.5 for the median."
+        )
     marginal = _marginal(predictive)
     wanted = torch.full_like(marginal.mean, level)
     try:
@@ -196,12 +206,20 @@ def _marginal(predictive: Any) -> Any:
     return predictive
 
 
-def _check_levels(levels: Sequence[float], *, below_one: bool = False) -> None:
-    top = "1)" if below_one else "1]"
-    if not levels or any(
-        not 0 <= level <= 1 or (below_one and level == 1) for level in levels
+def _checked(levels: Any, *, below_one: bool = False) -> list[float]:
+    """Levels as numbers; refuses what are no probabilities."""
+    top, given = "1)" if below_one else "1]", levels
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        given = []
+    elif not isinstance(levels, Sequence):
+        given = list(levels)  # as of an array
+    way = "0.9, say"
+    found = [as_number(level, "levels", way) for level in given]
+    if not found or any(
+        not 0 <= level <= 1 or (below_one and level == 1) for level in found
     ):
         raise OptionError(
             f"`levels` must be probabilities in [0, {top}, one at least; got "
-            f"{list(levels)}. Pass, for example, [0.5, 0.9]."
+            f"{shown(levels)}. Pass, for example, [0.5, 0.9]."
         )
+    return found

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.diagnostics.entropy import predictive_entropy
+from pyro_subnet.diagnostics.probabilities import tensors_of
 from pyro_subnet.exceptions import DataError
 
 
@@ -31,12 +32,14 @@ def auroc(
 
     Source: Hanley and McNeil (1982), doi 10.1148/radiology.143.1.7063747.
     """
+    negatives, positives = tensors_of(negatives=negatives, positives=positives)
     for name, scores in (("negatives", negatives), ("positives", positives)):
         if not scores.numel() or bool(scores.isnan().any()):
             raise DataError(
                 f"`{name}` must be numbers, one at least; got {scores.numel()}, of "
                 f"which {int(scores.isnan().sum())} NaN. Check the predictions."
             )
+    negatives, positives = negatives.flatten(), positives.flatten()
     dtype = torch.promote_types(negatives.dtype, positives.dtype)
     ordered = negatives.to(dtype).sort().values
     above = positives.to(dtype).contiguous()

@@ -1,12 +1,42 @@
-"""Checks of class probabilities, labels and shapes."""
+"""Checks of numbers, class probabilities, labels and shapes."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.exceptions import DataError
+from pyro_subnet.exceptions import DataError, shown
+
+
+def tensors_of(**given: Any) -> list[Tensor]:
+    """Tensors of arguments by name: NumPy arrays, lists and numbers are taken as such.
+
+    Args:
+        given: What the user passed.
+
+    Returns:
+        A tensor for each, in order.
+
+    Raises:
+        DataError: Which one holds no numbers.
+    """
+    return [_tensor_of(name, value) for name, value in given.items()]
+
+
+def _tensor_of(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(np.require(value, requirements=["C", "W"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"`{name}` must be a tensor, or an array of numbers; got {shown(value)}. "
+            f"Pass `torch.as_tensor({name})`."
+        ) from error
 
 
 def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
@@ -15,6 +45,11 @@ def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
         raise DataError(
             "`probs` must hold at least one datum and one class; got shape "
             f"{tuple(probs.shape)}. Pass the probabilities of some data."
+        )
+    if not probs.is_floating_point():
+        raise DataError(
+            f"`probs` must be probabilities; got {probs.dtype}. Pass "
+            "`logits.softmax(-1)`."
         )
     tolerance = torch.finfo(probs.dtype).eps ** 0.5
     worst = float((probs.sum(-1) - 1).abs().max())
@@ -35,6 +70,14 @@ def check_labels(
     check_probabilities(probs)
     check_same_shape("labels", labels.shape, "probs", probs.shape[:-1])
     count = probs.shape[-1]
+    broken = (
+        labels[labels != labels.round()] if labels.is_floating_point() else labels[:0]
+    )
+    if broken.numel():
+        raise DataError(
+            f"`labels` must be class numbers; got {float(broken[0])}. Pass whole "
+            "numbers, such as the `argmax(-1)` of soft labels."
+        )
     if bool(((labels < 0) | (labels >= count)).any()):
         raise DataError(
             f"`labels` must be in [0, C={count}); got {int(labels.min())} to "

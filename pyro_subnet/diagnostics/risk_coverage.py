@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_same_shape
+from pyro_subnet.diagnostics.probabilities import check_same_shape, tensors_of
 from pyro_subnet.exceptions import DataError
 
 
@@ -50,6 +50,7 @@ def risk_coverage(
     Source: El-Yaniv and Wiener (2010), "On the foundations of noise-free selective
     classification"; Geifman, Uziel and El-Yaniv (2019), arXiv 1805.08206, for the area.
     """
+    uncertainty, loss = tensors_of(uncertainty=uncertainty, loss=loss)
     check_same_shape("uncertainty", uncertainty.shape, "loss", loss.shape)
     if bool(uncertainty.isnan().any()):
         raise DataError(

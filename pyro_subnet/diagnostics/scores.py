@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_labels
-from pyro_subnet.exceptions import DataError
+from pyro_subnet.diagnostics.probabilities import check_labels, tensors_of
+from pyro_subnet.predictions.observations import log_density_of
 
 
 def negative_log_likelihood(predictive: Any, y: Tensor) -> Float[Tensor, " data"]:
@@ -34,33 +34,8 @@ def negative_log_likelihood(predictive: Any, y: Tensor) -> Float[Tensor, " data"
     Source: Good (1952), "Rational decisions"; Gneiting and Raftery (2007), doi
     10.1198/016214506000001437.
     """
-    # A batch of length one would broadcast to more data, and so would y of (N, 1).
-    if not len(y) or tuple(predictive.batch_shape) != (len(y),):
-        raise DataError(
-            f"`predictive` must have batch shape ({len(y)},), one for each of `y`, and "
-            f"at least one; got {tuple(predictive.batch_shape)}. Pass both for the "
-            "same data, and not `joint=True`."
-        )
-    shape = tuple(predictive.batch_shape + predictive.event_shape)
-    if tuple(y.shape) != shape:
-        raise DataError(
-            f"`y` must have the shape of the predictions, {shape}; got "
-            f"{tuple(y.shape)}. Pass `y.reshape(...)`, or labels without an axis of "
-            "classes."
-        )
-    try:
-        scores: Tensor = -predictive.log_prob(y)
-    except (ValueError, RuntimeError, IndexError) as err:
-        raise DataError(
-            "`y` must hold values that the predictions allow; got "
-            f"{type(predictive).__name__}, which says: {err} Leave out what is missing."
-        ) from err
-    if bool(scores.isnan().any()):
-        raise DataError(
-            "`y` must hold values that the predictions allow; got a score of NaN at "
-            f"index {int(scores.isnan().nonzero()[0])}. Leave out what is missing."
-        )
-    return scores
+    (y,) = tensors_of(y=y)
+    return -log_density_of(predictive, y)
 
 
 def brier_score(
@@ -84,6 +59,7 @@ def brier_score(
     Source: Brier (1950), "Verification of forecasts expressed in terms of
     probability"; as printed, without the mean.
     """
+    probs, labels = tensors_of(probs=probs, labels=labels)
     check_labels(probs, labels)
     target = F.one_hot(labels.long(), probs.shape[-1]).to(probs)
     return (probs - target).square().sum(-1)

@@ -36,6 +36,7 @@ from pyro_subnet.predictions.distribution import of_site, predictive_distributio
 from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.predictions.held_out import tune_by_nll
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
+from pyro_subnet.predictions.observations import error_at
 from pyro_subnet.predictions.outputs import OutputGaussian
 from pyro_subnet.predictions.raw_logits import with_raw_logits
 from pyro_subnet.subnet import Subnet, place_elements
@@ -376,14 +377,16 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
 
         Returns:
             Nats, shape (N,).
+
+        Raises:
+            DataError: If ``y`` is of other data than the inputs, or none of the values
+                that the predictions allow.
+            OptionError: As for :meth:`predictive_distribution`.
         """
         options = PredictiveOptions(
             link, False, site, num_samples, self.noise_factor, generator
         )
-        found = self._predictive(args, kwargs, options)
-        if found.log_prob_error is None:
-            return torch.zeros_like(found.distribution.log_prob(y))
-        return found.log_prob_error(y)
+        return error_at(y, self._predictive(args, kwargs, options), self.loc)
 
     @full_precision()
     @outside_inference_mode()

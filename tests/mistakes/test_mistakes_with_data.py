@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
+from pyro_subnet.diagnostics import importance_check
 from pyro_subnet.exceptions import DataError, ModelError, OptionError
 from pyro_subnet.nn import bayesianize, init_to_module
 from tests.mistakes.programs import Mistake, Program, as_users_run_it, assert_told
@@ -188,6 +189,36 @@ DATA: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"`val` must hold observations; got none at site 'y'\. Pass what training",
         DataError,
     ),
+    "fewer observations than inputs": (
+        lambda p: p.posterior().predictive_error(p.y[:4], p.x),
+        r"must have batch shape \(4,\), one for each of `y`.*; got \(6,\)\. Pass both",
+        DataError,
+    ),
+    "one observation of many inputs": (
+        lambda p: p.posterior().predictive_error(p.y[:1], p.x, link="mc"),
+        r"must have batch shape \(1,\), one for each of `y`.*; got \(6,\)\. Pass both",
+        DataError,
+    ),
+    "observations as a column": (
+        lambda p: p.posterior().predictive_error(p.y[:, None], p.x),
+        r"`y` must have the shape of the predictions, \(6,\); got \(6, 1\)\. Pass",
+        DataError,
+    ),
+    "observations as a list": (
+        lambda p: p.posterior().predictive_error(p.y.tolist(), p.x),
+        r"`y` must be a tensor; got a list\. Pass `torch\.as_tensor\(y\)`",
+        DataError,
+    ),
+    "fewer observations than draws of weights are judged by": (
+        lambda p: importance_check(p.posterior(), p.x, p.y[:4], num_samples=25),
+        r"must have the shape of its distribution; got data of shape \(4,\) at",
+        ModelError,
+    ),
+    "draws of weights judged without data": (
+        lambda p: importance_check(p.posterior(), p.x, num_samples=25),
+        r"training data must be given, .*; got none at site 'y'\. Pass what the fit",
+        DataError,
+    ),
     "num_data of zero": (
         lambda p: p.guide().laplace_approximation_from(p.loader, num_data=0),
         r"`num_data` must be a positive count; got 0\. Leave it out",
@@ -272,6 +303,8 @@ def test_arrays_are_taken_as_tensors(name: str) -> None:
         assert_close(covariance(found), covariance(right))
     expected = right.predictive_distribution(p.x)
     assert_close(right.predictive_distribution(x).stddev, expected.stddev)
+    error = right.predictive_error(y, x)
+    assert_close(error, right.predictive_error(p.y, p.x))
     assert_close(right.update(x, y).loc, right.update(p.x, p.y).loc)
     tuned = right.tune_prior_precision("nll", val=(x, y)).prior_factor
     assert tuned == right.tune_prior_precision("nll", val=(p.x, p.y)).prior_factor
