@@ -73,6 +73,8 @@ def save_posterior(
         "options": asdict(facts.options),
         "explained_variance": facts.explained_variance,
         "tuning": None,
+        "chosen_by": facts.chosen_by,
+        "num_seen": facts.num_seen,
     }
     if (tuning := facts.tuning) is not None:
         tensors.update(tuning_scales=tuning.scales, tuning_objective=tuning.objective)
@@ -99,6 +101,7 @@ def load_posterior(
 ) -> tuple[AutoContinuous, PosteriorState]:
     """A guide that one run of the model has set up, and the file's posterior."""
     tensors, content = read_file(path, KIND)
+    content = {"chosen_by": None, "num_seen": None, **content}
     _check_tensors(tensors, content)
     sites = content["sites"]
     prototype = _prototype(model, args, kwargs, sites, tensors["loc"])
@@ -123,6 +126,8 @@ def load_posterior(
         float(content["noise_scale"]),
         None if share is None else float(share),
         tuning,
+        content["chosen_by"],
+        content["num_seen"],
     )
     state = PosteriorState.from_tensors(moved, facts, layout)
     _check_state(state)

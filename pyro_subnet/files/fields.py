@@ -124,6 +124,9 @@ POSTERIOR: Fields = {
     "options": OPTIONS,
     "explained_variance": (or_none(_is_share), "a share or nothing"),
     "tuning": (or_none(lambda value: isinstance(value, dict)), "a mapping or nothing"),
+    # Files of an earlier version have none of these.
+    "chosen_by": (or_none(is_text), "text or nothing"),
+    "num_seen": (or_none(is_count), "a count or nothing"),
 }
 TUNING: Fields = {
     "method": (lambda value: value in ("evidence", "nll"), "'evidence' or 'nll'"),
@@ -142,7 +145,7 @@ FIT: Fields = {
 SUMS: Fields = {
     "form": (is_text, "a form's name"),
     "last": (is_number, "a number"),
-    "seen": (is_count, "a count"),
+    "seen": (or_none(is_count), "a count or nothing"),
     "log_prior": (or_none(is_number), "a number or nothing"),
     "has_outputs": (is_bool, "true or false"),
     "scales_noise": (is_bool, "true or false"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_subnet.curvature.prior import DensityTerm
-from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.exceptions import CheckpointError, DataError, ModelError
 from pyro_subnet.fit.counts import DataCounts
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.options import Curvature
@@ -50,7 +50,7 @@ class DataPass(Generic[Prior]):
         kind: The curvature that is summed; all but the GGN's take a density alone.
 
     Attributes:
-        seen: Number of data points that were passed, counted if ``num_data`` is given.
+        seen: Number of data points that were passed; None where plates do not tell.
         log_prior: The log prior of one call; all have the same.
         has_outputs: Whether the model has any observed site, or factor of the data.
         numbers: Sums of :class:`FitSummary` so far: log likelihood, noise weight and
@@ -70,7 +70,7 @@ class DataPass(Generic[Prior]):
         *,
         kind: Curvature = "ggn",
     ):
-        self.seen = 0
+        self.seen: int | None = 0
         self.log_prior: float | None = None
         self.has_outputs = False
         self.numbers = torch.zeros(3, dtype=torch.float64)
@@ -111,7 +111,7 @@ class DataPass(Generic[Prior]):
     @property
     def scale(self) -> float:
         """What a sum over the data that were seen is multiplied by, for all data."""
-        if self._data.num_data is None:
+        if self._data.num_data is None or self.seen is None:
             return 1.0
         return self._data.num_data / self.seen
 
@@ -149,6 +149,13 @@ class DataPass(Generic[Prior]):
         self.counts.resume()
         for name in _COUNTED:
             setattr(self, name, content[name])
+        # A file of an earlier version counts none where nothing depends on it.
+        self.seen = self.seen or None
+        if self.seen is None and self._data.num_data is not None:
+            raise CheckpointError(
+                "The file of a fit with `num_data` must count the data that it has "
+                "seen; got none. Take another copy of it, or delete it to start over."
+            )
         if self.log_prior is not None:
             self.log_prior = float(self.log_prior)
         return {name: t for name, t in tensors.items() if name not in own}
@@ -177,14 +184,25 @@ class DataPass(Generic[Prior]):
                 )
         self.counts.add(call)
         num_data = self._data.num_data
-        if num_data is not None:
-            self.seen += call.num_seen
+        self._count(call)
+        if num_data is not None and self.seen is not None:
             if self.seen > num_data:
                 raise DataError(
                     "`num_data` must be at least the number of data in the batches; "
                     f"got {num_data}, and {self.seen} data so far. Pass the number of "
                     "all data, or leave it out if the batches hold all of them."
                 )
+
+    def _count(self, call: ModelCall) -> None:
+        """Counts the data that a call shows; an error where that must be known."""
+        try:
+            shown = call.num_seen
+        except DataError:
+            if self._data.num_data is not None:
+                raise
+            self.seen = None
+        else:
+            self.seen = None if self.seen is None else self.seen + shown
 
     def _meet_prior(self, graph: Graph) -> None:
         terms = graph.prior_terms

@@ -50,6 +50,7 @@ class SubnetCurvature:
         prior: P0, the negative Hessian of the log prior, unscaled.
         has_outputs: Whether the model has any observed site.
         doubts: Why data may count never, or several times.
+        num_seen: Number of data points that were seen; None where plates do not tell.
     """
 
     likelihood: Summed
@@ -57,6 +58,7 @@ class SubnetCurvature:
     summary: FitSummary
     has_outputs: bool
     doubts: Sequence[str]
+    num_seen: int | None
 
     def warn_of_doubts(self) -> None:
         """Says why data may count never, or several times."""
@@ -160,6 +162,7 @@ class FitSums:
             self._pass.summary(gradient),
             self._pass.has_outputs,
             self._pass.counts.doubts(),
+            self._pass.seen,
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

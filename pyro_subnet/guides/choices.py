@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from pyro_subnet.exceptions import ModelError, OptionError, shown
+from pyro_subnet.selection.base import Selector
 from pyro_subnet.subnet import Subnet
 
 # What a guide has once its model was run.
@@ -37,6 +39,25 @@ def checked_selector(subnet: Any) -> Callable[..., Subnet]:
         "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
         f"from sites to masks or positions; got {shown(subnet)}. {way_out}."
     )
+
+
+def short_name(selector: Callable[..., Subnet] | None) -> str:
+    """What chooses a subnet, in a few words: of ours, what is not left at defaults."""
+    if selector is None:
+        return "all weights"
+    kind = type(selector)
+    if isinstance(selector, Selector) and is_dataclass(selector):
+        told = []
+        for field in fields(selector):
+            value, default = getattr(selector, field.name), field.default
+            if default is MISSING and field.default_factory is MISSING:
+                told.append(shown(value))
+            elif value is not default and shown(value) != shown(default):
+                told.append(f"{field.name}={shown(value)}")
+        return f"{kind.__name__}({', '.join(told)})"
+    # An address in memory tells nothing, least of all in a file.
+    has_own = any("__repr__" in vars(parent) for parent in kind.__mro__[:-1])
+    return shown(selector) if has_own else kind.__name__
 
 
 def _check_signature(selector: Callable[..., Any]) -> None:

@@ -30,6 +30,7 @@ from pyro_subnet.guides.choices import (
     check_start,
     checked_selector,
     not_here,
+    short_name,
 )
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.laplace.state import PosteriorState
@@ -413,7 +414,15 @@ class AutoSubnetLaplace(AutoAtMAP):
         posterior = AutoSubnetMultivariateNormal(
             at_map.model,
             self,
-            PosteriorState(latents.loc, subnet, form, curvature.summary, self.options),
+            PosteriorState(
+                latents.loc,
+                subnet,
+                form,
+                curvature.summary,
+                self.options,
+                chosen_by=short_name(self._selector),
+                num_seen=curvature.num_seen,
+            ),
         )
         if file is not None:
             file.remove()

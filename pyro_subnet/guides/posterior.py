@@ -678,7 +678,9 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         state = self.state
         more = subnet_curvature(self.at_map, state.subnet, data, state.options_to_add)
         more.warn_of_doubts()
-        return self._with(state.with_data(more.likelihood, more.summary, forgetting))
+        return self._with(
+            state.with_data(more.likelihood, more.summary, forgetting, more.num_seen)
+        )
 
     # Files
 

@@ -37,6 +37,8 @@ class PosteriorFacts:
     noise_factor: float
     explained_variance: float | None
     tuning: Tuning | None
+    chosen_by: str | None = None
+    num_seen: int | None = None
 
 
 @final
@@ -54,6 +56,8 @@ class PosteriorState:
             subnet: a number, or one for each site named.
         noise_factor: What the scale of the model's normal noise is multiplied by.
         tuning: How a factor was chosen, if by tuning.
+        chosen_by: What chose the subnet, for people; None where that is not known.
+        num_seen: Number of data points that were seen; None where plates do not tell.
     """
 
     loc: Float[Tensor, " params"]
@@ -64,6 +68,8 @@ class PosteriorState:
     prior_factor: float | dict[str, float] = 1.0
     noise_factor: float = 1.0
     tuning: Tuning | None = None
+    chosen_by: str | None = None
+    num_seen: int | None = None
 
     def __str__(self) -> str:
         factors = f"prior precision times {_shown(self.prior_factor)}"
@@ -71,12 +77,15 @@ class PosteriorState:
         if self.tuning is not None:
             factors += f" (tuned by {self.tuning.method})"
         options = self.options
-        return (
-            f"{self.subnet}\n"
-            f"  curvature {options.curvature!r}, covariance {options.covariance!r}, "
-            f"held in {self.form.name} form\n"
-            f"  {factors}"
+        curvature = (
+            f"curvature {options.curvature!r}, covariance {options.covariance!r}, "
+            f"held in {self.form.name} form"
         )
+        # A file of an earlier version tells neither of these.
+        chosen = None if self.chosen_by is None else f"subnet: {self.chosen_by}"
+        seen = None if self.num_seen is None else f"data seen: {self.num_seen}"
+        lines = (chosen, curvature, factors, seen)
+        return "\n  ".join([str(self.subnet), *filter(None, lines)])
 
     @property
     def facts(self) -> PosteriorFacts:
@@ -88,6 +97,8 @@ class PosteriorState:
             self.noise_factor,
             self.subnet.explained_variance,
             self.tuning,
+            self.chosen_by,
+            self.num_seen,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,6 +125,8 @@ class PosteriorState:
             facts.prior_factor,
             facts.noise_factor,
             facts.tuning,
+            facts.chosen_by,
+            facts.num_seen,
         )
 
     @property
@@ -162,7 +175,11 @@ class PosteriorState:
         return replace(self, form=form, noise_factor=factor, tuning=tuning)
 
     def with_data(
-        self, more: Summed, summary: FitSummary, forgetting: float
+        self,
+        more: Summed,
+        summary: FitSummary,
+        forgetting: float,
+        num_seen: int | None = None,
     ) -> PosteriorState:
         r"""The posterior of :math:`\gamma G + G' + s P_0`; ``more`` is overwritten."""
         prior_factor = self._for_form(self.prior_factors)
@@ -176,7 +193,9 @@ class PosteriorState:
         if self.options.form == "auto":
             form = as_it_pays(form, prior_factor)
         summed = self.summary.plus(summary, forgetting)
-        return replace(self, form=form, summary=summed, tuning=None)
+        known = self.num_seen is not None and num_seen is not None
+        seen = (self.num_seen or 0) + (num_seen or 0) if known else None
+        return replace(self, form=form, summary=summed, tuning=None, num_seen=seen)
 
     def log_marginal_likelihood(
         self,
