@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.curvature.prior import PriorPrecision
@@ -20,6 +20,7 @@ from pyro_subnet.curvature.sums import CurvatureSum
 from pyro_subnet.exceptions import NonFiniteError, PrecisionError
 from pyro_subnet.options import FormName
 from pyro_subnet.subnet import Layout
+from pyro_subnet.tensors.lower_factor import lower_factor
 from pyro_subnet.tensors.memory import check_factor_fits
 
 # What a prior precision is multiplied by: one number for all weights, or one for each.
@@ -70,6 +71,32 @@ class Gaussian(ABC):
     @abstractmethod
     def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
         r"""Maps rows of J to rows W with :math:`W W^\top = J P^{-1} J^\top`."""
+
+    def row_scales(
+        self,
+        rows: Float[Tensor, "*rows some"],
+        columns: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "*rows"]:
+        r"""Standard deviations :math:`\sqrt{j P^{-1} j^\top}` of :math:`j \theta`.
+
+        Args:
+            rows: Rows j, all S entries or those at ``columns``.
+            columns: Where rows are not zero, distinct; everywhere by default.
+
+        Returns:
+            Shape (...). Of few columns their covariance is made, where rows are more.
+        """
+        if columns is None:
+            return torch.linalg.vector_norm(self.whiten(rows), dim=-1)
+        flat = rows.reshape(-1, len(columns))
+        few = len(columns) < len(flat)
+        basis = torch.eye(len(columns)).to(flat) if few else flat
+        wide = flat.new_zeros(len(basis), self.size)
+        wide[:, columns] = basis
+        whitened = self.whiten(wide)
+        if few:  # the covariance of the columns is T T^T
+            whitened = flat @ lower_factor(whitened)
+        return torch.linalg.vector_norm(whitened, dim=-1).reshape(rows.shape[:-1])
 
     @abstractmethod
     def precision_diagonal(self) -> Float[Tensor, " subnet"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.curvature.ggn import DiagonalSum
@@ -57,6 +57,15 @@ class DiagonalGaussian(Gaussian):
     def whiten(self, jac: Float[Tensor, "*rows subnet"]) -> Float[Tensor, "*rows s"]:
         r"""See :meth:`Gaussian.whiten`: rows j become :math:`p^{-1/2} j`."""
         return jac * self.precision.rsqrt()
+
+    def row_scales(
+        self,
+        rows: Float[Tensor, "*rows some"],
+        columns: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "*rows"]:
+        """See :meth:`Gaussian.row_scales`."""
+        own = self.precision if columns is None else self.precision[columns]
+        return torch.linalg.vector_norm(rows * own.rsqrt(), dim=-1)
 
     def precision_diagonal(self) -> Float[Tensor, " subnet"]:
         """See :meth:`Gaussian.precision_diagonal`."""

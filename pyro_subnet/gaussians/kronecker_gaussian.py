@@ -121,6 +121,40 @@ class KroneckerGaussian(Gaussian):
 
         return self._mapped(jac, scaled, self.precision.rsqrt())
 
+    def row_scales(
+        self,
+        rows: Float[Tensor, "*rows some"],
+        columns: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "*rows"]:
+        r"""See :meth:`Gaussian.row_scales`.
+
+        Rows j that meet a block in one row p of its matrix have, in it, the variance
+
+        .. math:: \sum_i (j\, Q_A)_i^2 \sum_o (Q_B)_{po}^2 / \Lambda_{oi}
+
+        Returns:
+            Shape (...).
+        """
+        if columns is None:
+            return super().row_scales(rows)
+        places, start = self._places[columns], len(self.positions)
+        at = (places < start).nonzero().squeeze(-1)
+        squares = [rows[..., at].square() * self.precision[places[at]].reciprocal()]
+        for block in self.blocks:
+            stop = start + block.positions.numel()
+            at = ((places >= start) & (places < stop)).nonzero().squeeze(-1)
+            within, width = places[at] - start, block.positions.shape[1]
+            out, into = within // width, within % width
+            start = stop
+            if not len(at):
+                continue
+            if bool((out != out[0]).any()):
+                return super().row_scales(rows, columns)
+            eigen = rows[..., at] @ block.input_vectors[into]
+            scale = block.output_vectors[out[0]].square() @ block.values.reciprocal()
+            squares.append(eigen.square() * scale)
+        return torch.cat(squares, dim=-1).sum(-1).sqrt()
+
     def precision_diagonal(self) -> Float[Tensor, " params"]:
         """See :meth:`Gaussian.precision_diagonal`."""
         return self._diagonal(lambda values: values)

@@ -54,6 +54,12 @@ class OutputGaussian:
                 return loc.flatten(), lower_factor(rows)
             return loc, torch.cat([lower_factor(rows) for rows in whitened])
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each output, (N, C), without covariances."""
+        with torch.set_grad_enabled(self.outputs.follows_inputs):
+            gaussian = self.gaussian
+            return self.loc(), self.outputs.scales(gaussian.row_scales, gaussian.loc)
+
     def _check_fits(self, *, joint: bool) -> None:
         """Refuses factors of the outputs' covariances that cannot be held."""
         shapes, like = self.outputs.outputs.shapes, self.gaussian.loc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, final
@@ -23,6 +23,8 @@ from pyro_subnet.curvature.jacobian.route import (
     jacobian_blocks,
     joined_rows,
 )
+from pyro_subnet.curvature.jacobian.structured.reach import reached_rows
+from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
@@ -34,6 +36,10 @@ from pyro_subnet.tracing.trace import Node, preserved_rng
 # Blocks of fewer rows are put together before they are solved for: a solve reads the
 # whole factor, which at large S takes longer than the operations of a few rows.
 _FEW_ROWS = 512
+# Outputs of a datum from which on it pays to find out which weights reach them.
+_MANY_ROWS = 32
+
+RowScales = Callable[..., Tensor]
 
 
 @final
@@ -112,6 +118,49 @@ class LinearizedOutputs:
         yield torch.cat(
             [self._by_datum(site, rows) for site, rows in enumerate(joined)], dim=1
         )
+
+    def scales(self, of_rows: RowScales, like: Tensor) -> Float[Tensor, "data out"]:
+        """Standard deviations of the outputs, without covariances or whole rows of J.
+
+        Args:
+            of_rows: Those of rows (..., S), or of their entries at some columns and
+                these columns.
+            like: Dtype of the rows that it takes.
+
+        Returns:
+            Shape (N, C). Of many outputs only entries of J that are not zero are made,
+            where each place of a layer's output reaches one of them.
+        """
+        if self.held is not None:
+            return torch.cat([of_rows(rows) for rows in self.held])
+        parts = self._reached_scales(of_rows, like)
+        if parts is None:
+            parts = self._dense_scales(of_rows, like)
+        return _cat([self._by_datum(site, part) for site, part in enumerate(parts)], 1)
+
+    def _reached_scales(self, of_rows: RowScales, like: Tensor) -> list[Tensor] | None:
+        """The scales (M, c) of every site, if a place of a layer reaches one output."""
+        num_data, shapes = self.outputs.num_data, self.outputs.shapes
+        counts = [m * c // num_data for m, c in shapes]
+        if self.follows_inputs or sum(counts) < _MANY_ROWS:
+            return None
+        found = like.new_zeros(num_data, sum(counts))
+        try:
+            for some in reached_rows(self.outputs, DEFAULT_BUDGET):
+                data = slice(some.start, some.start + len(some.rows))
+                found[data, some.outputs] = of_rows(some.rows.to(like), some.columns)
+        except NotLayered:
+            return None
+        parts = zip(found.split(counts, dim=1), shapes, strict=True)
+        return [part.reshape(shape) for part, shape in parts]
+
+    def _dense_scales(self, of_rows: RowScales, like: Tensor) -> list[Tensor]:
+        """The scales (M, c) of every site, from whole rows of J, block by block."""
+        if len(self.outputs.shapes) == 1:
+            groups = _few_joined(self._blocks())
+            return [_cat([of_rows(rows.to(like)) for rows in groups])]
+        num_sites = len(self.outputs.shapes)
+        return joined_rows(self._blocks(), num_sites, lambda j: of_rows(j.to(like)))
 
     def holding_rows(self, like: Tensor) -> LinearizedOutputs:
         """The same, with the rows of J kept: N C S numbers in the dtype of ``like``."""

@@ -69,6 +69,10 @@ def layered(f: Tensor) -> Tensor:
     return f
 
 
+def wide(f: Tensor) -> Tensor:
+    return f.repeat(1, 20)
+
+
 def coupled(f: Tensor) -> Tensor:
     return f - f.mean(0)
 
@@ -133,9 +137,15 @@ def test_a_fit_passes_the_files_that_the_page_names() -> None:
 
 
 def test_a_prediction_passes_the_files_that_the_page_names() -> None:
-    guide = AutoSubnetLaplace(model(layered), 0.5)
-    posterior = guide.laplace_approximation(X, Y)
-    ran = files_that_run(lambda: posterior.predictive_distribution(X))
+    def predicts() -> None:
+        for outputs, link in ((layered, "bridge"), (wide, "probit")):
+            posterior = AutoSubnetLaplace(model(outputs), 0.5).laplace_approximation(
+                X, Y
+            )
+            posterior.predictive_distribution(X, link=link)
+            pyro.clear_param_store()
+
+    ran = files_that_run(predicts)
     files = named("The way of a prediction")
     assert len(files) > 6
     for file in files:

@@ -69,6 +69,9 @@ class GaussianOutputs(Protocol):
     def moments(self, *, joint: bool) -> tuple[Tensor, Tensor]:
         """Mean and factor of the covariance, across inputs if joint."""
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each output, (N, C)."""
+
     def draw_functions(
         self, num_samples: int, generator: torch.Generator | None
     ) -> Tensor:
@@ -90,9 +93,7 @@ class Integration:
 
     def elementwise(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a scalar output, shape (N, *rest)."""
-        loc, factor = self.outputs.moments(joint=False)
-        # Unlike a root of the variance, it has a gradient where that is zero.
-        scale = torch.linalg.vector_norm(factor, dim=-1)
+        loc, scale = self.outputs.marginals()
         shape = self.likelihood.shape
         return loc.reshape(shape), scale.reshape(shape)
 

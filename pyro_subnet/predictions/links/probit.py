@@ -37,8 +37,7 @@ def by_probit(problem: Integration) -> Integrated:
         loc, scale = problem.elementwise()
         found: Any = build(logits=probit(loc, scale.square()))
     else:
-        loc, factor = problem.outputs.moments(joint=False)
-        loc = loc.unflatten(-1, (*likelihood.rest, -1))
-        variance = factor.unflatten(-2, loc.shape[1:]).square().sum(-1)
-        found = build(logits=probit(loc, variance))
+        loc, scale = problem.outputs.marginals()
+        logits = probit(loc, scale.square())
+        found = build(logits=logits.unflatten(-1, (*likelihood.rest, -1)))
     return Integrated(to_event(found, likelihood.rest))

@@ -65,12 +65,24 @@ class Broadcast(Entries):
         taken = self.num_data * self.features.numel()
         return self.held_bytes + taken * 4
 
+    @property
+    def part_columns(self) -> Int[Tensor, " parts"]:
+        """See :attr:`Entries.part_columns`."""
+        return self.columns
+
+    def places(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.places`."""
+        flat = _widened(delta.reshape(self.num_data, -1))
+        return flat.index_select(1, self.features)
+
+    def parts(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.parts`."""
+        picked = self.places(delta)
+        return picked if self.factor is None else picked * self.factor
+
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
-        flat = _widened(delta.reshape(self.num_data, -1))
-        picked = flat.index_select(1, self.features)
-        if self.factor is not None:
-            picked = picked * self.factor
+        picked = self.parts(delta)
         if self._in_order:
             return picked
         total = picked.new_zeros(len(picked), self.num_columns)
@@ -88,6 +100,7 @@ class Channelwise(Entries):
     num_data: int
     axis: int  # of the channels, in the output
     channels: Int[Tensor, " s"]  # c, the chosen ones
+    num_positions: int  # of a channel, in a data point's outputs
     factor: Tensor | None  # a at those channels, in the output's shape; None for one
 
     @property
@@ -100,11 +113,30 @@ class Channelwise(Entries):
         """See :attr:`Entries.nbytes`."""
         return 2 * self.held_bytes
 
+    @property
+    def part_columns(self) -> Int[Tensor, " parts"]:
+        """See :attr:`Entries.part_columns`."""
+        return _repeated(self.channels, self.num_positions)
+
+    def places(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.places`."""
+        return self._by_channel(delta.index_select(self.axis, self.channels))
+
+    def parts(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.parts`."""
+        return self._by_channel(self._picked(delta))
+
+    def _by_channel(self, picked: Tensor) -> Tensor:
+        by_data = picked.unflatten(0, (self.num_data, -1))
+        return by_data.movedim(self.axis + 1, 1).flatten(1)
+
+    def _picked(self, delta: Tensor) -> Tensor:
+        picked = _widened(delta.index_select(self.axis, self.channels))
+        return picked if self.factor is None else picked.mul_(self.factor)
+
     def __call__(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch s"]:
         """See :meth:`Entries.__call__`."""
-        picked = _widened(delta.index_select(self.axis, self.channels))
-        if self.factor is not None:
-            picked = picked.mul_(self.factor)
+        picked = self._picked(delta)
         others = [axis for axis in range(1, delta.ndim) if axis != self.axis]
         rows = picked.sum(others) if others else picked
         return rows.unflatten(0, (self.num_data, -1)).sum(1)
@@ -159,6 +191,22 @@ class Contraction(Entries):
             other = right if self.q is None else _gathered_rows(right, self.q)
             parts.append(_gathered_rows(some, self.p).mul_(other).sum(-1))
         return self._ordered(torch.cat(parts))
+
+    @property
+    def part_columns(self) -> Int[Tensor, " parts"]:
+        """See :attr:`Entries.part_columns`."""
+        place = _repeated(self.p, self.right.shape[-1])
+        return place if self.order is None else self.order.argsort()[place]
+
+    def places(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.places`."""
+        left = _widened(self.left(delta))
+        return left.index_select(1, self.p).flatten(1)
+
+    def parts(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """See :meth:`Entries.parts`."""
+        right = self.right if self.q is None else self.right.index_select(1, self.q)
+        return self.places(delta) * right.flatten(1)
 
     def _ordered(self, entries: Float[Tensor, "batch s"]) -> Float[Tensor, "batch s"]:
         return entries if self.order is None else entries.index_select(1, self.order)
@@ -238,6 +286,12 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(at_least_float32(tensor.dtype))
 
 
+def _repeated(elements: Int[Tensor, " s"], count: int) -> Int[Tensor, " parts"]:
+    """Numbers of some elements, each repeated."""
+    places = torch.arange(len(elements), device=elements.device)
+    return places.repeat_interleave(count)
+
+
 def _gathered_rows(
     tensor: Float[Tensor, "batch p t"], index: Int[Tensor, " s"]
 ) -> Float[Tensor, "batch s t"]:
@@ -288,7 +342,8 @@ def _of_channels(
     picked = None
     if factor is not None:
         picked = factor.detach().expand(shape).index_select(axis, chosen)
-    return Channelwise(num_data, axis, chosen, picked)
+    num_positions = shape.numel() // (shape[axis] * num_data)
+    return Channelwise(num_data, axis, chosen, num_positions, picked)
 
 
 def _of_broadcast(

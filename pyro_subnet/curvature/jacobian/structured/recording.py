@@ -169,11 +169,23 @@ class Recording:
         for cotangent in cotangents:
             yield self._pull(value, cotangent)
 
+    def gradients_of(self, cotangents: Sequence[Tensor]) -> Gradients:
+        """The gradients of all layers' outputs, for a cotangent of each site."""
+        live = self._live(cotangents)
+        if not live:
+            return [None] * len(self.edges)
+        return torch.autograd.grad(
+            [value for value, _ in live],
+            self.edges,
+            [u for _, u in live],
+            retain_graph=True,
+            allow_unused=True,
+        )
+
     def weight_gradient(self, cotangents: Sequence[Tensor]) -> Tensor:
         """Autograd's gradient at the elements served, for a cotangent of each site."""
         # It frees the run's activations, so it comes last.
-        pairs = zip(self.values, cotangents, strict=True)
-        live = [(value, u.to(value)) for value, u in pairs if value.requires_grad]
+        live = self._live(cotangents)
         sites = self.layered_sites
         gradients: Sequence[Tensor] = [torch.zeros_like(self.leaves[s]) for s in sites]
         if live:
@@ -192,6 +204,11 @@ class Recording:
         pieces = zip(self.outputs.chosen, columns.split(sizes), strict=True)
         served = set(self.layered_sites)
         return torch.cat([piece for site, piece in pieces if site in served])
+
+    def _live(self, cotangents: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Sites' values that have a graph, with their cotangents."""
+        pairs = zip(self.values, cotangents, strict=True)
+        return [(value, u.to(value)) for value, u in pairs if value.requires_grad]
 
     def _pull(self, value: Tensor, cotangent: Tensor, **options: bool) -> Gradients:
         if not value.requires_grad:

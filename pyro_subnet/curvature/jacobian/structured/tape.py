@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final, no_type_check
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -45,6 +45,19 @@ class Entries(ABC):
     def summed(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, " s"]:
         """The same, summed over the data."""
         return self(delta).sum(0)
+
+    @property
+    @abstractmethod
+    def part_columns(self) -> Int[Tensor, " parts"]:
+        """Which of the S elements each of :meth:`parts` belongs to."""
+
+    @abstractmethod
+    def places(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """The one number of the gradient that each of :meth:`parts` multiplies."""
+
+    @abstractmethod
+    def parts(self, delta: Float[Tensor, "rows ..."]) -> Float[Tensor, "batch parts"]:
+        """Products of one number of the gradient each, which entries are sums of."""
 
     def new_squares(self) -> Tensor:
         """An empty sum of squares for :meth:`add_squares_`, in a shape of its own."""
