@@ -36,8 +36,9 @@ from pyro_subnet.tracing.trace import Node, preserved_rng
 # Blocks of fewer rows are put together before they are solved for: a solve reads the
 # whole factor, which at large S takes longer than the operations of a few rows.
 _FEW_ROWS = 512
-# Outputs of a datum from which on it pays to find out which weights reach them.
-_MANY_ROWS = 32
+# Outputs of a datum, and numbers of all rows of J and of their cotangents, from which
+# on it pays to find out which weights reach which output.
+_MANY_ROWS, _MANY_NUMBERS = 32, 2**18
 
 RowScales = Callable[..., Tensor]
 
@@ -142,9 +143,11 @@ class LinearizedOutputs:
         """The scales (M, c) of every site, if a place of a layer reaches one output."""
         num_data, shapes = self.outputs.num_data, self.outputs.shapes
         counts = [m * c // num_data for m, c in shapes]
-        if self.follows_inputs or sum(counts) < _MANY_ROWS:
+        total = sum(counts)
+        numbers = num_data * total * (total + self.outputs.size)
+        if self.follows_inputs or total < _MANY_ROWS or numbers < _MANY_NUMBERS:
             return None
-        found = like.new_zeros(num_data, sum(counts))
+        found = like.new_zeros(num_data, total)
         try:
             for some in reached_rows(self.outputs, DEFAULT_BUDGET):
                 data = slice(some.start, some.start + len(some.rows))

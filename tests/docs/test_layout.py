@@ -70,7 +70,7 @@ def layered(f: Tensor) -> Tensor:
 
 
 def wide(f: Tensor) -> Tensor:
-    return f.repeat(1, 20)
+    return f.repeat(1, 200)
 
 
 def coupled(f: Tensor) -> Tensor:

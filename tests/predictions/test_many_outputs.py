@@ -23,7 +23,9 @@ from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import RandomSubnet, Sites
 from tests.tolerances import tolerance
 
-F, C, SIDE, NUM_TRAIN = 6, 40, 6, 9
+F, C, SIDE, NUM_TRAIN = 6, 40, 10, 9
+# So few outputs have whole rows of J; of so many data they have not.
+FEW, MANY = 1, 30
 # From the network's outputs to the distribution of a datum's labels.
 Likelihood = Callable[[Tensor], dist.TorchDistribution]
 
@@ -77,7 +79,7 @@ def labels(f: Tensor) -> dist.TorchDistribution:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Likelihood]] = {
     "classes": (lambda: nn.Linear(F, C), classes),
     "labels of two heads": (Heads, labels),
-    "pixels": (lambda: Pixels(5, 1), classes),
+    "pixels": (lambda: Pixels(3, 1), classes),
     "pixels of one class": (lambda: Pixels(1, 3), labels),
     "hidden": (lambda: nn.Sequential(nn.Linear(F, 4), nn.Linear(4, C)), classes),
     "one that leaks": (Leaking, classes),
@@ -134,7 +136,9 @@ def dense_variance(
     def outputs(*values: Tensor) -> Tensor:
         return functional_call(net, dict(zip(weights, values, strict=True)), x.double())
 
-    found = torch.autograd.functional.jacobian(outputs, tuple(weights.values()))
+    found = torch.autograd.functional.jacobian(
+        outputs, tuple(weights.values()), strategy="forward-mode", vectorize=True
+    )
     by_site = dict(zip(weights, found, strict=True))
     ndim = outputs(*weights.values()).ndim
     jac = torch.cat(
@@ -160,7 +164,7 @@ def test_probit_has_the_dense_variances(
 ) -> None:
     make, likelihood = NETWORKS[kind]
     fit = Fit(make(), likelihood, covariance, dtype)
-    for num_data in (1, 4):
+    for num_data in (FEW, MANY):
         x = torch.randn(num_data, F, dtype=dtype)
         x[0, 0], x[-1, 1] = 3.0, 0.0
         found = logits_of(fit.posterior.predictive_distribution(x, link="probit"))
@@ -191,9 +195,10 @@ def test_quadrature_of_many_counts_is_that_of_each() -> None:
     net.add_module("out", nn.Linear(F, C).double())
     guide = AutoSubnetLaplace(Rates(), init_loc_fn=init_to_module(net))
     posterior = guide.laplace_approximation(x, torch.poisson(net(x).exp()).detach())
-    found = posterior.predictive_distribution(x[:2]).base_dist.mean
+    x = torch.randn(MANY, F).double()
+    found = posterior.predictive_distribution(x).base_dist.mean
     # the mean of a log-normal rate
-    right = (net(x[:2]) + dense_variance(posterior, net, x[:2]) / 2).exp()
+    right = (net(x) + dense_variance(posterior, net, x) / 2).exp()
     assert_close(found, right.detach(), **tolerance(torch.float64, "closed_form"))
 
 
@@ -213,11 +218,11 @@ def test_passes_do_not_grow_with_the_classes(covariance: str) -> None:
             return z
 
     counts = []
-    for num_classes in (40, 150):
+    for num_classes in (C, 150):
         net = Counted(num_classes)
         fit = Fit(net, classes, covariance, torch.float64)
         passes.clear()
-        x = torch.randn(3, F).double()
+        x = torch.randn(MANY, F).double()
         logits = fit.posterior.predictive_distribution(x).logits
         counts.append(len(passes))
         shrunk = net(x) / (1 + math.pi / 8 * fit.variance(x)).sqrt()
