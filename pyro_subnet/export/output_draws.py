@@ -20,7 +20,7 @@ from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import one_thread_at_a_time
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data_factors import data_terms, factor_density
-from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import Node
@@ -203,7 +203,7 @@ def _log_likelihood(site: OutputSite, fn: Distribution) -> tuple[Tensor, Tensor]
     """Log density of the data: by data point unweighted, and its weighted sum."""
     taken = site.distribution
     shape = taken.element_shape
-    weights = site_weights(site.node, taken, without_plates=False).reshape(shape)
+    weights = site.weights(without_plates=False).reshape(shape)
     live = weights != 0
     density = fn.log_prob(site.value).where(live, 0.0)
     total = (density.double() * weights).reshape(len(density), -1).sum(1)

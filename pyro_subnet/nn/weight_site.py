@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pyro
 from pyro.distributions import Distribution
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
@@ -43,7 +44,7 @@ def weight_site(site: str, prior: Distribution, drawn: Drawn) -> Tensor:
     if before is not None and site in drawn and drawn[site]() is before:
         return before
     try:
-        with _outside_plates():
+        with _outside_plates() if any(map(_is_plate, _PYRO_STACK)) else nullcontext():
             value: Tensor = pyro.sample(site, prior)
     except RuntimeError as error:
         if before is None or not str(error).startswith(_TWICE):
@@ -77,11 +78,11 @@ def _outside_plates() -> Iterator[None]:
     """Takes the model's plates off the stack: in one, each datum has its own weight."""
     before = list(_PYRO_STACK)
     try:
-        _PYRO_STACK[:] = [
-            handler
-            for handler in before
-            if not isinstance(handler, IndepMessenger) or handler.name in _OVER_DRAWS
-        ]
+        _PYRO_STACK[:] = [one for one in before if not _is_plate(one)]
         yield
     finally:
         _PYRO_STACK[:] = before
+
+
+def _is_plate(handler: Messenger) -> bool:
+    return isinstance(handler, IndepMessenger) and handler.name not in _OVER_DRAWS

@@ -31,7 +31,7 @@ from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data, is_loader
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
-from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.trace import ModelAtMAP
 
 # Share of the free memory that the Jacobian of the held-out data may take.
@@ -152,7 +152,7 @@ class _HeldOut:
 
 def _weights(site: OutputSite, num_data: int) -> Tensor:
     """w of each data point, shape (N,), float64; its elements must agree."""
-    weights = site_weights(site.node, site.distribution, without_plates=True)
+    weights = site.weights(without_plates=True)
     by_datum = weights.reshape(num_data, -1)
     if bool((by_datum != by_datum[:, :1]).any()):
         raise OptionError(

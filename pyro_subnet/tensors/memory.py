@@ -26,6 +26,8 @@ _CGROUP_1 = (
     "memory.usage_in_bytes",
     "total_inactive_file",
 )
+# Version 1 writes 2**63 - 1, in whole pages, where there is no limit.
+_UNLIMITED = 2**62
 # The precision is summed and factored in place; a quarter is for blocks of work.
 _MATRICES_PER_FIT = 1.25
 # Jacobian blocks and the activations behind them are cut to about this size.
@@ -109,6 +111,8 @@ def cgroup_bytes(root: Path = Path("/")) -> list[int]:
             group = folder.joinpath(*parts[:depth])
             try:
                 most = int((group / limit).read_text())
+                if most >= _UNLIMITED:
+                    continue
                 now = int((group / used).read_text())
                 text = (group / "memory.stat").read_text()
             except (OSError, ValueError):  # no such group, or "max"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, final
 
 import torch
@@ -16,11 +16,9 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _ALONE = threading.RLock()
 
 
-@contextmanager
-def one_thread_at_a_time() -> Iterator[None]:
+def one_thread_at_a_time() -> AbstractContextManager[bool]:
     """Keeps other threads of the package out of what a process has only one of."""
-    with _ALONE:
-        yield
+    return _ALONE
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

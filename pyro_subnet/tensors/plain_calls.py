@@ -32,6 +32,8 @@ _EMBEDDINGS: Mapping[Any, list[str]] = {
 }
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 _RERUN = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+_CHECKPOINTS = torch.utils.checkpoint.__name__
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # What keeps torch from a zero in the denominator of a row's norm.
 _RENORM_EPS = 1e-7
 
@@ -80,7 +82,10 @@ class _PlainCalls(TorchFunctionMode):
                 return func(*args, **kwargs)
         if self._wants_graph and not torch.is_grad_enabled():
             _refuse_reentrant_checkpoint()
-        return _kept(func, args, kwargs)
+        hooks = _top_hooks(True)
+        if hooks is None or hooks[0].__module__ != _CHECKPOINTS:
+            return func(*args, **kwargs)
+        return _kept(hooks, func, args, kwargs)
 
 
 def _embedded(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -132,14 +137,11 @@ def _without_fused_recurrence() -> Iterator[None]:
 
 @no_type_check
 def _kept(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    hooks: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
 ) -> Any:
     """Runs a function and keeps what its backward pass needs, though checkpointed."""
     # A layer that runs again in the backward pass would find other weights than those
     # that a functional call, or a draw, gave it in the forward pass.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__:
-        return func(*args, **kwargs)
     torch._C._autograd._pop_saved_tensors_default_hooks()
     try:
         return func(*args, **kwargs)

@@ -153,7 +153,7 @@ class ModelCall:
     def num_seen(self) -> int:
         """Number of data points shown; an error where the sites leave it open."""
         # The rows of the first tensor tell the plate over the data from other plates.
-        first = next((leaf for leaf in self._flatten()[0] if _has_rows(leaf)), None)
+        first = next((leaf for leaf in self._flat[0] if _has_rows(leaf)), None)
         rows = None if first is None else first.shape[0]
         shown = self.shown(rows)
         names = [site.name for site in self.sites] or list(self.factors)
@@ -345,19 +345,19 @@ class ModelCall:
 
     def data_rows(self) -> tuple[Tensor, ...]:
         """The tensors of the call whose first axis is as long as the data."""
-        leaves, _ = self._flatten()
-        return tuple(leaf for leaf in leaves if self._is_row(leaf))
+        return tuple(leaf for leaf in self._flat[0] if self._is_row(leaf))
 
     def _is_row(self, leaf: Any) -> bool:
         return self.num_data > 1 and _has_rows(leaf) and leaf.shape[0] == self.num_data
 
-    def _flatten(self) -> tuple[list[Any], TreeSpec]:
+    @cached_property
+    def _flat(self) -> tuple[list[Any], TreeSpec]:
         return tree_flatten((self.args, dict(self.kwargs), dict(self.fixed)))
 
     def _with_rows(
         self, rows: tuple[Tensor, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
-        leaves, spec = self._flatten()
+        leaves, spec = self._flat
         left = iter(rows)
         swapped = [next(left) if self._is_row(leaf) else leaf for leaf in leaves]
         return tree_unflatten(swapped, spec)

@@ -10,7 +10,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from pyro_subnet.exceptions import DataError, NonFiniteError
-from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.output_site import OutputSite
 
 _MASK = "Leave it out with `poutine.mask`"
 # What users pass in place of the labels that a family takes, and the way out.
@@ -37,7 +37,7 @@ def check_data(site: OutputSite) -> None:
     taken, value = site.distribution, site.node["value"]
     shape, event = taken.element_shape, taken.base.event_shape
     wide = value.expand(shape + event)
-    live = (site_weights(site.node, taken, without_plates=False) != 0).reshape(shape)
+    live = (site.weights(without_plates=False) != 0).reshape(shape)
     finite = wide.isfinite().unsqueeze(-1).flatten(len(shape)).all(-1)
     _refuse(site, live & ~finite, _when_missing(site))
     _refuse(site, live & ~_inside_support(taken.base, site.value), _way_out(site))

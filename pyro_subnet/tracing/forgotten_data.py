@@ -26,23 +26,20 @@ def check_forgotten(call: ModelCall, graph: Graph) -> None:
     Raises:
         ModelError: If there is one.
     """
-    empty = _arguments_without_value(call)
-    for name in call.latents.layout.names:
-        stands = _stands_with_data(call, call.trace.nodes[name])
-        suspect = stands or (bool(empty) and not call.sites)
-        if suspect and _is_leaf(call, graph, name):
-            raise ModelError(_message(name, empty))
-
-
-def _stands_with_data(call: ModelCall, node: Node) -> bool:
-    """Whether a latent site is in an observed one's plate, or has a row a datum."""
-    plates = _plates(node)
-    if any(plates & _plates(site.node) for site in call.sites):
-        return True
+    plates = set[str]().union(*(_plates(site.node) for site in call.sites))
     leaves = tree_leaves((call.args, dict(call.kwargs)))
-    rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    empty = [] if call.sites else _arguments_without_value(call)
+    for name in call.latents.layout.names:
+        stands = _stands_with_data(call.trace.nodes[name], plates, rows)
+        if (stands or empty) and _is_leaf(call, graph, name):
+            raise ModelError(_message(name, _arguments_without_value(call)))
+
+
+def _stands_with_data(node: Node, plates: set[str], rows: set[int]) -> bool:
+    """Whether a latent site is in an observed one's plate, or has a row a datum."""
     value = node["value"]
-    return value.ndim > 0 and len(value) in rows
+    return bool(plates & _plates(node)) or (value.ndim > 0 and value.shape[0] in rows)
 
 
 def _plates(node: Node) -> set[str]:

@@ -50,6 +50,16 @@ class OutputSite:
                 )
         return site
 
+    def weights(self, *, without_plates: bool) -> Tensor:
+        """w of each element, as `_site_weights` says, of the run at the MAP."""
+        if without_plates and plate_scale(self.node) != 1:
+            return _site_weights(self.node, self.distribution, without_plates=True)
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return _site_weights(self.node, self.distribution, without_plates=False)
+
     @cached_property
     def value(self) -> Tensor:
         """The data, (*element shape, *event); draws where the weight is zero."""
@@ -58,7 +68,7 @@ class OutputSite:
         taken = self.distribution
         event = taken.base.event_shape
         value: Tensor = self.node["value"].expand(taken.element_shape + event)
-        left_out = site_weights(self.node, taken, without_plates=False) == 0
+        left_out = self.weights(without_plates=False) == 0
         if bool(left_out.any()):
             with preserved_rng(), torch.no_grad():
                 draws = taken.base.expand(taken.element_shape).sample()
@@ -92,13 +102,26 @@ class OutputSite:
 
     def own(self, node: Node) -> dict[str, Tensor]:
         """Unconstrained parameters in some run; of an unreadable family its density."""
-        taken = SiteDistribution.of(node["fn"], node["value"])
+        return self._own if node is self.node else self._own_of(node)
+
+    @cached_property
+    def _own(self) -> dict[str, Tensor]:
+        return self._own_of(self.node)
+
+    def _own_of(self, node: Node) -> dict[str, Tensor]:
+        taken = self._taken(node)
         if self.family.unreadable is None:
             return self.family.outputs(taken.base)
         density = taken.base.log_prob(node["value"]).expand(taken.element_shape)
         # What is masked may be NaN.
-        live = site_weights(node, taken, False).reshape(density.shape) != 0
+        live = _site_weights(node, taken, False).reshape(density.shape) != 0
         return {"log_prob": density.where(live, 0.0).unsqueeze(-1)}
+
+    def _taken(self, node: Node) -> SiteDistribution:
+        """The site's distribution in some run, taken apart."""
+        if node is self.node:
+            return self.distribution
+        return SiteDistribution.of(node["fn"], node["value"])
 
     def require_outputs(self) -> None:
         """Refuses a family that has a density alone.
@@ -116,11 +139,10 @@ class OutputSite:
 
     def outputs(self, node: Node, parts: Sequence[str] | None = None) -> Tensor:
         """Unconstrained parameters in some run, by default all, (*element shape, c)."""
-        taken = SiteDistribution.of(node["fn"], node["value"])
         values = self.own(node)
         chosen = list(values) if parts is None else parts
         joined = torch.cat([values[part] for part in chosen], dim=-1)
-        return joined.expand(*taken.element_shape, joined.shape[-1])
+        return joined.expand(*self._taken(node).element_shape, joined.shape[-1])
 
     def moved_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
         """Names of the parameters whose graph, in ``node``'s run, reaches any leaf."""
@@ -175,12 +197,12 @@ class OutputSite:
             root = self.family.root(taken.base, parts)
             shape = (*taken.element_shape, *root.shape[-2:])
             wide = root.expand(shape).reshape(-1, *root.shape[-2:])
-            weights = site_weights(self.node, taken, without_plates).to(root)
+            weights = self.weights(without_plates=without_plates).to(root)
             # (sqrt(w) R)^T (sqrt(w) R) = w Lambda
             return wide * weights.sqrt()[:, None, None]
 
 
-def site_weights(node: Node, site: SiteDistribution, without_plates: bool) -> Tensor:
+def _site_weights(node: Node, site: SiteDistribution, without_plates: bool) -> Tensor:
     """w of each element, shape (M,), float64: the site's scale times its masks."""
     device = node["value"].device
     dims = site.event_dim

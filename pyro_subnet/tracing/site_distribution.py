@@ -68,7 +68,9 @@ class SiteDistribution:
         event = fn.event_shape[: len(fn.event_shape) - own]
         # The value may have more batch dimensions than the distribution.
         sampled = value.shape[: value.ndim - own]
-        shape = torch.broadcast_shapes(fn.batch_shape + event, sampled)
+        shape = fn.batch_shape + event
+        if shape != sampled:  # torch's function takes long
+            shape = torch.broadcast_shapes(shape, sampled)
         mask = kind = None
         if type(base) in _LEAVE_OUT_NAN:
             kind, seen = type(base), value.isfinite()

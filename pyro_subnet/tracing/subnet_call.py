@@ -25,7 +25,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
-from pyro_subnet.tracing.output_site import OutputSite, site_weights
+from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 
 # Families of many outputs whose divergence has a closed form, twice differentiable.
@@ -189,7 +189,7 @@ class SubnetCall:
 
     def weights(self, site: OutputSite) -> Float[Tensor, " elements"]:
         """w of each element of a site, shape (M,), float64."""
-        return site_weights(site.node, site.distribution, self.without_plates)
+        return site.weights(without_plates=self.without_plates)
 
     def _labels(
         self, site: OutputSite, power: float, sampled: bool

@@ -9,12 +9,20 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from pyro_subnet.tensors.leaves import PLAIN, leaves_of
+
+_HOLDERS = (Distribution, Transform)
 
 
 def without_graph(trace: poutine.Trace) -> poutine.Trace:
     """The trace, with tensors that need gradients detached in place of themselves."""
-    for node in trace.nodes.values():
+    nodes = trace.nodes.values()
+    parts = [part for node in nodes for part in (node["value"], node.get("fn"))]
+    if not any(leaf.requires_grad for leaf in _tensors(*parts)):
+        return trace
+    for node in nodes:
         if any(leaf.requires_grad for leaf in _tensors(node["value"])):
             node["value"] = tree_map_only(Tensor, Tensor.detach, node["value"])
         fn = node.get("fn")
@@ -24,17 +32,21 @@ def without_graph(trace: poutine.Trace) -> poutine.Trace:
     return trace
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(*values: Any) -> list[Tensor]:
     """Tensors of containers, and of distributions in distributions."""
-    found, waiting, seen = list[Tensor](), [value], set[int]()
-    while waiting:
-        for leaf in tree_leaves(waiting.pop()):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
+    found, parts, seen = list[Tensor](), [*values], set[int]()
+    for part in parts:  # grows
+        if type(part) in PLAIN:
+            continue
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, _HOLDERS):
             # A transform and its inverse hold each other.
-            elif isinstance(leaf, Distribution | Transform) and id(leaf) not in seen:
-                seen.add(id(leaf))
-                waiting.append(list(vars(leaf).values()))
+            if id(part) not in seen:
+                seen.add(id(part))
+                parts += vars(part).values()
+        else:
+            parts += [leaf for leaf in leaves_of(part) if leaf is not part]
     return found
 
 

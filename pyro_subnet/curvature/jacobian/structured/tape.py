@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from pyro_subnet.tensors.leaves import leaves_of
 
 # How weights enter whose curvature has Kronecker factors: a layer multiplies inputs by
 # matrices and adds vectors to the results, a sum only adds.
@@ -151,10 +152,11 @@ class Tape(TorchFunctionMode):
         result = func(*args, **kwargs)
         weights = [
             self._marked[id(leaf)][1]
-            for leaf in tree_leaves((args, kwargs))
+            for arg in (*args, *kwargs.values())
+            for leaf in leaves_of(arg)
             if id(leaf) in self._marked
         ]
-        if weights and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if weights and any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
             if not self._note(func, args, kwargs, result, len(weights)):
                 self.escaped.update(weight.site for weight in weights)
         return result
