@@ -192,6 +192,11 @@ class Subnet:
     @property
     def indices(self) -> dict[str, Int[Tensor, " chosen"]]:
         """Flat positions within each site, for the sites that hold any, ascending."""
+        return dict(self._within)
+
+    @cached_property
+    def _within(self) -> dict[str, Tensor]:
+        # Samplers ask for it several times a step.
         edges = torch.tensor([*self.layout.offsets.values(), self.num_params])
         bounds = torch.searchsorted(self.flat, edges.to(self.flat.device)).tolist()
         cuts = zip(self.layout.names, bounds[:-1], bounds[1:], strict=True)
@@ -254,7 +259,7 @@ class Subnet:
             ``{site: shape (..., number of its chosen elements)}``, views, for the sites
             that hold any, in the order of :attr:`indices`.
         """
-        chosen = self.indices
+        chosen = self._within
         counts = [within.numel() for within in chosen.values()]
         return dict(zip(chosen, values.split(counts, dim=-1), strict=True))
 

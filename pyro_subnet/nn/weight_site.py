@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, no_type_check
 
 import pyro
 from pyro.distributions import Distribution
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
@@ -40,11 +40,12 @@ def weight_site(site: str, prior: Distribution, drawn: Drawn) -> Tensor:
         ModelError: If another module has drawn a site of this name.
         RuntimeError: As Pyro's handlers do.
     """
-    before = _in_trace(site)
+    before: Tensor | None = _in_trace(site)
     if before is not None and site in drawn and drawn[site]() is before:
         return before
     try:
-        with _outside_plates() if any(map(_is_plate, _PYRO_STACK)) else nullcontext():
+        plates = _plates_of(_PYRO_STACK)
+        with _without(plates) if plates else nullcontext():
             value: Tensor = pyro.sample(site, prior)
     except RuntimeError as error:
         if before is None or not str(error).startswith(_TWICE):
@@ -58,6 +59,7 @@ def weight_site(site: str, prior: Distribution, drawn: Drawn) -> Tensor:
     return value
 
 
+@no_type_check
 def _in_trace(site: str) -> Tensor | None:
     """The site's value in the trace of the present run, if there is a trace."""
     # Pyro refuses a second site of its name: a network that is called twice in a
@@ -74,15 +76,22 @@ def _in_trace(site: str) -> Tensor | None:
 
 
 @contextmanager
-def _outside_plates() -> Iterator[None]:
+def _without(plates: list[Any]) -> Iterator[None]:
     """Takes the model's plates off the stack: in one, each datum has its own weight."""
     before = list(_PYRO_STACK)
     try:
-        _PYRO_STACK[:] = [one for one in before if not _is_plate(one)]
+        _PYRO_STACK[:] = [one for one in before if one not in plates]
         yield
     finally:
         _PYRO_STACK[:] = before
 
 
-def _is_plate(handler: Messenger) -> bool:
-    return isinstance(handler, IndepMessenger) and handler.name not in _OVER_DRAWS
+# Called for each weight of each run, of which training takes thousands: checks of types
+# at run time would take longer than the draw.
+@no_type_check
+def _plates_of(handlers: Iterable[Any]) -> list[Any]:
+    return [
+        one
+        for one in handlers
+        if isinstance(one, IndepMessenger) and one.name not in _OVER_DRAWS
+    ]

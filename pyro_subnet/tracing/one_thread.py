@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import final
+from typing import final, no_type_check
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
@@ -40,6 +40,8 @@ class OneThread(Messenger):
         if error:
             raise error
 
+    # Called for each site of each run: checks at run time would take longer.
+    @no_type_check
     def _process_message(self, msg: Message) -> None:
         if threading.get_ident() != self._owner:
             raise _mixed(f"site {msg['name']!r}")

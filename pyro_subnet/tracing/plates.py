@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, final, no_type_check
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -26,6 +26,8 @@ class WidePlates(Messenger):
     subsample that long, and refuses the shorter one. Each counts once.
     """
 
+    # Called for each site of each run: checks at run time would take longer.
+    @no_type_check
     def _pyro_sample(self, msg: Message) -> None:
         fn: Any = msg["fn"]
         if not site_is_subsample(msg):
