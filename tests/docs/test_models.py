@@ -8,6 +8,8 @@ there), and the prior's is that of Pyro's own potential without the observed sit
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ Names = dict[str, Any]
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 TEXT = PATH.read_text(encoding="utf-8")
+# As in the options of pytest, which have the reason.
+TORCHSCRIPT = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 AUTOGRAD = tolerance(torch.float64, "autograd")
 SUM = tolerance(torch.float64, "reordered")
 
@@ -256,13 +260,21 @@ def test_minibatches() -> None:
 # The page on the hybrid model.
 
 
-def test_the_page_on_the_hybrid_model(capsys: pytest.CaptureFixture[str]) -> None:
+CLAIMS = """
+assert draws["subnet"].numel() == 300 * 20
+assert draws["y"].shape == (300, 200)
+assert mcmc.get_samples()["subnet"].shape == (200, 20)
+"""
+
+
+def test_the_page_on_the_hybrid_model() -> None:
+    # As users run it: types that are checked in each of a sampler's thousands of calls
+    # take several times as long as the calls.
     text = PATH.with_name("hybrid.md").read_text(encoding="utf-8")
-    names: Names = {}
-    for code in blocks(text):
-        run(code, names)
-    printed = capsys.readouterr().out
-    assert "effective sample size" in printed
-    assert names["draws"]["subnet"].numel() == 300 * 20
-    assert names["draws"]["y"].shape == (300, 200)
-    assert names["mcmc"].get_samples()["subnet"].shape == (200, 20)
+    program = "\n".join([*blocks(text), CLAIMS])
+    command = [sys.executable, "-W", "error", "-W", TORCHSCRIPT, "-c", program]
+    done = subprocess.run(
+        command, cwd=PATH.parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "effective sample size" in done.stdout
