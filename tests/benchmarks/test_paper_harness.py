@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import digest, runner
@@ -46,6 +45,28 @@ def fails_after_the_first(methods: Sequence[str]) -> Iterator[tuple[str, list[Sc
 def dummy(methods: Sequence[str]) -> Iterator[tuple[str, list[Score]]]:
     for method in methods:
         yield method, SCORES
+
+
+# In a process of its own, as users run it: under pytest the package checks types at run
+# time under pytest, which takes several times as long as these fits.
+RUN = """
+import sys, torch
+from benchmarks.paper.__main__ import main
+
+threads = torch.get_num_threads()
+assert main(sys.argv[1:]) == 0
+assert torch.get_num_threads() == threads
+"""
+# As in the options of pytest, which have the reason.
+TORCHSCRIPT = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+
+
+def run_apart(arguments: Sequence[str]) -> None:
+    program = [sys.executable, "-W", "error", "-W", TORCHSCRIPT, "-c", RUN]
+    done = subprocess.run(
+        [*program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def task(run=dummy, seed: int = 0) -> Task:
@@ -186,7 +207,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     process.wait()
     before = path.read_bytes()
     kept = len(read(path))
-    assert command.main(arguments) == 0
+    run_apart(arguments)
     rows = read(path)
     assert path.read_bytes()[: len(before)].startswith(before[: before.rfind(b"\n")])
     found = {key(row) for row in rows}
@@ -260,10 +281,8 @@ def test_differences_are_of_seeds_that_both_have() -> None:
 @pytest.mark.parametrize("name", ["toy", "uci"])
 def test_all_methods_run_at_smoke_size(tmp_path: Path, name: str) -> None:
     data, out = uci_folder(tmp_path / "data"), tmp_path / "out"
-    threads = torch.get_num_threads()
     arguments = [name, "--out", str(out), "--data-dir", str(data), "--seeds", "1"]
-    assert command.main([*arguments, "--scale", "smoke"]) == 0
-    assert torch.get_num_threads() == threads
+    run_apart([*arguments, "--scale", "smoke"])
     rows = read(out / f"{name}.jsonl")
     tasks = EXPERIMENTS[name].tasks(Settings(data, out, "smoke", 1))
     assert len({key(each) for each in rows}) == sum(len(t.methods) for t in tasks)
