@@ -267,7 +267,9 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         without it. ``names`` says which is which.
         For each site, in trace order, and each parameter of its family, the elements
         of one datum follow in row-major order. Categorical logits are log-probabilities
-        at the MAP: softmax is blind to a constant per row.
+        at the MAP: softmax is blind to a constant per row. Where no chosen weight
+        reaches any of the inputs, as of an expert that they never enter, the outputs
+        are those of the MAP, with zero covariance.
 
         The covariance may be singular (logits that sum to one, inputs that the subnet
         does not move); draws and ``covariance_matrix`` are exact then as well.
@@ -287,8 +289,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             several sites, as in ``"y.loc"``.
 
         Raises:
-            ModelError: If the subnet moves no output parameter, or the observed sites
-                have data axes of different lengths.
+            ModelError: If the observed sites have data axes of different lengths.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """
@@ -338,7 +339,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
 
         Raises:
             OptionError: If the link means nothing for the family; names those possible.
-            ModelError: If the site is not clear, or the subnet does not move it.
+            ModelError: If the site is not clear.
             NonFiniteError: If a parameter overflows where it is integrated.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689; MacKay (1992),
@@ -414,7 +415,6 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
 
         Raises:
             OptionError: If ``num_samples`` is less than 1.
-            ModelError: If the subnet moves no output parameter.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """

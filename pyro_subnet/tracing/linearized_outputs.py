@@ -53,6 +53,7 @@ class LinearizedOutputs:
         nodes: The observed sites of a run at the MAP, with a graph to the inputs where
             those want gradients.
         follows_inputs: Whether values and rows carry gradients to the inputs.
+        reached: Whether the subnet moves any; if not, all rows are zero.
         held: Rows of J by data point, if they are kept; None to compute them anew.
     """
 
@@ -60,19 +61,20 @@ class LinearizedOutputs:
     outputs: OutputMap
     nodes: Mapping[str, Node]
     follows_inputs: bool
+    reached: bool = True
     held: tuple[Tensor, ...] | None = None
 
     @classmethod
     def read(cls, call: ModelCall, subnet: Subnet) -> LinearizedOutputs:
-        """The outputs that a subnet moves; an error if it moves none."""
-        subnet_call = SubnetCall.of(call, subnet)
+        """The outputs that a subnet moves; all, if it moves none at these inputs."""
+        subnet_call, reached = _moved(call, subnet)
         _check_axis(subnet_call)
         follows = torch.is_grad_enabled() and wants_gradients(call.args, call.kwargs)
         nodes = call.trace.nodes
         if follows:
             with preserved_rng():
                 nodes = call.run(call.latents.values).nodes
-        return cls(subnet_call, subnet_call.outputs(), nodes, follows)
+        return cls(subnet_call, subnet_call.outputs(), nodes, follows, reached)
 
     @property
     def sites(self) -> tuple[OutputSite, ...]:
@@ -109,6 +111,9 @@ class LinearizedOutputs:
         if self.held is not None:
             yield from self.held
             return
+        if not self.reached:
+            yield from self._zeros(like)
+            return
         shapes = self.outputs.shapes
         if len(shapes) == 1 and shapes[0][0] == self.outputs.num_data:
             for rows in _few_joined(self._blocks()):
@@ -132,8 +137,8 @@ class LinearizedOutputs:
             Shape (N, C). Of many outputs only entries of J that are not zero are made,
             where each place of a layer's output reaches one of them.
         """
-        if self.held is not None:
-            return torch.cat([of_rows(rows) for rows in self.held])
+        if self.held is not None or not self.reached:
+            return torch.cat([of_rows(rows) for rows in self.rows(like)])
         parts = self._reached_scales(of_rows, like)
         if parts is None:
             parts = self._dense_scales(of_rows, like)
@@ -165,6 +170,12 @@ class LinearizedOutputs:
         num_sites = len(self.outputs.shapes)
         return joined_rows(self._blocks(), num_sites, lambda j: of_rows(j.to(like)))
 
+    def _zeros(self, like: Tensor) -> Iterator[Tensor]:
+        count, width = self.outputs.num_data, len(self.names)
+        rows = max(1, _FEW_ROWS // width)
+        for first in range(0, count, rows):
+            yield like.new_zeros(min(rows, count - first), width, self.outputs.size)
+
     def holding_rows(self, like: Tensor) -> LinearizedOutputs:
         """The same, with the rows of J kept: N C S numbers in the dtype of ``like``."""
         return replace(self, held=tuple(self.rows(like)))
@@ -180,6 +191,16 @@ class LinearizedOutputs:
     def _blocks(self) -> Blocks:
         blocks = differentiable_blocks if self.follows_inputs else jacobian_blocks
         return blocks(self.outputs, identity_factors(self.outputs), DEFAULT_BUDGET)
+
+
+def _moved(call: ModelCall, subnet: Subnet) -> tuple[SubnetCall, bool]:
+    """The call over a subnet, and whether that moves any output of it."""
+    graph = call.graph(with_prior=False)
+    found = SubnetCall.of(call, subnet, graph)
+    if any(found.moved.values()):
+        return found, True
+    # As of an expert that none of the inputs enters: the MAP is certain there.
+    return found.of_network(graph), False
 
 
 def wants_gradients(args: Any, kwargs: Any) -> bool:
@@ -210,9 +231,8 @@ def _check_axis(subnet_call: SubnetCall) -> None:
     moved, sites = subnet_call.moved, subnet_call.call.sites
     if not any(moved.values()):
         raise ModelError(
-            "The subnet must move a parameter of an observed site; got sites "
-            f"{list(moved)} that none of its weights reach. Choose weights of the "
-            "network."
+            "A latent site must move a parameter of an observed site; got sites "
+            f"{list(moved)} that none reaches. Check the model."
         )
     lengths = {site.name: site.leading for site in sites}
     if len(set(lengths.values())) > 1:

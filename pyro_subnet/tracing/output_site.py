@@ -149,8 +149,16 @@ class OutputSite:
         return tuple(
             part
             for part, value in self.own(node).items()
-            if value.requires_grad and _reaches(value, leaves)
+            if value.requires_grad and _reached(value, leaves)
         )
+
+    def parts_like_the_first(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
+        """Names of the parameters that share leaves with the first that has any."""
+        for value in self.own(node).values():
+            reached = _reached(value, leaves) if value.requires_grad else []
+            if reached:
+                return self.moved_parts(node, reached)
+        return ()
 
     def reached_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
         """The same, by the graph's structure alone."""
@@ -223,11 +231,13 @@ def _site_weights(node: Node, site: SiteDistribution, without_plates: bool) -> T
     return weights.reshape(-1)
 
 
-def _reaches(value: Tensor, leaves: list[Tensor]) -> bool:
+def _reached(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """The leaves that a value's graph leads to, with a gradient."""
     found = torch.autograd.grad(
         value.sum(), leaves, retain_graph=True, allow_unused=True
     )
-    return any(gradient is not None for gradient in found)
+    pairs = zip(leaves, found, strict=True)
+    return [leaf for leaf, gradient in pairs if gradient is not None]
 
 
 def _leads_to(value: Tensor, wanted: Collection[int]) -> bool:

@@ -24,6 +24,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 )
 from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.site_distribution import SiteDistribution
@@ -63,6 +64,17 @@ class SubnetCall:
         graph = call.graph(with_prior=False) if graph is None else graph
         moved = call.moved_parts(graph, subnet)
         return cls(call, subnet, moved, graph.activation_bytes, without_plates)
+
+    def of_network(self, graph: Graph) -> SubnetCall:
+        """The same call with the network's parameters as moved, though none is."""
+        # Those that share latent sites with a site's first: a noise has its own.
+        leaves, nodes = list(graph.leaves.values()), graph.trace.nodes
+        with differentiable():
+            moved = {
+                site.name: site.parts_like_the_first(nodes[site.name], leaves)
+                for site in self.call.sites
+            }
+        return replace(self, moved=moved)
 
     @property
     def sites(self) -> tuple[OutputSite, ...]:
