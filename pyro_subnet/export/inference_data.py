@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import arviz
@@ -17,7 +18,11 @@ from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError, OptionError, shown
 from pyro_subnet.export.groups import DrawnModel, Groups
-from pyro_subnet.export.labels import names_of_axes
+from pyro_subnet.export.labels import (
+    labels_along_axes,
+    names_of_axes,
+    names_of_sites,
+)
 from pyro_subnet.export.prior_draws import log_prior_at
 from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
@@ -44,7 +49,7 @@ def to_inference_data(
     chains: int = 1,
     coords: Coords | None = None,
     dims: Dims | None = None,
-    sites: Sequence[str] | None = None,
+    sites: str | Sequence[str] | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -104,8 +109,8 @@ def to_inference_data(
         An ``arviz.InferenceData``, with ArviZ 1.0 and later an ``xarray.DataTree``.
 
     Raises:
-        OptionError: If the draws cannot be cut into that many chains, or ``dims`` or
-            ``coords`` do not fit the variables.
+        OptionError: If the draws cannot be cut into that many chains, ``dims`` or
+            ``coords`` do not fit the variables, or ``seed`` is no whole number.
         SelectionError: If one of ``sites`` holds no chosen element.
         SubnetError: If the model does not fit the posterior.
 
@@ -125,6 +130,7 @@ def to_inference_data(
             f"chains={chains!r} and num_samples={num_samples}. Pass "
             f"num_samples={max(1, num_samples // divisor) * divisor}."
         )
+    named = names_of_axes(dims), labels_along_axes(coords), names_of_sites(sites)
     noise = posterior.noise_factor
     source = DrawnModel(posterior.at_map, posterior.subnet, linearized, noise)
     gaussian = posterior.gaussian
@@ -132,7 +138,7 @@ def to_inference_data(
         standard = standard_normal((num_samples, gaussian.size), gaussian.loc, None)
         theta = gaussian.draw(standard)
         log_q = gaussian.log_prob(theta).double()
-        groups = Groups(source, chains, names_of_axes(dims), dict(coords or {}), sites)
+        groups = Groups(source, chains, *named)
         drawn = groups.add_data(theta, args, kwargs)
         stats = {"lp": log_q}
         factors = posterior.prior_factor, noise
@@ -150,7 +156,7 @@ def to_inference_data(
         covariance=posterior.options.covariance,
         prior_factor=json.dumps(posterior.prior_factor),
         noise_factor=noise,
-        seed="global random state" if seed is None else seed,
+        seed="global random state" if seed is None else int(seed),
     )
 
 
@@ -166,7 +172,7 @@ def from_hybrid_mcmc(
     prior: bool = True,
     coords: Coords | None = None,
     dims: Dims | None = None,
-    sites: Sequence[str] | None = None,
+    sites: str | Sequence[str] | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -200,11 +206,12 @@ def from_hybrid_mcmc(
         ModelError: If a linearized hybrid model's parameters have left the MAP.
         SubnetError: If the model does not fit.
     """
+    named = names_of_axes(dims), labels_along_axes(coords), names_of_sites(sites)
     source = _source_of(posterior, linearized)
     by_chain = _subnet_draws(mcmc, source.subnet)
     theta, chains = by_chain.flatten(0, 1), len(by_chain)
     with _random_numbers(seed):
-        groups = Groups(source, chains, names_of_axes(dims), dict(coords or {}), sites)
+        groups = Groups(source, chains, *named)
         drawn = groups.add_data(theta, args, kwargs)
         stats = {}
         if drawn.log_likelihood:
@@ -219,7 +226,7 @@ def from_hybrid_mcmc(
     return groups.joined(
         arviz,
         sampler=type(mcmc.kernel).__name__,
-        seed="global random state" if seed is None else seed,
+        seed="global random state" if seed is None else int(seed),
     )
 
 
@@ -229,10 +236,15 @@ def _random_numbers(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise OptionError(
+            f"`seed` must be a whole number; got {shown(seed)}. Pass 0, say, or leave "
+            "it out for the global random state."
+        )
     with preserved_rng():
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         if torch.cuda.is_initialized():
-            torch.cuda.manual_seed(seed)
+            torch.cuda.manual_seed(int(seed))
         yield
 
 

@@ -371,6 +371,51 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"`dims` must be a mapping from variables .*; got \{'y': 3\}\. Pass",
         OptionError,
     ),
+    "axes named by numbers": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, dims={"y": [3]}),  # type: ignore[list-item]
+        r"`dims` must be a mapping from variables .*; got \{'y': \[3\]\}\. Pass",
+        OptionError,
+    ),
+    "an axis that is the draws'": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, dims={"y": ["draw"]}),
+        r"`dims` must name each axis .* neither 'chain' nor 'draw'.*; got \['draw'\]\.",
+        OptionError,
+    ),
+    "labels without axes": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, coords=["a"]),  # type: ignore[arg-type]
+        r"`coords` must be a mapping from names of axes .*; got \['a'\]\. Pass",
+        OptionError,
+    ),
+    "labels that are a number": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, coords={"y_dim_0": 3}),
+        r"`coords` must be a mapping from names of axes .*; got \{'y_dim_0': 3\}\.",
+        OptionError,
+    ),
+    "labels of no axis": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, coords={"row": [1]}),
+        r"`coords` must label axes .*'y_dim_0'.*; got 'row'\. Name axes with `dims=`",
+        OptionError,
+    ),
+    "too few labels": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, coords={"y_dim_0": [1]}),
+        r"`coords` of 'y_dim_0' must have one label .* 6 elements .*; got 1\. Pass 6",
+        OptionError,
+    ),
+    "a site by its number": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, sites=3),  # type: ignore[arg-type]
+        r"`sites` must be names of latent sites; got 3\. Pass `\['fc1\.weight'\]`",
+        OptionError,
+    ),
+    "a site by a prefix": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, sites="w"),
+        r"`sites` must be latent sites .* of \['weight', 'bias'\]; got 'w'\. Leave",
+        SelectionError,
+    ),
+    "a seed as text": (
+        lambda p: to_inference_data(p.posterior(), p.x, p.y, seed="1"),  # type: ignore[arg-type]
+        r"`seed` must be a whole number; got '1'\. Pass 0, say, or leave it out",
+        OptionError,
+    ),
     "standard errors as text": (
         lambda p: p.posterior().tune_prior_precision(
             "nll", val=(p.x, p.y), standard_errors="2"
@@ -390,6 +435,21 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
 def test_a_mistaken_option_is_told(name: str) -> None:
     mistake, message, kind = ASKED[name]
     assert_told(mistake, message, kind)
+
+
+def test_a_site_and_a_seed_are_taken_as_they_are_meant() -> None:
+    p = Program()
+    posterior = p.posterior()
+    found = to_inference_data(
+        posterior, p.x, p.y, num_samples=4, sites="weight", seed=np.int64(1)
+    )
+    expected = to_inference_data(
+        posterior, p.x, p.y, num_samples=4, sites=["weight"], seed=1
+    )
+    assert list(found.posterior.data_vars) == ["weight"]
+    weights = (torch.as_tensor(d.posterior.weight.values) for d in (found, expected))
+    assert_close(*weights)
+    assert found.posterior.attrs["seed"] == 1
 
 
 # ----------------------------------------------------------------------------------
