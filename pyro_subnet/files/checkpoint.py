@@ -30,9 +30,8 @@ from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.state import PosteriorFacts, PosteriorState
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Layout, Subnet
-from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tensors.stored import check_stored
-from pyro_subnet.tracing.arguments import run_on
+from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import (
     Latents,
     Model,
@@ -208,8 +207,7 @@ def _prototype(
     guide = AutoContinuous(model, start)
     try:
         with torch.no_grad(), preserved_rng(), apart(), refuse_training_mode():
-            with plain_calls():
-                run_on(guide._setup_prototype, model, args, kwargs, loc)
+            set_up(guide, guide._setup_prototype, model, (args, dict(kwargs)), loc)
     except ValueError:
         # A discrete site ends the set-up before the sites are compared.
         if guide.prototype_trace is not None:

@@ -48,9 +48,8 @@ from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import at_least_float32, full_precision
-from pyro_subnet.tensors.plain_calls import plain_calls
-from pyro_subnet.tracing.arguments import run_on
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 
 # Live guides by the param-store key of their `loc`.
@@ -162,18 +161,11 @@ class AutoSubnetLaplace(AutoAtMAP):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            with plain_calls():
-                run_on(super()._setup_prototype, self.user_model, args, kwargs)
+            prepare = super()._setup_prototype
+            set_up(self, prepare, self.user_model, (args, kwargs))
         except (ValueError, RuntimeError) as error:
             site = _discrete_site(self.prototype_trace)
-            empty = "found no latent variables" in str(error)
             self.prototype_trace: Any = None
-            if empty:
-                raise ModelError(
-                    "The model must have a latent site, drawn by `pyro.sample` without "
-                    "data; got none. Make a torch network Bayesian with "
-                    "`pyro_subnet.nn.bayesianize(net)`."
-                ) from error
             if site is None:
                 raise
             raise ModelError(

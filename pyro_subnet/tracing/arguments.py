@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -115,6 +115,24 @@ def _as_tensor(leaf: Any, like: Tensor) -> Tensor:
     return tensor.to(like.device, dtype)
 
 
+def arguments_without_value(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Names of the arguments of a call that are None, given or by default."""
+    model = model.forward if isinstance(model, nn.Module) else model
+    try:
+        bound = inspect.signature(model).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a callable without a usable signature
+        return [name for name, value in kwargs.items() if value is None]
+    bound.apply_defaults()
+    return [name for name, value in bound.arguments.items() if value is None]
+
+
+def is_of_shapes(error: BaseException) -> bool:
+    """Whether torch says that shapes do not fit."""
+    return _SHAPES.search(str(error)) is not None
+
+
 def _first_float(model: Any) -> Tensor:
     """A tensor of the dtype and device that a model is likely to compute in."""
     if isinstance(model, nn.Module):
@@ -181,7 +199,8 @@ def _explain(error: Exception, model: Any, call: Call, like: Tensor | None) -> N
             "indices be integers",
             f"Convert inputs with `.to({dtype})`, labels with `.long()`.",
         )
-    if _SHAPES.search(str(error)):
+    _refuse_infinite(error, signature, call)
+    if is_of_shapes(error):
         way = "Check their order and shapes"
         if signature is not None:
             way += f": the model takes {signature}"
@@ -198,6 +217,36 @@ def _signature(model: Any) -> inspect.Signature | None:
         return found.replace(parameters=plain, return_annotation=empty)
     except (TypeError, ValueError):  # a callable that does not tell
         return None
+
+
+def _refuse_infinite(
+    error: Exception, signature: inspect.Signature | None, call: Call
+) -> None:
+    """Raises a DataError if inputs are NaN or infinite, and made a parameter so."""
+    if not isinstance(error, ValueError) or "invalid values" not in str(error):
+        return
+    for name, leaf in _named_leaves(signature, call):
+        bad = int((~leaf.isfinite()).sum()) if isinstance(leaf, Tensor) else 0
+        if bad:
+            said = str(error).splitlines()[0][:200]
+            raise DataError(
+                f"Inputs must be finite; got {bad} NaN or inf of {leaf.numel()} values "
+                f"of `{name}` ({said}). Leave such data out, or fill them in."
+            ) from error
+
+
+def _named_leaves(
+    signature: inspect.Signature | None, call: Call
+) -> list[tuple[str, Any]]:
+    """Values inside the arguments of a call, each with the argument's name."""
+    args, kwargs = call
+    names: Iterable[str] = map("args[{}]".format, range(len(args)))
+    if signature is not None:
+        bound = signature.bind_partial(*args).arguments
+        if len(bound) == len(args):
+            names = bound
+    named = {**dict(zip(names, args, strict=True)), **kwargs}
+    return [(n, leaf) for n, value in named.items() for leaf in tree_flatten(value)[0]]
 
 
 def _described(call: Call) -> str:

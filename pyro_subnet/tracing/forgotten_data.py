@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tracing.arguments import arguments_without_value
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.trace import Node
 
@@ -29,11 +28,11 @@ def check_forgotten(call: ModelCall, graph: Graph) -> None:
     plates = set[str]().union(*(_plates(site.node) for site in call.sites))
     leaves = tree_leaves((call.args, dict(call.kwargs)))
     rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
-    empty = [] if call.sites else _arguments_without_value(call)
+    empty = [] if call.sites else _empty_arguments(call)
     for name in call.latents.layout.names:
         stands = _stands_with_data(call.trace.nodes[name], plates, rows)
         if (stands or empty) and _is_leaf(call, graph, name):
-            raise ModelError(_message(name, _arguments_without_value(call)))
+            raise ModelError(_message(name, _empty_arguments(call)))
 
 
 def _stands_with_data(node: Node, plates: set[str], rows: set[int]) -> bool:
@@ -71,16 +70,8 @@ def _reaches(density: Tensor, leaves: Mapping[str, Tensor]) -> bool:
     return any(gradient is not None for gradient in found)
 
 
-def _arguments_without_value(call: ModelCall) -> list[str]:
-    """Names of the arguments of a call that are None, given or by default."""
-    model: Any = call.at_map.model
-    model = model.forward if isinstance(model, nn.Module) else model
-    try:
-        bound = inspect.signature(model).bind(*call.args, **call.kwargs)
-    except (TypeError, ValueError):  # a callable without a usable signature
-        return [name for name, value in call.kwargs.items() if value is None]
-    bound.apply_defaults()
-    return [name for name, value in bound.arguments.items() if value is None]
+def _empty_arguments(call: ModelCall) -> list[str]:
+    return arguments_without_value(call.at_map.model, call.args, call.kwargs)
 
 
 def _message(name: str, empty: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,65 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.diagnostics import importance_check
-from pyro_subnet.exceptions import DataError, ModelError, OptionError
+from pyro_subnet.exceptions import (
+    CheckpointError,
+    DataError,
+    ModelError,
+    OptionError,
+)
 from pyro_subnet.nn import bayesianize, init_to_module
 from tests.mistakes.programs import Mistake, Program, as_users_run_it, assert_told
 from tests.tolerances import tolerance
 
 __all__ = ["as_users_run_it"]  # a fixture for this file
 
+NORMAL = dist.Normal(0.0, 1.0)
+
 
 def load(p: Program, *data: Any) -> Any:
     p.posterior().save("posterior.safetensors")
     return AutoSubnetMultivariateNormal.load("posterior.safetensors", p.model, *data)
+
+
+def load_without_a_latent_site(p: Program) -> Any:
+    p.posterior().save("posterior.safetensors")
+    return AutoSubnetMultivariateNormal.load(
+        "posterior.safetensors", lambda x: pyro.sample("y", NORMAL, obs=x[0, 0]), p.x
+    )
+
+
+class InThePlate(PyroModule):
+    """Calls its network inside the plate, where Pyro gives each datum its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = PyroModule[nn.Linear](3, 1)
+        self.layer.weight = PyroSample(dist.Normal(0.0, torch.ones(1, 3)).to_event(2))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(self.layer(x).squeeze(-1), 0.5), obs=y)
+
+
+def one_by_one(p: Program) -> Any:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = p.bnn(x).squeeze(-1)
+        for i in pyro.plate("rows", len(x)):
+            obs = None if y is None else y[i]
+            pyro.sample(f"y_{i}", dist.Normal(mean[i], 0.5), obs=obs)
+
+    return AutoSubnetLaplace(model)
+
+
+def holed(x: Tensor, value: float) -> Tensor:
+    return torch.cat([x[:-1], torch.full_like(x[-1:], value)])
 
 
 def takes_a_loader(p: Program) -> Any:
@@ -68,6 +111,33 @@ DATA: dict[str, tuple[Mistake, str, type[Exception]]] = {
         lambda p: p.guide().laplace_approximation(p.x, target=p.y),
         r"own arguments, \(x, y=None\); got \(torch\.float32 \[6, 3\], target=torch",
         DataError,
+    ),
+    "holes in the inputs of the first call": (
+        lambda p: p.guide()(holed(p.x, math.nan), p.y),
+        r"Inputs must be finite; got 3 NaN or inf of 18 values of `x` .*Leave such",
+        DataError,
+    ),
+    "holes in an input by keyword": (
+        lambda p: p.guide().laplace_approximation(y=p.y, x=holed(p.x, math.nan)),
+        r"Inputs must be finite; got 3 NaN or inf of 18 values of `x` .*Leave such",
+        DataError,
+    ),
+    "infinite inputs": (
+        lambda p: p.guide().laplace_approximation(holed(p.x, math.inf), p.y),
+        r"Inputs must be finite; got 3 NaN or inf of 18 values of `x` .*Leave such",
+        DataError,
+    ),
+    "a network called in the plate": (
+        lambda p: AutoSubnetLaplace(InThePlate())(p.x, p.y),
+        r"outside of the plate over the data.*'layer\.weight' in plate 'data', and th"
+        r"en: t\(\) .*call the network before the plate",
+        ModelError,
+    ),
+    "targets forgotten, datum by datum": (
+        lambda p: one_by_one(p).laplace_approximation(p.x),
+        r"outside of sequential plates.*site 'y_0' in plate 'rows', without data \(no "
+        r"value came for `y`\)\. Pass the data",
+        ModelError,
     ),
     "no rows": (
         lambda p: p.guide().laplace_approximation(p.x[:0], p.y[:0]),
@@ -257,6 +327,13 @@ def test_a_mistake_with_data_is_told(name: str) -> None:
     assert_told(mistake, message, kind)
 
 
+def test_data_one_by_one_are_those_of_a_plate() -> None:
+    p = Program()
+    found = one_by_one(p).laplace_approximation(p.x, p.y)
+    close = tolerance(torch.float32, "reordered")
+    assert_close(covariance(found), covariance(p.posterior()), **close)
+
+
 def test_a_file_is_loaded_with_the_models_data(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +342,11 @@ def test_a_file_is_loaded_with_the_models_data(
         load,
         r"with its own arguments, \(x, y=None\); got \(\) .*such as `\(x, y\)`",
         DataError,
+    )
+    assert_told(
+        load_without_a_latent_site,
+        r"must be the one of the file, .*\['weight', 'bias'\]; got one without ",
+        CheckpointError,
     )
     p = Program()
     assert_close(load(p, p.x.numpy(), p.y.numpy()).loc, p.posterior().loc)
