@@ -79,11 +79,14 @@ def _in_trace(site: str) -> Tensor | None:
 def _without(plates: list[Any]) -> Iterator[None]:
     """Takes the model's plates off the stack: in one, each datum has its own weight."""
     before = list(_PYRO_STACK)
+    without = [one for one in before if one not in plates]
     try:
-        _PYRO_STACK[:] = [one for one in before if one not in plates]
+        _PYRO_STACK[:] = without
         yield
     finally:
-        _PYRO_STACK[:] = before
+        # Of a run that an interrupt has ended, its handlers are gone by now.
+        if _PYRO_STACK[: len(without)] == without:
+            _PYRO_STACK[:] = before
 
 
 # Called for each weight of each run, of which training takes thousands: checks of types

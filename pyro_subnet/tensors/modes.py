@@ -57,12 +57,8 @@ def full_precision() -> Iterator[None]:
     """Switches off autocast, and TF32 and bfloat16 shortcuts of float32 products."""
     # TF32 keeps 10 bits of a factor, and is on by default for convolutions on GPUs. A
     # curvature summed from such products is off by 1e-3, and may have no factor.
-    _FULL_PRECISION.enter()
-    try:
-        with without_autocast():
-            yield
-    finally:
-        _FULL_PRECISION.leave()
+    with _FULL_PRECISION.entered(), without_autocast():
+        yield
 
 
 @final
@@ -74,24 +70,34 @@ class _FullPrecision:
         self._before: list[Any] = []
         self._lock = threading.Lock()
 
-    def enter(self) -> None:
-        """Sets them, if no thread has."""
-        with self._lock:
-            if not self._inside:
-                settings = _precision_settings()
-                self._before = [getattr(module, name) for module, name, _ in settings]
-                for module, name, exact in settings:
-                    setattr(module, name, exact)
-            self._inside += 1
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Sets them, if no thread has; gives them back, if no other needs them."""
+        entered = False
+        try:
+            with self._lock:
+                entered = True
+                self._inside += 1
+                if self._inside == 1:
+                    settings = _precision_settings()
+                    self._before = [
+                        getattr(module, name) for module, name, _ in settings
+                    ]
+                    for module, name, exact in settings:
+                        setattr(module, name, exact)
+            yield
+        finally:
+            if entered:
+                self._leave()
 
-    def leave(self) -> None:
-        """Gives them back, if no other thread needs them."""
+    def _leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                settings = zip(_precision_settings(), self._before, strict=True)
+                settings = zip(_precision_settings(), self._before, strict=False)
                 for (module, name, _), value in settings:
                     setattr(module, name, value)
+                self._before = []
 
 
 _FULL_PRECISION = _FullPrecision()

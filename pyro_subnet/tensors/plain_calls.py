@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final, no_type_check
 
@@ -17,7 +18,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tensors.modes import one_thread_at_a_time
@@ -45,14 +51,32 @@ def plain_calls(*, trains: bool = False) -> Iterator[None]:
     Args:
         trains: Whether first derivatives are all that is asked for, as where the user
             trains: recurrent layers in training mode then keep their fast kernels.
+
+    Raises:
+        KeyboardInterrupt: As it came.
     """
-    if any(
-        isinstance(mode, _PlainCalls) for mode in _get_current_function_mode_stack()
-    ):
+    before = _get_current_function_mode_stack()
+    if any(isinstance(mode, _PlainCalls) for mode in before):
         yield
         return
-    with _EAGER.entered(), _PlainCalls(trains):
-        yield
+    with _EAGER.entered():
+        try:
+            _PlainCalls(trains).__enter__()
+            yield
+        except KeyboardInterrupt as interrupt:
+            # Generators that it has ended would put their own modes back, but later.
+            traceback.clear_frames(interrupt.__traceback__)
+            raise
+        finally:
+            _restore_modes(before)
+
+
+def _restore_modes(before: Sequence[TorchFunctionMode]) -> None:
+    """Gives torch's stack of modes back, which an interrupt may have changed."""
+    while list(now := _get_current_function_mode_stack()) != list(before[: len(now)]):
+        _pop_mode()
+    for mode in before[len(now) :]:
+        _push_mode(mode)
 
 
 @final
@@ -142,11 +166,14 @@ def _kept(
     """Runs a function and keeps what its backward pass needs, though checkpointed."""
     # A layer that runs again in the backward pass would find other weights than those
     # that a functional call, or a draw, gave it in the forward pass.
-    torch._C._autograd._pop_saved_tensors_default_hooks()
     try:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
         return func(*args, **kwargs)
     finally:
-        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+        # Back, unless an interrupt came before they were taken.
+        now = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if now is None or now[0] is not hooks[0]:
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def _refuse_reentrant_checkpoint() -> None:

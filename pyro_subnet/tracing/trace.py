@@ -21,7 +21,7 @@ from pyro.distributions.torch_distribution import (
 )
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import (
@@ -280,14 +280,21 @@ def apart() -> Iterator[None]:
     """Keeps the param store and the open plates around the call as they are.
 
     One thread at a time, as a process has one of each, and of Pyro's switches.
+
+    Raises:
+        KeyboardInterrupt: As it came.
     """
     with one_thread_at_a_time():
         store = pyro.get_param_store()
-        known = set(store.keys())
-        # Plates open around the call would collide with the same plates inside it.
-        open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+        known, around = set(store.keys()), list(_PYRO_STACK)
+        open_plates = _DIM_ALLOCATOR._stack
         try:
+            # Plates open around the call would collide with the same plates inside it.
+            _DIM_ALLOCATOR._stack = []
             yield
+        except KeyboardInterrupt:
+            _PYRO_STACK[:] = around  # between two of Pyro's lines it leaves others
+            raise
         finally:
             _DIM_ALLOCATOR._stack = open_plates
             for name in set(store.keys()) - known:
@@ -298,8 +305,8 @@ def apart() -> Iterator[None]:
 def _plain_attention() -> Iterator[None]:
     """Switches off fused attention, which has no forward mode or second derivatives."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -344,16 +351,18 @@ def refuse_training_mode() -> Iterator[None]:
     # Before it runs, because batch statistics would change the layer's buffers. The
     # hook is global and is removed afterwards: no module is touched. Another thread may
     # be training a network of its own.
-    check = partial(_check_mode, threading.get_ident())
-    handle = register_module_forward_pre_hook(check)
+    owner, handle = [threading.get_ident()], None
     try:
+        handle = register_module_forward_pre_hook(partial(_check_mode, owner))
         yield
     finally:
-        handle.remove()
+        owner.clear()  # the hook of an interrupted registration checks nothing
+        if handle is not None:
+            handle.remove()
 
 
-def _check_mode(owner: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if threading.get_ident() != owner:
+def _check_mode(owner: list[int], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if threading.get_ident() not in owner:
         return
     if module.training and (_changes_itself(module) or _is_random(module)):
         raise ModelError(
