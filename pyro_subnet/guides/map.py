@@ -47,7 +47,11 @@ from pyro_subnet.selection.largest_variance import LargestVariance
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
-from pyro_subnet.tensors.modes import at_least_float32, full_precision
+from pyro_subnet.tensors.modes import (
+    at_least_float32,
+    full_precision,
+    outside_inference_mode,
+)
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
@@ -159,6 +163,8 @@ class AutoSubnetLaplace(AutoAtMAP):
             f"form {options.form!r}"
         )
 
+    # A parameter that is made in inference mode would not be trained outside of it.
+    @outside_inference_mode()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
             prepare = super()._setup_prototype

@@ -29,6 +29,7 @@ from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
 from pyro_subnet.models.subnet_prior import GivenSites, SubnetPrior, SubnetSites
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tracing.arguments import as_tensors
 from pyro_subnet.tracing.plates import WidePlates
 from pyro_subnet.tracing.trace import Model, ModelAtMAP, apart
 
@@ -91,6 +92,7 @@ class HybridModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, with the arguments and the return value of the user's."""
         latents, estimates = self.at_map.latents, self._point_estimates()
+        (args, kwargs), _ = as_tensors((args, kwargs), self.at_map.model, latents.loc)
         sites = SubnetSites(latents, self.subnet, estimates)
         prior = SubnetPrior(self.at_map.model, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)

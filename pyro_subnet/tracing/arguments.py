@@ -80,17 +80,25 @@ def as_tensors(
     call: Call, model: Callable[..., Any], like: Tensor | None
 ) -> tuple[Call, bool]:
     """Arguments with tensors in place of arrays, and whether there were any."""
-    arrays = [leaf for leaf in tree_flatten(call)[0] if is_array(leaf)]
-    if not arrays:
+    leaves = tree_flatten(call)[0]
+    if not any(is_array(leaf) or _is_of_inference(leaf) for leaf in leaves):
         return call, False
     if like is None:
         like = _first_float(model)
 
     def convert(leaf: Any) -> Any:
+        if _is_of_inference(leaf):
+            return leaf.clone()
         return _as_tensor(leaf, like) if is_array(leaf) else leaf
 
     args, kwargs = tree_map(convert, call)
     return (args, kwargs), True
+
+
+def _is_of_inference(leaf: Any) -> bool:
+    """Whether a tensor was made in inference mode, and so has no place in a graph."""
+    found = isinstance(leaf, Tensor) and leaf.is_inference()
+    return found and not torch.is_inference_mode_enabled()
 
 
 def is_array(leaf: Any) -> bool:
