@@ -182,6 +182,9 @@ class AutoSubnetLaplace(AutoAtMAP):
             ) from error
         check_in_support(self.prototype_trace.iter_stochastic_nodes())
         start = self._init_loc()
+        # From here on the values' shapes and types are read alone.
+        for _, node in self.prototype_trace.iter_stochastic_nodes():
+            node["value"] = node["value"].new_zeros(()).expand(node["value"].shape)
         if self.master is not None:
             self.loc = nn.Parameter(start)
             return

@@ -33,8 +33,10 @@ class _NormalPrior:
     scale: float
 
     def __call__(self, name: str, parameter: Tensor) -> Distribution:
-        scale = torch.full_like(parameter, self.scale)
-        return dist.Normal(torch.zeros_like(scale), scale).to_event(parameter.ndim)
+        # One number each for all weights, which would take the network's memory twice.
+        scale = parameter.new_full((), float(self.scale)).expand(parameter.shape)
+        loc = parameter.new_zeros(()).expand(parameter.shape)
+        return dist.Normal(loc, scale).to_event(parameter.ndim)
 
 
 @final

@@ -47,7 +47,9 @@ def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
     # The tensor's own size: the few data points are a view of all.
     storage = tensor.untyped_storage().data_ptr()
     saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
-    return tensor
+    # An operation that keeps its own output, as ReLU does, would hold itself, in a
+    # circle that Python does not see and never frees.
+    return tensor.detach()
 
 
 @final
