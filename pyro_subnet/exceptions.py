@@ -95,12 +95,22 @@ class SquashedLogitsWarning(SubnetWarning):
 
 
 @final
+class UntrainedWarning(SubnetWarning):
+    """Given when the weights seem not to be trained on the data."""
+
+
+@final
+class ChoiceWarning(SubnetWarning):
+    """Given when a choice may be right, and more often is a slip."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 
 
-# The package itself, and those whose decorators wrap its functions.
-_BETWEEN = ("pyro_subnet", "contextlib", "torch", "jaxtyping", "beartype")
+# The package itself, and those that call it for the user or wrap its functions.
+_BETWEEN = ("pyro_subnet", "pyro", "contextlib", "torch", "jaxtyping", "beartype")
 
 
 _LONG = 60  # characters of a value that a message shows

@@ -21,6 +21,7 @@ from pyro_subnet.curvature.prior import (
     prior_diagonal,
     prior_precision,
 )
+from pyro_subnet.curvature.scores import Watch
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.options import Curvature, FormName, HeldAs
@@ -63,9 +64,14 @@ class GGNSum(CurvatureSum):
         self.form = "primal"
 
     def add(
-        self, outputs: OutputMap, factors: Factors, weights: Tensor, budget: int
+        self,
+        outputs: OutputMap,
+        factors: Factors,
+        weights: Tensor,
+        budget: int,
+        watch: Watch | None = None,
     ) -> None:
-        """See :meth:`CurvatureSum.add`."""
+        """See :meth:`CurvatureSum.add`; ``watch`` is given every block of rows."""
         if self.form == "auto":
             # As soon as the rows cost more they turn into a matrix, and never back.
             held = sum(len(rows) for rows in self._rows)
@@ -73,10 +79,12 @@ class GGNSum(CurvatureSum):
             if not dual_pays(held + more, self._size, self._like.dtype):
                 self.form = "primal"
         if self.form == "primal":
-            add_ggn_(self.matrix(), outputs, factors, budget)
+            add_ggn_(self.matrix(), outputs, factors, budget, watch)
         else:
             self._check_rows_fit(factors)
             for block in jacobian_blocks(outputs, factors, budget):
+                if watch is not None:
+                    watch(block)
                 self._rows.append(block.rows.flatten(0, 1).to(torch.float64))
 
     def add_terms(
@@ -204,16 +212,20 @@ def add_ggn_(
     outputs: OutputMap,
     factors: Factors,
     budget: int,
+    watch: Watch | None = None,
 ) -> None:
     r"""Adds :math:`\sum_n w_n J_n^\top \Lambda_n J_n` of one call to a lower triangle.
 
-    ``factors`` and ``budget`` are those of :meth:`CurvatureSum.add`.
+    ``factors`` and ``budget`` are those of :meth:`CurvatureSum.add`; ``watch`` is given
+    every block of rows.
 
     Source: Daxberger et al. (2021), eq. 4, arXiv 2010.14689.
     """
     few = ggn.new_empty(_FEW_ROWS, outputs.size)
     held = 0
     for block in jacobian_blocks(outputs, factors, budget):
+        if watch is not None:
+            watch(block)
         rows = block.rows.flatten(0, 1).to(ggn)
         if len(rows) >= _FEW_ROWS:
             add_gram_(ggn, rows)

@@ -16,7 +16,13 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_subnet.exceptions import ModelError, OptionError, shown
+from pyro_subnet.exceptions import (
+    ChoiceWarning,
+    ModelError,
+    OptionError,
+    shown,
+    warn,
+)
 from pyro_subnet.export.groups import DrawnModel, Groups
 from pyro_subnet.export.labels import (
     labels_along_axes,
@@ -140,6 +146,14 @@ def to_inference_data(
         log_q = gaussian.log_prob(theta).double()
         groups = Groups(source, chains, *named)
         drawn = groups.add_data(theta, args, kwargs)
+        if not drawn.log_likelihood:
+            warn(
+                "`to_inference_data` has a `log_likelihood` for data alone; got no "
+                "observations, so that `az.loo` and `az.waic` have nothing to go by. "
+                "Pass what training takes, such as `(posterior, x, y)`, and other "
+                "inputs as `predictions_args=`.",
+                ChoiceWarning,
+            )
         stats = {"lp": log_q}
         factors = posterior.prior_factor, noise
         if drawn.log_likelihood and factors == (1.0, 1.0):

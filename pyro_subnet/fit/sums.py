@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, final
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.ggn import GGNSum
 from pyro_subnet.curvature.hessian import subtract_hessian_
+from pyro_subnet.curvature.jacobian.output_map import Factors
 from pyro_subnet.curvature.jacobian.route import squared_columns
 from pyro_subnet.curvature.prior import (
     DensityTerm,
@@ -20,6 +21,7 @@ from pyro_subnet.curvature.prior import (
     prior_diagonal,
     prior_gradient,
 )
+from pyro_subnet.curvature.scores import MAX_OUTPUTS, Departure, ScoreSum, Watch
 from pyro_subnet.curvature.sums import Summed
 from pyro_subnet.exceptions import (
     CheckpointError,
@@ -27,6 +29,7 @@ from pyro_subnet.exceptions import (
     NoObservedSiteWarning,
     NoOutputVarianceWarning,
     SquashedLogitsWarning,
+    UntrainedWarning,
     warn,
 )
 from pyro_subnet.fit.passes import DataPass
@@ -37,6 +40,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import at_least_float32
 from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
 
@@ -51,6 +55,8 @@ class SubnetCurvature:
         has_outputs: Whether the model has any observed site.
         doubts: Why data may count never, or several times.
         num_seen: Number of data points that were seen; None where plates do not tell.
+        departure_by: From the posterior's :meth:`Gaussian.whiten`, how far the weights
+            are from where the data would have them; None where that is not known.
     """
 
     likelihood: Summed
@@ -59,6 +65,20 @@ class SubnetCurvature:
     has_outputs: bool
     doubts: Sequence[str]
     num_seen: int | None
+    departure_by: Callable[[Callable[[Tensor], Tensor]], Departure] | None = None
+
+    def warn_of_training(self, whiten: Callable[[Tensor], Tensor]) -> None:
+        """Says where the weights seem not to be trained on the data."""
+        found = None if self.departure_by is None else self.departure_by(whiten)
+        if found is not None and found.is_far:
+            warn(
+                "The weights do not seem to be trained on these data: a Newton step of "
+                f"the subnet would gain {found.gain:.2g} nats an observed element, "
+                f"{found.times:.2g} times what data drawn from this model would let it "
+                "gain. Train the guide, or let it start at the trained network, by "
+                "`init_loc_fn=`; `diagnostics.stationarity` says more.",
+                UntrainedWarning,
+            )
 
     def warn_of_doubts(self) -> None:
         """Says why data may count never, or several times."""
@@ -104,6 +124,8 @@ class FitSums:
     Args:
         subnet: The chosen elements; all of them for Kronecker factors.
         budget: Bytes of Jacobian and activations that may be held at once.
+        scores: Whether to sum the data's gradient as well, where the rows of the
+            Gauss-Newton matrix are made anyway.
 
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
@@ -117,6 +139,7 @@ class FitSums:
         options: FitOptions,
         *,
         budget: int = DEFAULT_BUDGET,
+        scores: bool = False,
     ):
         loc = at_map.latents.loc
         like = loc.new_empty(0, dtype=at_least_float32(loc.dtype))
@@ -126,6 +149,8 @@ class FitSums:
         self._tolerance = torch.finfo(loc.dtype).eps ** 0.5
         reads = self._read_prior, self._add_terms
         self._pass = DataPass(at_map, subnet, data, *reads, kind=self._kind)
+        kept = scores and self._kind == "ggn" and isinstance(self.total, GGNSum)
+        self._scores = ScoreSum(subnet.size, loc.device) if kept else None
         self._last = 0.0  # log likelihood of the batch that was added last
 
     def over(self, batches: Iterable[Batch]) -> SubnetCurvature:
@@ -144,10 +169,15 @@ class FitSums:
             ):
                 # G = Hessian of sum_ne w_ne KL, where roots of Lambda are too large.
                 self.total.form = "primal"
+                self._scores = None  # no rows are made
                 subtract_hessian_(self.total.matrix(), call.divergence(), budget)
             else:
                 outputs, factors = call.rows(kind)
-                self.total.add(outputs, factors, call.data_weights(), budget)
+                given = outputs, factors, call.data_weights(), budget
+                if isinstance(self.total, GGNSum):
+                    self.total.add(*given, self._watch(call, factors))
+                else:
+                    self.total.add(*given)
         prior, gradient = self._pass.prior
         for site, function in self._pass.squashed.items():
             warn(
@@ -163,6 +193,29 @@ class FitSums:
             self._pass.has_outputs,
             self._pass.counts.doubts(),
             self._pass.seen,
+            self._departure_by(gradient),
+        )
+
+    def _watch(self, call: SubnetCall, factors: Factors) -> Watch | None:
+        """What adds the data's gradient, while it is known for all data."""
+        if self._scores is None:
+            return None
+        few = all(factor.shape[-1] <= MAX_OUTPUTS for factor in factors)
+        scores = call.scores() if few else None
+        if scores is None:
+            self._scores = None
+            return None
+        weights = tuple(call.weights(site) for site in call.sites)
+        return self._scores.watching(factors, scores, weights)
+
+    def _departure_by(
+        self, gradient: Tensor
+    ) -> Callable[[Callable[[Tensor], Tensor]], Departure] | None:
+        if self._scores is None:
+            return None
+        scale = self._pass.scale
+        return partial(
+            self._scores.departure, prior_gradient=gradient.detach(), scale=scale
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -183,6 +236,7 @@ class FitSums:
         # Files of an earlier version hold the prior as well, which is read anew.
         held = {n: t for n, t in tensors.items() if not n.startswith("prior_")}
         rest = self._pass.restore(held, content)
+        self._scores = None  # a file has not the gradient of what it has summed
         self.total.restore(form, rest)
         self._last = float(content["last"])
 
@@ -227,6 +281,7 @@ class FitSums:
     def _add_terms(
         self, terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]
     ) -> None:
+        self._scores = None  # their gradient is not summed
         self.total.add_terms(terms, leaves, self._subnet, self._budget)
 
 

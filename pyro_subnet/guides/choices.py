@@ -5,19 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
-from pyro_subnet.exceptions import ModelError, OptionError, shown
+from pyro_subnet.exceptions import (
+    ChoiceWarning,
+    ModelError,
+    OptionError,
+    shown,
+    warn,
+)
 from pyro_subnet.selection.base import Selector
+from pyro_subnet.selection.largest_variance import LargestVariance
+from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 
 # What a guide has once its model was run.
 _AFTER_SET_UP = ("loc", "latent_dim")
+# Weights beyond which a subnet of one is more likely to be meant as all of them.
+_MANY = 20
 SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
 
 
@@ -38,6 +50,47 @@ def checked_selector(subnet: Any) -> Callable[..., Subnet]:
     raise OptionError(
         "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
         f"from sites to masks or positions; got {shown(subnet)}. {way_out}."
+    )
+
+
+def selector_of(subnet: Any) -> Callable[..., Subnet] | None:
+    """The selector that a ``subnet=`` argument stands for; None for every weight."""
+    if subnet is None:
+        return None
+    if isinstance(subnet, Real) and not isinstance(subnet, bool):
+        return LargestVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
+    return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
+
+
+def is_one(subnet: Any) -> bool:
+    """Whether a ``subnet=`` argument is the count 1, which 1.0 may be meant by."""
+    return isinstance(subnet, Integral) and subnet == 1
+
+
+def warn_of_one_weight(num_params: int) -> None:
+    """Says what a count of 1 is, in a model of many weights."""
+    if num_params > _MANY:
+        warn(
+            f"`subnet=1` is one weight; got a model of {num_params}. Leave it out for "
+            "all of them, or pass 1.0; 0.05 is 5% of them.",
+            ChoiceWarning,
+        )
+
+
+def draws_alone() -> bool:
+    """Whether a guide is run for its draws: by ``Predictive``, and never by SVI."""
+    # SVI wants densities, also where it evaluates a loss without gradients.
+    return poutine.get_mask() is False and not torch.is_grad_enabled()
+
+
+def warn_of_map_draws() -> None:
+    """Says what the draws of a MAP guide are, where it has a posterior."""
+    warn(
+        "Draws of the guide are the MAP, all alike: its Laplace approximation is "
+        "another guide. Pass what `laplace_approximation` returned, "
+        "`Predictive(model, guide=posterior)`; for the MAP itself, `num_samples=1` "
+        "says it all.",
+        ChoiceWarning,
     )
 
 
@@ -163,3 +216,13 @@ def check_in_support(nodes: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
                 "prior that the network's own values are possible under, or start "
                 "elsewhere with `init_loc_fn`."
             )
+
+
+def discrete_site(trace: Any) -> str | None:
+    """The first latent site of a prototype trace with discrete support."""
+    if trace is None:
+        return None
+    for name, node in trace.iter_stochastic_nodes():
+        if node["fn"].support.is_discrete:
+            return name
+    return None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from collections.abc import Callable, Iterable
 from typing import Any, final
 from weakref import WeakValueDictionary, ref
 
@@ -28,9 +27,14 @@ from pyro_subnet.guides.choices import (
     check_in_support,
     check_model,
     check_start,
-    checked_selector,
+    discrete_site,
+    draws_alone,
+    is_one,
     not_here,
+    selector_of,
     short_name,
+    warn_of_map_draws,
+    warn_of_one_weight,
 )
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.laplace.state import PosteriorState
@@ -43,8 +47,6 @@ from pyro_subnet.options import (
     check_num_data,
     check_shares,
 )
-from pyro_subnet.selection.largest_variance import LargestVariance
-from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import (
@@ -139,7 +141,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         self.options = FitOptions(curvature, covariance, form)
         check_model(model)
         check_start(init_loc_fn)
-        self._selector = _selector(subnet)
+        self._selector = selector_of(subnet)
+        self._is_one = is_one(subnet)
+        self._has_posterior = False
         if covariance == "kron" and self._selector is not None:
             raise OptionError(
                 "`covariance='kron'` must cover every weight; got a `subnet` as well. "
@@ -170,7 +174,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             prepare = super()._setup_prototype
             set_up(self, prepare, self.user_model, (args, kwargs))
         except (ValueError, RuntimeError) as error:
-            site = _discrete_site(self.prototype_trace)
+            site = discrete_site(self.prototype_trace)
             self.prototype_trace: Any = None
             if site is None:
                 raise
@@ -260,6 +264,22 @@ class AutoSubnetLaplace(AutoAtMAP):
             count += 1
             self._pyro_name = f"{name}_{count}"
         self._register()
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Every latent site at the MAP, as ``pyro.sample`` statements.
+
+        Args:
+            args: Positional arguments of the model.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            ``{site: value}``.
+        """
+        if self._has_posterior and draws_alone():
+            self._has_posterior = False
+            warn_of_map_draws()
+        values: dict[str, Tensor] = super().forward(*args, **kwargs)
+        return values
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Delta:
         """The point estimate, as a distribution over the packed vector.
@@ -405,7 +425,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             check_factor_fits(subnet.size, dtype, latents.loc.device)
         if file is not None:
             file.keep_subnet(subnet)
-        sums = FitSums(at_map, subnet, data, self.options)
+        sums = FitSums(at_map, subnet, data, self.options, scores=True)
         label = "Curvature"
         batches = data.calls(label) if file is None else file.calls(data, label, sums)
         curvature = sums.over(batches)
@@ -425,6 +445,8 @@ class AutoSubnetLaplace(AutoAtMAP):
                 num_seen=curvature.num_seen,
             ),
         )
+        self._has_posterior = True
+        curvature.warn_of_training(posterior.gaussian.whiten)
         if file is not None:
             file.remove()
         return posterior
@@ -432,6 +454,9 @@ class AutoSubnetLaplace(AutoAtMAP):
     def _choose(self, latents: Latents, data: Data) -> Subnet:
         if self._selector is None:
             return latents.everything
+        if self._is_one:
+            self._is_one = False
+            warn_of_one_weight(latents.layout.num_params)
         subnet = self._selector(self, data)
         if not isinstance(subnet, Subnet):
             raise SelectionError(
@@ -447,25 +472,6 @@ def _needs_matrix(options: FitOptions, data: Data) -> bool:
     # Of a single call it is soon known how many rows there are: what "auto" then
     # chooses checks the memory itself.
     return options.held_as == "primal" or (options.held_as == "auto" and not data.whole)
-
-
-def _selector(subnet: Any) -> Callable[..., Subnet] | None:
-    """The selector that a ``subnet=`` argument stands for; None for every weight."""
-    if subnet is None:
-        return None
-    if isinstance(subnet, Real) and not isinstance(subnet, bool):
-        return LargestVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
-    return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
-
-
-def _discrete_site(trace: Any) -> str | None:
-    """The first latent site of a prototype trace with discrete support."""
-    if trace is None:
-        return None
-    for name, node in trace.iter_stochastic_nodes():
-        if node["fn"].support.is_discrete:
-            return name
-    return None
 
 
 def _entry(key: str, like: Tensor) -> Tensor | None:

@@ -28,6 +28,7 @@ from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.site_distribution import SiteDistribution
+from pyro_subnet.tracing.trace import preserved_rng
 
 # Families of many outputs whose divergence has a closed form, twice differentiable.
 _DIVERGENT = (MultivariateNormal, Categorical, OneHotCategorical)
@@ -109,6 +110,31 @@ class SubnetCall:
             site.weighted_root(self.moved[site.name], self.without_plates)
             for site in self.sites
         )
+
+    def scores(self) -> Factors | None:
+        r"""Scores :math:`w \nabla_\eta \log p` of each element, (M, c) a moved site.
+
+        Returns:
+            The scores; None where a density has no such gradient.
+        """
+        try:
+            return tuple(self._score(site) for site in self.sites)
+        except Exception:  # whatever a density of the user's own may raise
+            return None
+
+    def _score(self, site: OutputSite) -> Tensor:
+        family, taken = site.family, site.distribution
+        parts = self.moved[site.name]
+        with differentiable(), preserved_rng():
+            outputs = {
+                part: value.detach().clone().requires_grad_()
+                for part, value in taken.outputs(family).items()
+                if part in parts
+            }
+            density = taken.plain_at(family, outputs).log_prob(site.value).sum()
+            found = torch.autograd.grad(density, list(outputs.values()))
+        joined = torch.cat(found, -1).flatten(0, -2)
+        return joined * self.weights(site).unsqueeze(-1).to(joined)
 
     def rows(self, kind: Curvature) -> tuple[OutputMap, Factors]:
         """A map and factors whose weighted Jacobian's Gram matrix is the curvature."""

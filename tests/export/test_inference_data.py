@@ -27,7 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_subnet
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.exceptions import (
+    ChoiceWarning,
+    ModelError,
+    OptionError,
+    SelectionError,
+)
 from pyro_subnet.export.inference_data import from_hybrid_mcmc, to_inference_data
 from tests.models.test_hybrid import (
     MODELS,
@@ -404,7 +409,9 @@ def test_a_hierarchical_prior_is_drawn_by_the_model() -> None:
 
 def test_without_observations() -> None:
     x, y = linear_data(7)
-    idata = to_inference_data(fit_linear(x, y), x, num_samples=3, prior=False)
+    posterior = fit_linear(x, y)
+    with pytest.warns(ChoiceWarning, match="got no observations"):
+        idata = to_inference_data(posterior, x, num_samples=3, prior=False)
     groups = {"posterior", "posterior_predictive", "sample_stats", "constant_data"}
     assert set(idata.groups()) == groups
     assert set(idata.sample_stats) == {"lp"}
