@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.task import Experiment
 from benchmarks.paper import toy, toy_report, uci, uci_report
 from benchmarks.paper.images import cifar10, corrupted, fashion, rotated
-from benchmarks.paper.task import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     "toy": Experiment(toy.tasks, toy_report.report),

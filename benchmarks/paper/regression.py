@@ -16,7 +16,6 @@ from torch import Tensor
 from benchmarks.paper.members import Members, Schedule, Shape, train
 from benchmarks.paper.swag import Swag, swag
 from benchmarks.selectors.data import Split
-from benchmarks.selectors.measure import FLAT
 from benchmarks.selectors.network import pyro_model
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import PrecisionError
@@ -33,6 +32,8 @@ Selector = Callable[[int], Any]  # of a size
 # What prior precisions are multiplied by: as many as SWAG has scales of its covariance.
 SCALES = tuple(10.0**power for power in range(-6, 7))
 _CHUNK = 4096  # inputs that draws of a network see at once
+# A held-out NLL that moves by less, in nats, over all scales tried says nothing.
+FLAT = 1e-3
 
 
 class Mixture(NamedTuple):
@@ -232,7 +233,9 @@ class Network:
             "RandomSubnet": lambda count: RandomSubnet(count, self.split.index),
             "LargestMagnitude": LargestMagnitude,
             "LastLayer": lambda count: LastLayer(),
-            "PredictiveVariance": PredictiveVariance,
+            "PredictiveVariance": lambda count: PredictiveVariance(
+                count, method="diagonal"
+            ),
             "PredictiveVariance, greedy": lambda count: PredictiveVariance(
                 count, method="greedy"
             ),

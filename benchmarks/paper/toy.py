@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.members import Schedule, Shape
 from benchmarks.paper.regression import Fitted, Network, Plan, of_posterior
-from benchmarks.paper.task import Score, Settings, Task
 from benchmarks.selectors.data import Split
 from pyro_subnet.selection import GreedyVariance, LargestVariance, PredictiveVariance
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.paper.reporting import (
+from benchmarks.harness.reporting import (
     Cell,
     Found,
     collected,
@@ -16,7 +16,7 @@ from benchmarks.paper.reporting import (
     shown,
     table,
 )
-from benchmarks.paper.task import Row
+from benchmarks.harness.task import Row
 from benchmarks.paper.toy import (
     COMPARED,
     DRAWN,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.members import Schedule, Shape, parse_hidden
 from benchmarks.paper.regression import Fitted, Network, Plan
-from benchmarks.paper.task import Score, Settings, Task
 from benchmarks.selectors.data import Kind, Split, uci_split
 
 SETS = (

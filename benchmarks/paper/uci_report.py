@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.paper.reporting import (
+from benchmarks.harness.reporting import (
     Cell,
     Estimate,
     Found,
@@ -20,7 +20,7 @@ from benchmarks.paper.reporting import (
     table,
     without_largest,
 )
-from benchmarks.paper.task import Row
+from benchmarks.harness.task import Row
 from benchmarks.paper.uci import (
     ENDS,
     ENSEMBLE,

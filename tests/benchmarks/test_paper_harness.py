@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.paper import __main__ as command
-from benchmarks.paper import digest, runner
-from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.journal import VERSIONS, Journal, key, read
-from benchmarks.paper.reporting import (
+from benchmarks.harness import command, digest, runner
+from benchmarks.harness.journal import VERSIONS, Journal, key, read
+from benchmarks.harness.reporting import (
     Cell,
     collected,
     counts,
@@ -31,7 +29,8 @@ from benchmarks.paper.reporting import (
     shown,
     without_largest,
 )
-from benchmarks.paper.task import Experiment, Row, Score, Settings, Task
+from benchmarks.harness.task import Experiment, Row, Score, Settings, Task
+from benchmarks.paper.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = [Score("", "nll", 0.5), Score("gap", "nll", math.inf), Score("", "S", 3.0)]
@@ -51,10 +50,11 @@ def dummy(methods: Sequence[str]) -> Iterator[tuple[str, list[Score]]]:
 # time under pytest, which takes several times as long as these fits.
 RUN = """
 import sys, torch
-from benchmarks.paper.__main__ import main
+from benchmarks.harness.command import main
+from benchmarks.paper.experiments import EXPERIMENTS
 
 threads = torch.get_num_threads()
-assert main(sys.argv[1:]) == 0
+assert main("benchmarks.paper", EXPERIMENTS, sys.argv[1:]) == 0
 assert torch.get_num_threads() == threads
 """
 # As in the options of pytest, which have the reason.
@@ -154,13 +154,13 @@ def test_another_scale_is_another_run(tmp_path: Path) -> None:
 def test_methods_that_no_task_has(tmp_path: Path, experiment: list[Task]) -> None:
     settings = Settings(None, tmp_path, "smoke", 2)
     with pytest.raises(ValueError, match=r"of dummy; got 'c'\. Choose from: a; b"):
-        runner.run(["dummy"], settings, methods=["b", "c"])
+        runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, methods=["b", "c"])
 
 
 def test_a_run_does_what_is_not_done(tmp_path: Path, experiment: list[Task]) -> None:
     settings = Settings(None, tmp_path, "smoke", 2)
-    assert runner.run(["dummy"], settings, methods=["b"]) == []
-    assert runner.run(["dummy"], settings) == []
+    assert runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, methods=["b"]) == []
+    assert runner.run({"dummy": EXPERIMENTS["dummy"]}, settings) == []
     rows = read(tmp_path / "dummy.jsonl")
     order = [key(row) for row in rows[:: len(SCORES)]]
     assert [(name[2], name[4]) for name in order] == [
@@ -169,14 +169,16 @@ def test_a_run_does_what_is_not_done(tmp_path: Path, experiment: list[Task]) -> 
         (0, "a"),
         (1, "a"),
     ]
-    assert command.report(tmp_path) == f"{len(rows)} rows"
+    assert command.report(EXPERIMENTS, tmp_path) == f"{len(rows)} rows"
 
 
 def test_a_failure_is_told_and_costs_no_other_task(
     tmp_path: Path, experiment: list[Task], capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment[0] = task(fails_after_the_first)
-    (failure,) = runner.run(["dummy"], Settings(None, tmp_path, "smoke", 2))
+    (failure,) = runner.run(
+        {"dummy": EXPERIMENTS["dummy"]}, Settings(None, tmp_path, "smoke", 2)
+    )
     assert "ValueError: no more" in failure
     done = {(row["seed"], row["method"]) for row in read(tmp_path / "dummy.jsonl")}
     assert done == {(0, "a"), (1, "a"), (1, "b")}
@@ -287,7 +289,7 @@ def test_all_methods_run_at_smoke_size(tmp_path: Path, name: str) -> None:
     tasks = EXPERIMENTS[name].tasks(Settings(data, out, "smoke", 1))
     assert len({key(each) for each in rows}) == sum(len(t.methods) for t in tasks)
     assert all(math.isfinite(each["value"]) for each in rows)
-    text = command.report(out)
+    text = command.report(EXPERIMENTS, out)
     assert text.count("**") >= 8
     pictures = [part.split(")")[0] for part in text.split("](")[1:]]
     assert pictures
@@ -300,7 +302,7 @@ PAPER = ROOT / "benchmarks" / "paper"
 def test_the_tables_are_those_of_the_results_kept_here(tmp_path: Path) -> None:
     for path in (PAPER / "results").glob("*.digest.jsonl"):
         shutil.copy(path, tmp_path)
-    found = command.report(tmp_path)
+    found = command.report(EXPERIMENTS, tmp_path)
     page = (PAPER / "results" / "tables.md").read_text()
     title, _, tables = page.partition("explain them.\n\n")
     assert title.startswith("# All tables")

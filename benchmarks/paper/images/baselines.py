@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.task import Score
 from benchmarks.paper.images.case import Case, Fitted, Predict, logits, mixture, nll
 from benchmarks.paper.images.swag import Swag, swag, with_weights
-from benchmarks.paper.task import Score
 
 TEMPERATURES = tuple(2 ** (step / 8) for step in range(-12, 33))
 DROPOUT_RATES = (0.05, 0.1, 0.25, 0.5)  # in training

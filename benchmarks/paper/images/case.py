@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.task import Score
 from benchmarks.paper.images.readers import ImageSet
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.images.training import Networks
-from benchmarks.paper.task import Score
 
 # From images in [0, 1], (N, C, H, W), to log-probabilities (N, classes).
 Predict = Callable[[Tensor], Tensor]

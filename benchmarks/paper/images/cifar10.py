@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.task import Row, Settings, Task
 from benchmarks.paper.images.corrupted import corruption_report, named_tests
 from benchmarks.paper.images.evaluation import image_tasks, near_own_prior, on_shift
-from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "cifar10"
 METHODS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.harness.task import Row, Settings, Task
 from benchmarks.paper.images.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from benchmarks.paper.images.evaluation import (
     PLAIN,
@@ -18,7 +19,6 @@ from benchmarks.paper.images.methods import ENSEMBLES
 from benchmarks.paper.images.readers import ImageSet, Part
 from benchmarks.paper.images.reporting import Column, lines, picture, table
 from benchmarks.paper.images.setups import Setup
-from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "corrupted"
 # Those of the published figures come first, on more images.

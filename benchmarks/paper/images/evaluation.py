@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import rotate
 from torch import Tensor
 
+from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.images.baselines import BASELINES
 from benchmarks.paper.images.case import (
     ON_SHIFT,
@@ -23,7 +24,6 @@ from benchmarks.paper.images.methods import ENSEMBLES, METHODS, SIZES, fit
 from benchmarks.paper.images.readers import ImageSet, Part, read_images, to_unit
 from benchmarks.paper.images.setups import Setup, setup_of
 from benchmarks.paper.images.training import Networks
-from benchmarks.paper.task import Score, Settings, Task
 from pyro_subnet.diagnostics import (
     brier_score,
     expected_calibration_error,

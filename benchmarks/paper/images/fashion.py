@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.task import Row, Settings, Task
 from benchmarks.paper.images.evaluation import Tests, image_tasks, in_distribution
 from benchmarks.paper.images.readers import ImageSet
 from benchmarks.paper.images.reporting import Column, table
 from benchmarks.paper.images.setups import Setup
-from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "fashion"
 METHODS = (

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.task import Score
 from benchmarks.paper.images.baselines import BASELINES, gaussian_of_iterates
 from benchmarks.paper.images.case import (
     NUM_ERRORS,
@@ -24,7 +25,6 @@ from benchmarks.paper.images.case import (
     mixture,
 )
 from benchmarks.paper.images.readers import Part, to_unit
-from benchmarks.paper.task import Score
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import NoOutputVarianceWarning
 from pyro_subnet.nn import bayesianize, init_to_module

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.harness.reporting import mean_and_error
+from benchmarks.harness.task import Row
 from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS
 from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
-from benchmarks.paper.task import Row
-from benchmarks.selectors.report import mean_and_error
 from pyro_subnet.plotting.style import frame, strokes
 
 # Mean and standard error of a method at each position.

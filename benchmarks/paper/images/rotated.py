@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.harness.task import Row, Settings, Task
 from benchmarks.paper.images.evaluation import (
     PLAIN,
     Tests,
@@ -25,7 +26,6 @@ from benchmarks.paper.images.reporting import (
     table,
 )
 from benchmarks.paper.images.setups import Setup
-from benchmarks.paper.task import Row, Settings, Task
 
 NAME = "rotated"
 DEGREES = tuple(range(0, 181, 15))

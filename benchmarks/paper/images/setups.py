@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from benchmarks.harness.task import Scale
 from benchmarks.paper.images.training import Recipe
-from benchmarks.paper.task import Scale
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the tables of the regression experiments are made of."""
+"""What tables and pictures are made of: estimates over seeds, Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 
-from benchmarks.paper.task import Row
-from benchmarks.selectors.report import TIE
+from benchmarks.harness.task import Row
 from pyro_subnet.plotting.style import Axes
+
+# Differences of NLL, in nats, that count as none when wins are counted.
+TIE = 0.01
 
 
 class Cell(NamedTuple):
@@ -60,6 +62,19 @@ def estimate(values: Sequence[float]) -> Estimate | None:
         return None
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return Estimate(statistics.fmean(values), spread / len(values) ** 0.5)
+
+
+def mean_and_error(values: Iterable[float]) -> str:
+    """Mean, and its standard error where there are two or more."""
+    found = list(values)
+    if not found:
+        return "-"
+    mean = statistics.fmean(found)
+    if len(found) < 2:
+        return f"{mean:.3g}"
+    error = statistics.stdev(found) / len(found) ** 0.5
+    digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 3
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> Estimate | None:

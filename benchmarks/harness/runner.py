@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.journal import Journal
-from benchmarks.paper.task import Score, Settings, Task
+from benchmarks.harness.journal import Journal
+from benchmarks.harness.task import Experiment, Score, Settings, Task
 
 
 class Job(NamedTuple):
@@ -59,30 +58,36 @@ class Run:
 
 
 def run(
-    names: Sequence[str],
+    experiments: Mapping[str, Experiment],
     settings: Settings,
     methods: Sequence[str] | None = None,
     workers: int = 1,
 ) -> list[str]:
     """Runs what is not done yet, and says what failed.
 
+    Args:
+        experiments: By name; importable, where processes of their own run them.
+        settings: Of the run.
+        methods: Which are run; None for all.
+        workers: Processes.
+
     Raises:
         ValueError: If none of the experiments has a method that is named.
     """
-    tasks = {name: EXPERIMENTS[name].tasks(settings) for name in names}
+    tasks = {name: made.tasks(settings) for name, made in experiments.items()}
     known = {part: None for made in tasks.values() for t in made for part in t.methods}
     unknown = [part for part in methods or () if part not in known]
     if unknown:
         raise ValueError(
-            f"Methods must be among those of {', '.join(names)}; got {unknown[0]!r}. "
+            f"Methods must be among those of {', '.join(tasks)}; got {unknown[0]!r}. "
             f"Choose from: {'; '.join(known)}."
         )
     journals = {
-        name: Journal(settings.out / f"{name}.jsonl", settings.scale) for name in names
+        name: Journal(settings.out / f"{name}.jsonl", settings.scale) for name in tasks
     }
     jobs = []
-    for name in names:
-        for index, task in enumerate(tasks[name]):
+    for name, own in tasks.items():
+        for index, task in enumerate(own):
             todo = journals[name].todo(task)
             todo = [part for part in todo if methods is None or part in methods]
             if todo:
@@ -92,7 +97,7 @@ def run(
         if workers == 1:
             _run_here(state, jobs)
         else:
-            _run_apart(state, jobs, workers)
+            _run_apart(state, experiments, jobs, workers)
     return state.failures
 
 
@@ -122,7 +127,12 @@ def _run_here(state: Run, jobs: Sequence[Job]) -> None:
         torch.set_num_threads(threads)
 
 
-def _run_apart(state: Run, jobs: Sequence[Job], workers: int) -> None:
+def _run_apart(
+    state: Run,
+    experiments: Mapping[str, Experiment],
+    jobs: Sequence[Job],
+    workers: int,
+) -> None:
     # A forked process cannot use a GPU, and inherits the state of torch's threads.
     context = multiprocessing.get_context("spawn")
     waiting, busy = list(reversed(jobs)), dict[Any, Job]()
@@ -130,7 +140,7 @@ def _run_apart(state: Run, jobs: Sequence[Job], workers: int) -> None:
     for _ in range(min(workers, len(jobs))):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, state.settings), daemon=True
+            target=_serve, args=(theirs, experiments, state.settings), daemon=True
         )
         process.start()
         theirs.close()
@@ -159,13 +169,15 @@ def _run_apart(state: Run, jobs: Sequence[Job], workers: int) -> None:
         process.join()
 
 
-def _serve(pipe: Connection, settings: Settings) -> None:
+def _serve(
+    pipe: Connection, experiments: Mapping[str, Experiment], settings: Settings
+) -> None:
     """Runs the jobs that come, until None comes or the parent is gone."""
     torch.set_num_threads(1)
     try:
         while (job := pipe.recv()) is not None:
             try:
-                task = EXPERIMENTS[job.experiment].tasks(settings)[job.index]
+                task = experiments[job.experiment].tasks(settings)[job.index]
                 for found in _scored(task, job.methods, settings.device):
                     pipe.send(("scores", found))
             except BrokenPipeError:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks.paper.task import Row, Scale, Score, Task
+from benchmarks.harness.task import Row, Scale, Score, Task
 from pyro_subnet import __version__
 
 KEY = ("experiment", "dataset", "seed", "variant", "method", "scale")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.task import Row
+from benchmarks.harness.task import Row
 
 _HEAD = ("experiment", "scale", "versions")
 _CELL = ("dataset", "variant", "method", "shift", "metric")

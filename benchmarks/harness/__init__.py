@@ -1,0 +1,1 @@
+"""What experiments share: tasks, a journal of scores, runs in processes, tables."""

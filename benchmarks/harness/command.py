@@ -1,0 +1,80 @@
+"""The command line: runs experiments, or makes tables and pictures of what was run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.harness import digest
+from benchmarks.harness.journal import read
+from benchmarks.harness.runner import run
+from benchmarks.harness.task import Experiment, Settings
+
+DATA = "PYRO_SUBNET_DATA"
+REPORT = "report"
+
+
+def parse(
+    program: str, names: Sequence[str], arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    parser.add_argument(
+        "experiments",
+        nargs="+",
+        choices=[*names, "all", REPORT],
+        metavar="EXPERIMENT",
+        help=f"{', '.join(names)}, all; or {REPORT}, for the tables and pictures",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=os.environ.get(DATA),
+        help=f"holds uci/, mnist/, fashion-mnist/, cifar10/; else ${DATA}",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="or splits, how many")
+    parser.add_argument("--scale", choices=("smoke", "small", "paper"), default="small")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="else all")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(arguments)
+
+
+def main(
+    program: str,
+    experiments: Mapping[str, Experiment],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs the experiments that are named, or reports; 1 if something failed."""
+    options = parse(program, list(experiments), arguments)
+    if REPORT in options.experiments:
+        print(report(experiments, options.out))
+        return 0
+    everything = "all" in options.experiments
+    wanted = experiments if everything else options.experiments
+    chosen = {name: experiments[name] for name in wanted}
+    settings = Settings(
+        data_dir=options.data_dir,
+        out=options.out,
+        scale=options.scale,
+        seeds=options.seeds,
+        device=options.device,
+    )
+    failures = run(chosen, settings, options.methods, options.workers)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def report(experiments: Mapping[str, Experiment], folder: Path) -> str:
+    """Tables of every experiment that has results; pictures and digests beside them."""
+    parts = []
+    for name, experiment in experiments.items():
+        rows = read(folder / f"{name}.jsonl") or digest.read(folder, name)
+        if rows:
+            digest.write(rows, folder, name)
+            parts.append(experiment.report(rows, folder))
+    return "\n\n".join(parts)
