@@ -24,8 +24,8 @@ from pyro_subnet.exceptions import MemoryLimitError, OptionError, PrecisionError
 from pyro_subnet.selection.base import largest
 from pyro_subnet.tensors.memory import available_bytes
 
-# M x M float64 matrices held at once: P, A, and blocks of S rows.
-MATRICES_TO_ADD, MATRICES_TO_EXCHANGE = 3, 5
+# M x M float64 matrices that an exchange holds at once: P, A, and blocks of S rows.
+MATRICES_TO_EXCHANGE = 5.0
 _BYTES = 8
 # Fewest candidates by default. The best weights by single scores are often alike: of a
 # small subnet they fill the pool, and weights that would add to them stay outside.
@@ -51,14 +51,19 @@ def pool_size(
     return max(size, round(min(wanted, num_params)))
 
 
-def check_pool_fits(num_candidates: int, matrices: int, device: torch.device) -> None:
+def matrices_to_add(num_candidates: int, size: int) -> float:
+    """M x M float64 matrices held to choose S weights: P, A, and three of S rows."""
+    return 2.0 + 3.0 * size / num_candidates
+
+
+def check_pool_fits(num_candidates: int, matrices: float, device: torch.device) -> None:
     """Refuses M candidates whose M x M float64 matrices do not fit in memory."""
     needed = matrices * _BYTES * num_candidates**2
     free = available_bytes(device)
     if needed > free:
-        most = math.isqrt(free // (matrices * _BYTES))
+        most = math.isqrt(int(free / (matrices * _BYTES)))
         raise MemoryLimitError(
-            f"A pool of M candidates must have {matrices} M x M matrices that fit in "
+            f"A pool of M candidates must have {matrices:.3g} M x M matrices fit in "
             f"memory; got M={num_candidates}, which needs {needed / 2**30:.1f} GiB "
             f"where {free / 2**30:.1f} GiB are free. Choose `size` and `pool` so that "
             f"their product is at most {most}, or a selector by diagonal scores."
@@ -71,7 +76,7 @@ def relative_noise(dtype: torch.dtype) -> float:
     return max(1e-9, torch.finfo(dtype).eps ** 0.75)
 
 
-def add_in_blocks_(
+def add_in_blocks(
     precision: Float[Tensor, "pool pool"],
     gram: Float[Tensor, "pool pool"],
     size: int,
@@ -80,22 +85,35 @@ def add_in_blocks_(
     noise: float,
 ) -> Int[Tensor, " chosen"]:
     """Positions of S weights, a block at a time, those that add most variance first."""
-    # Interactions are counted exactly between blocks, not within one. P and A, both
-    # symmetric, are overwritten. Costs 6 M^2 S operations, and a few rows of memory.
+    # Interactions are counted exactly between blocks, not within one. A block B with
+    # P_BB = L L^T leaves P - R^T R and A - H^T W - W^T H, where R = L^-1 P_B.,
+    # W = L^-T R and H = A_B. - A_BB W / 2. Only diagonals and chosen rows of these are
+    # made. Costs 3 M S^2 operations, and memory for three S x M matrices.
     is_left = torch.ones(len(precision), dtype=torch.bool, device=precision.device)
-    floor = _NOISE * gram.diagonal().clone()
-    chosen: list[Tensor] = []
-    missing = size
-    while missing:
+    alone, square = precision.diagonal().clone(), gram.diagonal().clone()
+    floor = _NOISE * square
+    roots, weights, halves = (precision.new_empty(size, len(gram)) for _ in range(3))
+    chosen = torch.empty(size, dtype=torch.int64, device=precision.device)
+    done = 0
+    while done < size:
         # |r_j|^2 / s_j; a gain within round-off is zero, and ties go by position.
-        gains = _per_precision(precision, gram, floor).where(is_left, -torch.inf)
-        block = largest(gains, min(block_size, missing), noise).sort().values
+        gains = _per_precision(alone, square, floor).where(is_left, -torch.inf)
+        block = largest(gains, min(block_size, size - done), noise).sort().values
         is_left[block] = False
-        chosen.append(block)
-        missing -= len(block)
-        if missing:
-            _eliminate_(precision, gram, block)
-    return torch.cat(chosen)
+        now = slice(done, done + len(block))
+        chosen[now] = block
+        root, weight, half = (rows[:done] for rows in (roots, weights, halves))
+        cross = torch.addmm(precision[block], root[:, block].mT, root, alpha=-1.0)
+        between = torch.addmm(gram[block], half[:, block].mT, weight, alpha=-1.0)
+        between.addmm_(weight[:, block].mT, half, alpha=-1.0)
+        lower = _lower_factor(cross[:, block])
+        roots[now] = torch.linalg.solve_triangular(lower, cross, upper=False)
+        weights[now] = torch.linalg.solve_triangular(lower.mT, roots[now], upper=True)
+        halves[now] = torch.addmm(between, between[:, block], weights[now], alpha=-0.5)
+        alone -= roots[now].square().sum(0)
+        square -= 2 * (halves[now] * weights[now]).sum(0)
+        done += len(block)
+    return chosen
 
 
 def exchange_(
@@ -117,16 +135,17 @@ def exchange_(
     if bool(inside.all()) or not max_swaps:
         return start.sort().values
     floor = _NOISE * gram.diagonal().clone()
-    _eliminate_(precision, gram, start, keep=True)
+    _sweep_all_(precision, gram, start)
     # In the tableau of P swept on the set, with the columns of J reduced alongside, the
     # Gram matrix's diagonal over the tableau's is a weight's loss inside the set and
     # its gain outside, with all interactions counted.
     for _ in range(max_swaps):
-        losses = _per_precision(precision, gram, 0.0 * floor)
+        square, pivots = gram.diagonal(), precision.diagonal()
+        losses = _per_precision(pivots, square, 0.0 * floor)
         leaves = largest((-losses).where(inside, -torch.inf), 1, noise)
         _sweep_(precision, gram, int(leaves), remove=True)
         inside[leaves] = False
-        gains = _per_precision(precision, gram, floor).where(~inside, -torch.inf)
+        gains = _per_precision(pivots, square, floor).where(~inside, -torch.inf)
         enters = largest(gains, 1, noise)
         if not bool(gains[enters] > gains[leaves] * (1 + noise)):
             inside[leaves] = True
@@ -136,36 +155,37 @@ def exchange_(
     return inside.nonzero().squeeze(-1)
 
 
-def _per_precision(precision: Tensor, gram: Tensor, floor: Tensor) -> Tensor:
+def _per_precision(alone: Tensor, square: Tensor, floor: Tensor) -> Tensor:
     """A_jj / |P_jj|: variance that each weight adds or takes away; 0 if round-off."""
-    square = gram.diagonal()
-    return (square / precision.diagonal().abs()).where(square > floor, 0.0)
+    return (square / alone.abs()).where(square > floor, 0.0)
 
 
-def _eliminate_(
-    precision: Tensor, gram: Tensor, block: Tensor, *, keep: bool = False
-) -> None:
-    """P and A of the other weights, given a block, in place; ``keep`` sweeps it."""
-    cross, between = precision[block], gram[block]
-    factor, info = torch.linalg.cholesky_ex(cross[:, block])
+def _lower_factor(precision: Tensor) -> Tensor:
+    """The Cholesky factor of a block's precision, given all blocks before."""
+    factor, info = torch.linalg.cholesky_ex(precision)
     if int(info):
-        smallest = float(torch.linalg.eigvalsh(cross[:, block])[0])
+        smallest = float(torch.linalg.eigvalsh(precision)[0])
         raise PrecisionError(
             "The precision over the candidates must be positive definite; got smallest "
-            f"eigenvalue {smallest:.3e} in a block of {len(block)}. Train closer to "
-            "the MAP, run the model in float64, or choose by diagonal scores."
+            f"eigenvalue {smallest:.3e} in a block of {len(precision)}. Train closer "
+            "to the MAP, run the model in float64, or choose by diagonal scores."
         )
+    return factor
+
+
+def _sweep_all_(tableau: Tensor, gram: Tensor, block: Tensor) -> None:
+    """Sweeps a block of weights into the set, in place."""
+    cross, between = tableau[block], gram[block]
+    factor = _lower_factor(cross[:, block])
     weights = torch.cholesky_solve(cross, factor)  # W = P_BB^-1 P_B.
     inner = between[:, block]
     # P -> P - P_.B W, and A -> (I - W)^T A (I - W).
-    precision.addmm_(cross.mT, weights, alpha=-1.0)
+    tableau.addmm_(cross.mT, weights, alpha=-1.0)
     half = torch.addmm(between, inner, weights, alpha=-0.5)
     gram.addmm_(half.mT, weights, alpha=-1.0)
     gram.addmm_(weights.mT, half, alpha=-1.0)
-    if not keep:  # the block's own rows and columns have no meaning now
-        return
     inverse = torch.cholesky_inverse(factor)
-    _set_cross_(precision, block, weights, -inverse)
+    _set_cross_(tableau, block, weights, -inverse)
     reduced = inverse @ between.addmm_(inner.clone(), weights, alpha=-1.0)
     _set_cross_(gram, block, reduced, inverse @ inner @ inverse)
 

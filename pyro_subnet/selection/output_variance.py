@@ -25,9 +25,11 @@ from pyro_subnet.tensors.triangular import mirror_
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.forgotten_data import check_forgotten
+from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
+_SCALE = "log_scale"
 # How parameters of the observed distributions are weighted against each other.
 Weighting = Literal["equal", "fisher"]
 
@@ -73,8 +75,23 @@ def squared_gradients(
     # batches. One pass, in memory for D numbers beside the pass's own.
     everything = at_map.latents.everything
     total = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
-    for outputs, factors in _maps(at_map, everything, data, weighting):
-        total += squared_columns(outputs, factors, DEFAULT_BUDGET)
+    noise, scales = torch.zeros_like(total), dict[str, set[float]]()
+    for call, outputs, factors in _maps(at_map, everything, data, weighting):
+        rest = list(factors)
+        for at, site in enumerate(call.sites if weighting == "equal" else ()):
+            found = _noise_column(call, site, outputs.reference[at])
+            if found is None:
+                continue
+            column, scale = found
+            scales.setdefault(site.name, set()).add(scale)
+            of_noise = [factor[:, :0] for factor in factors]
+            of_noise[at] = factors[at][:, column : column + 1]
+            noise += squared_columns(outputs, tuple(of_noise), DEFAULT_BUDGET)
+            is_other = torch.arange(factors[at].shape[1]) != column
+            rest[at] = factors[at][:, is_other]
+        total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
+    if any(len(found) > 1 for found in scales.values()):
+        total += noise  # it changes from call to call
     if not bool((total > 0).any()):
         raise SelectionError(
             "`inputs` must be such that some weight moves an output; got gradients "
@@ -91,7 +108,7 @@ def output_gram(
     # A_TT. One pass; 2 S^2 operations a row of J.
     like = at_map.latents.loc
     gram = like.new_zeros(subnet.size, subnet.size, dtype=torch.float64)
-    for outputs, factors in _maps(at_map, subnet, data, weighting):
+    for _, outputs, factors in _maps(at_map, subnet, data, weighting):
         add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
     mirror_(gram)
     return gram
@@ -104,7 +121,7 @@ def output_rows(
     everything = at_map.latents.everything
     like = at_map.latents.loc
     held, count = [like.new_empty(0, everything.size, dtype=torch.float64)], 0
-    for outputs, factors in _maps(at_map, everything, data, weighting):
+    for _, outputs, factors in _maps(at_map, everything, data, weighting):
         count += sum(factor.shape[0] * factor.shape[1] for factor in factors)
         if count >= everything.size:
             return None
@@ -133,8 +150,8 @@ def dense_precision(
 
 def _maps(
     at_map: ModelAtMAP, subnet: Subnet, data: Data, weighting: Weighting
-) -> Iterator[tuple[OutputMap, Factors]]:
-    """The outputs of each call that the subnet moves, and the factors R."""
+) -> Iterator[tuple[SubnetCall, OutputMap, Factors]]:
+    """Each call that the subnet moves, its outputs, and the factors R."""
     for args, kwargs in data.calls("Reference inputs"):
         read = ModelCall.read(at_map, args, kwargs)
         graph = read.graph()
@@ -144,4 +161,18 @@ def _maps(
         if call.is_moved:
             outputs = call.outputs()
             weighted = weighting == "fisher"
-            yield outputs, call.factors() if weighted else identity_factors(outputs)
+            factors = call.factors() if weighted else identity_factors(outputs)
+            yield call, outputs, factors
+
+
+def _noise_column(
+    call: SubnetCall, site: OutputSite, outputs: Float[Tensor, "elements width"]
+) -> tuple[int, float] | None:
+    """Where a site's outputs have a noise scale that all data share, and its log."""
+    # Beside a location, it says how far data lie from the outputs, not where they are.
+    parts = call.moved[site.name]
+    if not {"loc", _SCALE} <= set(parts):
+        return None
+    column = sum(site.widths(parts)[: parts.index(_SCALE)])
+    scale = outputs[:, column]
+    return (column, float(scale[0])) if bool((scale == scale[0]).all()) else None

@@ -18,10 +18,10 @@ from pyro_subnet.selection.base import (
 )
 from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
 from pyro_subnet.selection.greedy import (
-    MATRICES_TO_ADD,
-    add_in_blocks_,
+    add_in_blocks,
     check_pool,
     check_pool_fits,
+    matrices_to_add,
     pool_size,
     relative_noise,
 )
@@ -39,6 +39,9 @@ from pyro_subnet.tracing.data import Data
 
 # Default candidates per chosen weight, for large subnets.
 _CANDIDATES = 4.0
+# Most candidates at which "auto" is greedy. It does not ask how much memory is free: a
+# subnet that depends on that could not be chosen again.
+_MOST_CANDIDATES = 8192
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
 
@@ -61,10 +64,13 @@ class PredictiveVariance(Selector):
     ``"greedy"`` counts correlations among the M = ``pool`` x S best of those. Weights
     enter a block at a time, those that add most to f given all blocks before, by Schur
     complements; ``block_size=1`` is the forward greedy algorithm. It costs a further
-    pass of each kind with 2 M^2 operations a row of J, 6 M^2 S operations for the
-    choice, and three M x M matrices in float64 (D x D only if M = D). Weights that add
-    nothing go by position. Where many weights of large variance are nearly alike, a
-    small pool holds little else, and most of the gain is lost.
+    pass of each kind with 2 M^2 operations a row of J, 3 M S^2 operations for the
+    choice, and memory for 2 M^2 + 3 M S numbers in float64 (D x D only if M = D).
+    Weights that add nothing go by position. Where many weights of large variance are
+    nearly alike, a small pool holds little else, and most of the gain is lost.
+
+    ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.5 GiB, as
+    by default it does up to S = 2,048, and diagonal above.
 
     ``explained_variance`` is that of a diagonal posterior on the training inputs,
     Fisher-weighted, whatever ``inputs``, ``method`` and ``weighting`` are.
@@ -77,10 +83,12 @@ class PredictiveVariance(Selector):
         inputs: Where predictions will be wanted: a tensor, a tuple of arguments, a
             mapping of keyword arguments, ``(args, kwargs)``, or a list of such batches;
             None for the training data. They need no labels if the model needs none.
-        method: ``"diagonal"`` or ``"greedy"``.
+        method: ``"auto"``, ``"greedy"`` or ``"diagonal"``.
         weighting: Over the unconstrained parameters of all observed distributions that
             a latent site moves, ``"equal"`` sums their variances as they are (for
-            classes, those of the log-probabilities). ``"fisher"`` sums
+            classes, those of the log-probabilities). A noise scale that all data share
+            is left out, so that it stays a point estimate, which
+            ``posterior.tune`` can set. ``"fisher"`` sums
             :math:`\operatorname{tr} \Lambda \operatorname{Var} \eta`, to second order
             twice the expected divergence of p(y | η) from that at the MAP: nats,
             whatever the parameters' units, with each site's scale and mask.
@@ -102,7 +110,7 @@ class PredictiveVariance(Selector):
 
     size: int | float
     inputs: Any = None
-    method: Literal["diagonal", "greedy"] = "diagonal"
+    method: Literal["auto", "greedy", "diagonal"] = "auto"
     weighting: Weighting = "equal"
     pool: int | float | None = None
     block_size: int | None = None
@@ -114,10 +122,10 @@ class PredictiveVariance(Selector):
         check_inputs(self.inputs)
         check_weighting(self.weighting)
         check_pool(self.pool)
-        if self.method not in ("diagonal", "greedy"):
+        if self.method not in ("auto", "greedy", "diagonal"):
             raise OptionError(
-                f"`method` must be 'diagonal' or 'greedy'; got {self.method!r}. Leave "
-                "it out for the diagonal score."
+                "`method` must be 'auto', 'greedy' or 'diagonal'; got "
+                f"{self.method!r}. Leave it out for 'auto'."
             )
         if self.block_size is not None and self.block_size < 1:
             raise OptionError(
@@ -131,19 +139,26 @@ class PredictiveVariance(Selector):
         latents, layout = at_map.latents, at_map.latents.layout
         size = resolve_size(self.size, layout.num_params)
         num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
-        if self.method == "greedy":
-            check_pool_fits(num_candidates, MATRICES_TO_ADD, latents.loc.device)
+        method = self.method
+        if method == "auto":
+            method = "greedy" if num_candidates <= _MOST_CANDIDATES else "diagonal"
+        if method == "greedy":
+            matrices = matrices_to_add(num_candidates, size)
+            check_pool_fits(num_candidates, matrices, latents.loc.device)
         inputs = reference_data(self.inputs, data)
         curvature = diagonal_curvature(at_map, data)
         variance = marginal_variance(curvature, layout)
         squares = squared_gradients(at_map, inputs, self.weighting)
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
-        if self.method == "diagonal":
-            positions = largest(squares * variance, size, noise)
+        scores = squares * variance
+        if method == "diagonal":
+            positions = largest(scores, size, noise)
         else:
-            best = largest(squares * variance, num_candidates, noise)
+            # Weights that move no output add nothing.
+            live = max(size, int((scores > 0).sum()))
+            best = largest(scores, min(num_candidates, live), noise)
             pool = Subnet.from_positions(layout, best)
-            chosen = add_in_blocks_(
+            chosen = add_in_blocks(
                 dense_precision(at_map, pool, data),
                 output_gram(at_map, pool, inputs, self.weighting),
                 size,

@@ -31,7 +31,7 @@ from pyro_subnet.selection import (
     Selector,
 )
 from pyro_subnet.selection.greedy import (
-    add_in_blocks_,
+    add_in_blocks,
     check_pool_fits,
     exchange_,
     pool_size,
@@ -125,7 +125,9 @@ def test_predictive_variance_by_its_diagonal(name: str, weighting: Any) -> None:
     p, ggn = precision(case).diagonal(), case.ggn().diagonal()
     scores = gram(case, weighting).diagonal() / p
     for size in (1, 5, case.num_params):
-        found = select(case, PredictiveVariance(size, weighting=weighting))
+        found = select(
+            case, PredictiveVariance(size, method="diagonal", weighting=weighting)
+        )
         assert found.flat.tolist() == top(scores, size)
         expected = (ggn / p)[found.flat].sum() / (ggn / p).sum()
         assert found.explained_variance == pytest.approx(float(expected), rel=1e-8)
@@ -133,7 +135,8 @@ def test_predictive_variance_by_its_diagonal(name: str, weighting: Any) -> None:
 
 def test_the_fisher_weighted_diagonal_explains_most() -> None:
     case = case_of("heteroscedastic")
-    best = select(case, PredictiveVariance(3, weighting="fisher")).explained_variance
+    diagonal = PredictiveVariance(3, method="diagonal", weighting="fisher")
+    best = select(case, diagonal).explained_variance
     ggn = case.ggn().diagonal()
     share = ggn / precision(case).diagonal()
     for chosen in combinations(range(case.num_params), 3):
@@ -156,8 +159,8 @@ def other_inputs(case: Case) -> tuple[Tensor, Tensor]:
 SELECTORS = [
     LargestGradient,
     GreedyVariance,
+    lambda size, inputs: PredictiveVariance(size, inputs, method="diagonal"),
     PredictiveVariance,
-    lambda size, inputs: PredictiveVariance(size, inputs, method="greedy"),
 ]
 
 
@@ -188,7 +191,7 @@ def test_other_inputs_are_where_gradients_are_taken() -> None:
     x, a = other_inputs(case)
     p = precision(case)
     assert select(case, LargestGradient(6, x)).flat.tolist() == top(a.diagonal(), 6)
-    found = select(case, PredictiveVariance(6, x))
+    found = select(case, PredictiveVariance(6, x, method="diagonal"))
     assert found.flat.tolist() == top(a.diagonal() / p.diagonal(), 6)
     ggn = case.ggn().diagonal()
     share = ggn / p.diagonal()  # on the training inputs still
@@ -319,6 +322,85 @@ def test_copies_do_not_fill_the_pool(selector: Any) -> None:
     assert 9 not in selector(pool=4)(guide, data).flat.tolist()
 
 
+def line(dtype: torch.dtype, num_weights: int) -> tuple[Any, Tensor, Tensor]:
+    """A line with a latent noise, whose scale is multiplied as the call says."""
+    x = (draw(2, 6, num_weights) * torch.arange(1, num_weights + 1)).to(dtype)
+
+    def model(x: Tensor, y: Tensor, factor: Tensor) -> None:
+        noise = pyro.sample("noise", dist.HalfNormal(x.new_ones(())))
+        weight = pyro.sample(
+            "w", dist.Normal(x.new_zeros(num_weights), 1.0).to_event(1)
+        )
+        pyro.sample("y", dist.Normal(x @ weight, factor * noise).to_event(1), obs=y)
+
+    return model, x, draw(3, 6).to(dtype)
+
+
+def chosen_sites(
+    model: Any, selector: Selector, calls: list[tuple[Any, ...]]
+) -> dict[str, int]:
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(model, selector)
+    guide(*calls[0])
+    return selector(guide, Data(calls, whole=False)).counts
+
+
+NOISE_KINDS = [
+    PredictiveVariance,
+    lambda size: PredictiveVariance(size, method="diagonal"),
+    LargestGradient,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_that_all_data_share_stays_a_point_estimate(
+    kind: Any, dtype: torch.dtype
+) -> None:
+    """However small the weights' part in the outputs is beside a step of its log."""
+    model, x, y = line(dtype, 4)
+    x, one = 1e-3 * x, torch.ones((), dtype=dtype)
+    for size in (1, 4):
+        for rows in (6, 4, 1):
+            calls = [(x[i : i + rows], y[i : i + rows], one) for i in range(0, 6, rows)]
+            found = chosen_sites(model, kind(size), calls)
+            assert found == {"noise": 0, "w": size}
+    assert chosen_sites(model, kind(5), [(x, y, one)]) == {"noise": 1, "w": 4}
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_that_differs_from_call_to_call_is_an_output(kind: Any) -> None:
+    model, x, y = line(torch.float64, 4)
+    x, one = 1e-3 * x, torch.ones(()).double()
+    calls = [(x[:3], y[:3], one), (x[3:], y[3:], 2 * one)]
+    assert chosen_sites(model, kind(1), calls) == {"noise": 1, "w": 0}
+    together = [(x, y, torch.tensor([1.0, 1, 1, 2, 2, 2]).double())]
+    assert chosen_sites(model, kind(1), together) == {"noise": 1, "w": 0}
+
+
+@pytest.mark.parametrize(("num_weights", "expected"), [(50, [0, 2]), (8300, [0, 1])])
+def test_a_pool_too_large_to_count_correlations(
+    num_weights: int, expected: list[int]
+) -> None:
+    """Of two copies of an input the diagonal takes both, and a greedy choice one."""
+    x = 1e-3 * draw(4, 3, num_weights)
+    x[:, 0] = x[:, 1] = torch.tensor([3.0, 0.0, 0.0])
+    x[:, 2] = torch.tensor([0.0, 1.0, 0.0])
+
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.sample(
+            "w", dist.Normal(x.new_zeros(num_weights), 1.0).to_event(1)
+        )
+        pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
+
+    selector = PredictiveVariance(2, pool=4100)
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(model, selector)
+    guide(x, x[:, 0])
+    found = selector(guide, Data.single((x, x[:, 0]), {}))
+    assert found.flat.tolist() == expected
+
+
 def exchanged(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
     at = torch.tensor(start)
     return exchange_(p.clone(), a.clone(), at, max_swaps=most, noise=1e-9).tolist()
@@ -329,7 +411,7 @@ def test_greedy_counts_correlations() -> None:
     p = torch.tensor([[2.0, 0.99, 0.0], [0.99, 2.0, 0.0], [0.0, 0.0, 2.0]]).double()
     a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]).double()
     assert top(a.diagonal() / p.diagonal(), 2) == [0, 1]
-    found = add_in_blocks_(p.clone(), a.clone(), 2, block_size=1, noise=1e-9)
+    found = add_in_blocks(p, a, 2, block_size=1, noise=1e-9)
     assert found.tolist() == [0, 2]
     assert exchanged(p, a, [0, 1], 5) == [1, 2]
     assert exchanged(p, a, [0, 1], 0) == [0, 1]
@@ -483,7 +565,7 @@ def as_users_run_it() -> Iterator[None]:
         (
             lambda: PredictiveVariance(3, method="best"),  # type: ignore[arg-type]
             OptionError,
-            "`method` must be 'diagonal' or 'greedy'; got 'best'",
+            "`method` must be 'auto', 'greedy' or 'diagonal'; got 'best'",
         ),
         (
             lambda: PredictiveVariance(3, weighting="x"),  # type: ignore[arg-type]
@@ -557,7 +639,7 @@ def test_a_precision_that_is_not_positive_definite() -> None:
     with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -\d.*of 2\. "):
         exchanged(torch.block_diag(p, p), torch.eye(4).double(), [0, 1], 1)
     with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -1.*of 2\. "):
-        add_in_blocks_(
+        add_in_blocks(
             torch.block_diag(p, p), torch.eye(4).double(), 4, block_size=2, noise=1e-9
         )
 
@@ -565,7 +647,7 @@ def test_a_precision_that_is_not_positive_definite() -> None:
 def test_a_pool_too_large_for_the_memory() -> None:
     message = r"A pool of M .* got M=9999999, which needs \d+\.\d GiB .*diagonal scores"
     with pytest.raises(MemoryLimitError, match=message):
-        check_pool_fits(9_999_999, 3, torch.device("cpu"))
+        check_pool_fits(9_999_999, 3.0, torch.device("cpu"))
 
 
 def test_gradients_disagree_with_marginal_variances() -> None:
