@@ -64,6 +64,18 @@ class FitOptions:
                 "rows of the Jacobian; got curvature='hessian'. Pass curvature='ggn'."
             )
 
+    def may_need_matrix(self, whole: bool) -> bool:
+        """Whether an S x S matrix is sure to be needed, or may be.
+
+        Args:
+            whole: Whether all data come in one call. Then it is soon known how many
+                rows there are, and what ``"auto"`` chooses checks the memory itself.
+
+        Returns:
+            Whether it is.
+        """
+        return self.held_as == "primal" or (self.held_as == "auto" and not whole)
+
     @property
     def noise_power(self) -> int:
         """Power of a normal noise scale by which the curvature is divided.

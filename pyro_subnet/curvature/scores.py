@@ -124,7 +124,7 @@ class ScoreSum:
         if not count or not by_chance:  # nothing is seen, or nothing is moved
             return Departure(0.0, 0.0, False)
         gain, times = 0.5 * decrement / count, decrement / by_chance
-        is_much = 2 * gain > _TWICE_NATS and count >= _ENOUGH
+        is_much = 2 * gain > _TWICE_NATS and self._weight >= _ENOUGH
         return Departure(gain, times, far and is_much)
 
     def _columns(self, root: Tensor, score: Tensor, weight: Tensor) -> Tensor:

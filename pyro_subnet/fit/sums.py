@@ -99,7 +99,7 @@ class SubnetCurvature:
                 "The subnet moves no output at any training input: there the "
                 "predictive is the MAP's. Its weights may still matter on other "
                 "inputs; choose more weights, or another selector such as "
-                "`LargestGradient`, to have variance on these.",
+                "`PredictiveVariance`, to have variance on these.",
                 NoOutputVarianceWarning,
             )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+from typing import Any, final
 
 import torch
 from pyro import poutine
@@ -22,12 +22,12 @@ from pyro_subnet.exceptions import (
     warn,
 )
 from pyro_subnet.selection.base import Selector
-from pyro_subnet.selection.largest_variance import LargestVariance
-from pyro_subnet.selection.mask import Mask
 from pyro_subnet.subnet import Subnet
 
 # What a guide has once its model was run.
 _AFTER_SET_UP = ("loc", "latent_dim")
+# Runs of a guide by `Predictive` for one draw, one after another.
+_RUNS_OF_ONE_DRAW = 3
 # Weights beyond which a subnet of one is more likely to be meant as all of them.
 _MANY = 20
 SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
@@ -53,15 +53,6 @@ def checked_selector(subnet: Any) -> Callable[..., Subnet]:
     )
 
 
-def selector_of(subnet: Any) -> Callable[..., Subnet] | None:
-    """The selector that a ``subnet=`` argument stands for; None for every weight."""
-    if subnet is None:
-        return None
-    if isinstance(subnet, Real) and not isinstance(subnet, bool):
-        return LargestVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
-    return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
-
-
 def is_one(subnet: Any) -> bool:
     """Whether a ``subnet=`` argument is the count 1, which 1.0 may be meant by."""
     return isinstance(subnet, Integral) and subnet == 1
@@ -77,20 +68,46 @@ def warn_of_one_weight(num_params: int) -> None:
         )
 
 
-def draws_alone() -> bool:
-    """Whether a guide is run for its draws: by ``Predictive``, and never by SVI."""
-    # SVI wants densities, also where it evaluates a loss without gradients.
-    return poutine.get_mask() is False and not torch.is_grad_enabled()
+@final
+class MAPDraws:
+    """Notices where many draws are asked of a MAP guide that has a posterior.
+
+    Attributes:
+        matter: Whether the guide has a posterior, and nothing was said since.
+    """
+
+    def __init__(self) -> None:
+        self.matter = False
+        self._given: tuple[int, ...] = ()
+        self._alike = 0
+
+    def see(self, *given: Any) -> None:
+        """Is told of every run of the guide, with its arguments; warns once."""
+        # SVI wants densities, also where it evaluates a loss without gradients.
+        for_draws = poutine.get_mask() is False and not torch.is_grad_enabled()
+        if not (self.matter and for_draws):
+            return
+        now = tuple(map(id, given))
+        self._alike = self._alike + 1 if now == self._given else 1
+        self._given = now
+        # `Predictive` runs a guide twice to look at it, then once a draw, or at once.
+        if self._alike <= _RUNS_OF_ONE_DRAW and not _in_parallel():
+            return
+        self.matter = False
+        warn(
+            "Draws of the guide are the MAP, all alike: its Laplace approximation is "
+            "another guide. Pass what `laplace_approximation` returned, "
+            "`Predictive(model, guide=posterior)`; for the MAP itself, `num_samples=1` "
+            "says it all.",
+            ChoiceWarning,
+        )
 
 
-def warn_of_map_draws() -> None:
-    """Says what the draws of a MAP guide are, where it has a posterior."""
-    warn(
-        "Draws of the guide are the MAP, all alike: its Laplace approximation is "
-        "another guide. Pass what `laplace_approximation` returned, "
-        "`Predictive(model, guide=posterior)`; for the MAP itself, `num_samples=1` "
-        "says it all.",
-        ChoiceWarning,
+def _in_parallel() -> bool:
+    """Whether several draws are made at once, in a plate of ``Predictive``'s own."""
+    name = "_num_predictive_samples"
+    return any(
+        getattr(each, "name", "") == name for each in poutine.runtime._PYRO_STACK
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, final
 from weakref import WeakValueDictionary, ref
 
@@ -23,20 +24,20 @@ from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.choices import (
+    MAPDraws,
     SubnetChoice,
     check_in_support,
     check_model,
     check_start,
+    checked_selector,
     discrete_site,
-    draws_alone,
     is_one,
     not_here,
-    selector_of,
     short_name,
-    warn_of_map_draws,
     warn_of_one_weight,
 )
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
+from pyro_subnet.guides.store import entry_of
 from pyro_subnet.laplace.state import PosteriorState
 from pyro_subnet.nn.start import start_of_guide
 from pyro_subnet.options import (
@@ -47,6 +48,8 @@ from pyro_subnet.options import (
     check_num_data,
     check_shares,
 )
+from pyro_subnet.selection.mask import Mask
+from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import (
@@ -90,7 +93,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         model: A Pyro model whose latent sites are continuous.
         subnet: Which elements are random. None: all; an int or a float in (0, 1]: that
             many, or that share, by
-            :class:`~pyro_subnet.selection.LargestVariance`; a selector; or a mapping
+            :class:`~pyro_subnet.selection.PredictiveVariance`: those that keep most of
+            the variance of the outputs at the training inputs; a selector; or a mapping
             from sites to bool masks or flat positions.
         init_loc_fn: Where the MAP search starts, as everywhere in Pyro; with the
             values of a MAP found elsewhere no training is needed. By default weights
@@ -141,9 +145,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         self.options = FitOptions(curvature, covariance, form)
         check_model(model)
         check_start(init_loc_fn)
-        self._selector = selector_of(subnet)
+        self._selector = _selector(subnet)
         self._is_one = is_one(subnet)
-        self._has_posterior = False
+        self._draws = MAPDraws()
         if covariance == "kron" and self._selector is not None:
             raise OptionError(
                 "`covariance='kron'` must cover every weight; got a `subnet` as well. "
@@ -202,7 +206,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         told, loaded = self._starts_where_told, list[Tensor]()
         while True:
             key = self._key
-            owner, entry = _OWNERS.get(key), _entry(key, start)
+            owner, entry = _OWNERS.get(key), entry_of(key, start)
             made = entry is not None and _is_made(key, entry)
             if owner is None or owner is self:
                 if entry is not None:
@@ -232,7 +236,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         """Reads ``loc`` as the param store has it, where that was loaded or set."""
         own = self.__dict__["_parameters"].get(name) if name == "loc" else None
         if own is not None and _OWNERS.get(self._key) is self:
-            entry = _entry(self._key, own)
+            entry = entry_of(self._key, own)
             if entry is not None and entry is not own:
                 if not isinstance(entry, nn.Parameter):
                     entry = nn.Parameter(entry.detach())
@@ -275,9 +279,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         Returns:
             ``{site: value}``.
         """
-        if self._has_posterior and draws_alone():
-            self._has_posterior = False
-            warn_of_map_draws()
+        self._draws.see(*args, *kwargs.values())
         values: dict[str, Tensor] = super().forward(*args, **kwargs)
         return values
 
@@ -420,7 +422,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         at_map = ModelAtMAP(self.user_model, latents)
         subnet = (file and file.chosen) or self._choose(latents, data)
         resumed = file is not None and file.done > 0  # the matrix is there already
-        if _needs_matrix(self.options, data) and not resumed:
+        if self.options.may_need_matrix(data.whole) and not resumed:
             dtype = at_least_float32(latents.loc.dtype)
             check_factor_fits(subnet.size, dtype, latents.loc.device)
         if file is not None:
@@ -445,7 +447,7 @@ class AutoSubnetLaplace(AutoAtMAP):
                 num_seen=curvature.num_seen,
             ),
         )
-        self._has_posterior = True
+        self._draws.matter = True
         curvature.warn_of_training(posterior.gaussian.whiten)
         if file is not None:
             file.remove()
@@ -467,21 +469,13 @@ class AutoSubnetLaplace(AutoAtMAP):
         return subnet
 
 
-def _needs_matrix(options: FitOptions, data: Data) -> bool:
-    """Whether an S x S matrix is sure to be needed, or may be."""
-    # Of a single call it is soon known how many rows there are: what "auto" then
-    # chooses checks the memory itself.
-    return options.held_as == "primal" or (options.held_as == "auto" and not data.whole)
-
-
-def _entry(key: str, like: Tensor) -> Tensor | None:
-    """The param store's entry of a key, if it may stand for a guide's parameter."""
-    store = pyro.get_param_store()
-    if key not in store or pyro.settings.get("module_local_params"):
+def _selector(subnet: Any) -> Callable[..., Subnet] | None:
+    """The selector that a ``subnet=`` argument stands for; None for every weight."""
+    if subnet is None:
         return None
-    entry: Tensor = store[key].unconstrained()
-    fits = entry.shape == like.shape and entry.dtype == like.dtype
-    return entry if fits and entry.device == like.device else None
+    if isinstance(subnet, Real) and not isinstance(subnet, bool):
+        return PredictiveVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
+    return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
 
 
 def _is_made(key: str, entry: Tensor) -> bool:

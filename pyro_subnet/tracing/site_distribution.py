@@ -68,7 +68,7 @@ class SiteDistribution:
         event = fn.event_shape[: len(fn.event_shape) - own]
         # The value may have more batch dimensions than the distribution.
         sampled = value.shape[: value.ndim - own]
-        shape = fn.batch_shape + event
+        shape = torch.Size((*fn.batch_shape, *event))  # a tuple, of some of Pyro's
         if shape != sampled:  # torch's function takes long
             shape = torch.broadcast_shapes(shape, sampled)
         mask = kind = None

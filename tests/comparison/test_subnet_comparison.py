@@ -225,7 +225,7 @@ def test_every_selector_at_every_size_below_the_bound(weighting: Any) -> None:
         LargestVariance(1),
         LargestGradient(1),
         GreedyVariance(1),
-        PredictiveVariance(1, weighting=weighting),
+        PredictiveVariance(1, method="diagonal", weighting=weighting),
         LargestMagnitude(1),
         RandomSubnet(1, seed=3),
         LastLayer(),

@@ -358,6 +358,7 @@ def test_call_can_be_traced_by_jit(subnet: Any) -> None:
 
 
 @quiet_jit
+@pytest.mark.filterwarnings("ignore:Draws of the guide are the MAP")
 def test_predictive_can_be_traced_by_jit() -> None:
     x, y = data()
     guide = AutoSubnetLaplace(regression)

@@ -103,7 +103,7 @@ def test_a_mistaken_subnet_is_told(name: str) -> None:
         (np.uint8(3), 3),
         (np.float64(0.5), 0.5),
         (np.float32(0.5), 0.5),
-        (lambda: LargestVariance(np.int32(3)), 3),
+        (lambda: LargestVariance(np.int32(3)), LargestVariance(3)),
         (lambda: RandomSubnet(np.float32(0.5)), RandomSubnet(0.5)),
     ],
 )
