@@ -539,7 +539,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         val: Any = None,
         per_site: bool = False,
         bounds: tuple[float, float] = (1e-6, 1e6),
-        standard_errors: int | float = 0.0,
+        standard_errors: int | float | None = None,
     ) -> AutoSubnetMultivariateNormal:
         """The posterior under the prior precision that serves best, at the same MAP.
 
@@ -551,12 +551,13 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
                 ``DataLoader`` or list of such.
             per_site: One scale for each site in place of one for all, by the evidence.
             bounds: Least and largest scale.
-            standard_errors: For ``"nll"``. Of the scales that were tried, the one
-                nearest the model's own is taken whose held-out NLL is worse than the
-                best by at most this many standard errors of the difference. 0 takes the
-                best, also where it is a plateau's end. 2 leaves the model's prior
-                alone unless the held-out data argue against it: for them to choose
-                what is predicted far from them is to follow noise.
+            standard_errors: For ``"nll"``, by default 2. Of the scales that were tried,
+                the one nearest the model's own is taken whose held-out NLL is worse
+                than the best by at most this many standard errors of the difference: it
+                leaves the model's prior alone unless the held-out data argue against
+                it. 0 takes the best, which on held-out data like the training data is
+                often a plateau's end, a prior so narrow that nothing is left of the
+                posterior.
 
         Returns:
             A new posterior guide, whose ``tuning`` holds all that was tried.
@@ -568,7 +569,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence; Breiman
         et al. (1984), section 3.4.3, for standard errors, there one, of the NLL itself.
         """
-        check_tuning(method, val, per_site, standard_errors)
+        errors = check_tuning(method, val, per_site, standard_errors)
         state = self.state
         if method == "evidence":
             return self._with(state.tuned_prior(bounds, per_site=per_site))
@@ -579,7 +580,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             val,
             bounds,
             rescaled,
-            standard_errors=standard_errors,
+            standard_errors=errors,
         )
         return self._with(rescaled(tuning.best, tuning))
 

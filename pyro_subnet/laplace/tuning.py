@@ -33,12 +33,21 @@ from pyro_subnet.subnet import Subnet
 _ROUNDS = 100
 _HALVINGS = 6
 _CONVERGED = 1e-6
+# By how many standard errors held-out data must argue against the model's own prior.
+_STANDARD_ERRORS = 2
 
 
 def check_tuning(
-    method: str, val: Any, per_site: bool = False, standard_errors: int | float = 0.0
-) -> None:
-    """Refuses options of tuning that do not go together."""
+    method: str,
+    val: Any,
+    per_site: bool = False,
+    standard_errors: int | float | None = None,
+) -> int | float:
+    """Refuses options of tuning that do not go together.
+
+    Returns:
+        The standard errors that are meant.
+    """
     if method not in ("evidence", "nll"):
         raise OptionError(
             f"`method` must be 'evidence' or 'nll'; got {method!r}. Leave it out for "
@@ -55,17 +64,20 @@ def check_tuning(
             "`per_site` must go with method='evidence'; got method='nll', for which a "
             "search over many scales would fit the held-out data. Leave it out."
         )
+    if standard_errors is None:
+        return _STANDARD_ERRORS
     as_number(standard_errors, "standard_errors", "2, say")
     if not 0 <= standard_errors < math.inf:
         raise OptionError(
             f"`standard_errors` must be finite and at least 0; got {standard_errors}. "
-            "Pass 2 to keep the model's prior where held-out data do not speak."
+            "Leave it out for 2, or pass 0 for the best scale."
         )
     if standard_errors and method != "nll":
         raise OptionError(
             "`standard_errors` must go with method='nll', whose errors held-out data "
             f"tell; got method={method!r}. Leave it out."
         )
+    return standard_errors
 
 
 def tune_prior(

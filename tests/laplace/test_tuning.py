@@ -241,7 +241,7 @@ def test_held_out_data_choose_the_prior(name: str, form: str) -> None:
     posterior = fitted(name, form=form)
     x, y = case.args
     val = (x[2:5] + 0.3, y[2:5])
-    tuned = posterior.tune_prior_precision("nll", val=val)
+    tuned = posterior.tune_prior_precision("nll", val=val, standard_errors=0)
     assert tuned.tuning is not None
     assert tuned.tuning.method == "nll"
     grid = [
@@ -314,7 +314,7 @@ def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
     posterior = fitted("regression_mlp")
     x, y = case.args
     val = (x[2:5] + 0.3, y[2:5])
-    best = posterior.tune_prior_precision("nll", val=val)
+    best = posterior.tune_prior_precision("nll", val=val, standard_errors=0)
     assert best.prior_factor != 1.0
     none = posterior.tune_prior_precision("nll", val=val, standard_errors=0.0)
     assert none.prior_factor == best.prior_factor
@@ -327,6 +327,53 @@ def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
     assert edge.prior_factor == 2.0
     assert edge.tuning.at_bound
     assert len(edge.tuning.scales) == len(best.tuning.scales) + 1
+
+
+def of_waves(dtype: torch.dtype) -> tuple[AutoSubnetMultivariateNormal, Any]:
+    """A regression far from its prior, and held-out data near the MAP."""
+    x = (torch.linspace(-1, 1, 60).unsqueeze(-1) * torch.arange(1, 6)).sin().to(dtype)
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 1.0, -1.0], dtype=dtype)
+    y, noise = y + 0.3 * draw(3, 60).to(dtype), 0.3
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(5), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, noise), obs=y)
+
+    gram = x.mT @ x / noise**2 + torch.eye(5, dtype=dtype)
+    at = torch.linalg.solve(gram, x.mT @ y / noise**2)
+    guide = AutoSubnetLaplace(model, init_loc_fn=lambda site: at)
+    # Errors a little smaller than the noise, in no order.
+    at_random = 7 * torch.arange(20) % 20
+    errors = dist.Normal(0.0, 0.83 * noise).icdf((at_random + 0.5) / 20).to(dtype)
+    val = (x[::3], x[::3] @ at + errors)
+    return guide.laplace_approximation(x, y), val
+
+
+def test_by_default_held_out_data_like_the_others_leave_the_prior(
+    dtype: torch.dtype,
+) -> None:
+    """Their best is where nothing is left of the posterior; two errors are nearer."""
+    posterior, val = of_waves(dtype)
+    best = posterior.tune_prior_precision("nll", val=val, standard_errors=0)
+    assert best.prior_factor > 1e3
+    tuned = posterior.tune_prior_precision("nll", val=val)
+    serve = serving(posterior, val, tuned.tuning, 2.0)
+    assert tuned.prior_factor == min(serve, key=lambda scale: abs(math.log(scale)))
+    assert tuned.prior_factor == 1.0
+    # Where data are far off, they do argue against it.
+    x, y = val
+    other = posterior.tune_prior_precision("nll", val=(x, y + 5 * x[:, 0]))
+    assert other.prior_factor < 0.1
+
+
+def test_without_standard_errors_the_evidence_is_tuned_alike() -> None:
+    posterior = fitted("regression_mlp")
+    found = [
+        posterior.tune_prior_precision(standard_errors=errors).prior_factor
+        for errors in (None, 0, 0.0)
+    ]
+    assert found == [posterior.tune_prior_precision().prior_factor] * 3
 
 
 def test_errors_count_the_weights_of_data() -> None:
