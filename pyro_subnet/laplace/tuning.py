@@ -47,6 +47,9 @@ def check_tuning(
 
     Returns:
         The standard errors that are meant.
+
+    Raises:
+        OptionError: If they do not.
     """
     if method not in ("evidence", "nll"):
         raise OptionError(
