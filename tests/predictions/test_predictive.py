@@ -299,6 +299,7 @@ def sequence_network(weights: Values, x: Tensor) -> Tensor:
     return network(weights, x.cumsum(1))
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 @pytest.mark.parametrize("family", ["normal", "categorical"])
 def test_outputs_with_a_further_axis(family: str) -> None:
     """(N, T, C): the elements of a datum follow in row-major order."""
