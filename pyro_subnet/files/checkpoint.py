@@ -56,7 +56,8 @@ _AXES = {
 }
 # Tensors of whole numbers, by the end of their names.
 _INTEGER = ("subnet_positions", "prior_coupled", "_positions", "_site")
-_TUNING = ("tuning_scales", "tuning_objective")
+# Where the records of tuning stand, in order; one of the two factors each.
+_TUNINGS = ("tuning_before", "tuning")
 
 
 def save_posterior(
@@ -71,13 +72,16 @@ def save_posterior(
         "noise_scale": float(facts.noise_factor),
         "options": asdict(facts.options),
         "explained_variance": facts.explained_variance,
-        "tuning": None,
+        **dict.fromkeys(_TUNINGS),
         "chosen_by": facts.chosen_by,
         "num_seen": facts.num_seen,
     }
-    if (tuning := facts.tuning) is not None:
-        tensors.update(tuning_scales=tuning.scales, tuning_objective=tuning.objective)
-        content["tuning"] = {
+    records = reversed(facts.tunings.items())
+    for name, (of, tuning) in zip(reversed(_TUNINGS), records, strict=False):
+        tensors[f"{name}_scales"] = tuning.scales
+        tensors[f"{name}_objective"] = tuning.objective
+        content[name] = {
+            "of": of,
             "method": tuning.method,
             "best": float(tuning.best),
             "at_bound": bool(tuning.at_bound),
@@ -100,7 +104,8 @@ def load_posterior(
 ) -> tuple[AutoContinuous, PosteriorState]:
     """A guide that one run of the model has set up, and the file's posterior."""
     tensors, content = read_file(path, KIND)
-    content = {"chosen_by": None, "num_seen": None, **content}
+    # Fields that files of an earlier version lack.
+    content = {"chosen_by": None, "num_seen": None, "tuning_before": None, **content}
     _check_tensors(tensors, content)
     sites = content["sites"]
     prototype = _prototype(model, args, kwargs, sites, tensors["loc"])
@@ -111,12 +116,6 @@ def load_posterior(
     moved = {name: tensor.to(node["value"].device) for name, tensor in tensors.items()}
     layout = Latents.from_guide(prototype, moved["loc"]).layout
     check_subnet(layout, moved["subnet_positions"])
-    tuning = None
-    if content["tuning"] is not None:
-        scales, objective = (tensors[name] for name in _TUNING)
-        names = [field.name for field in fields(Tuning)]
-        told = {name: content["tuning"][name] for name in names if name in TUNING}
-        tuning = Tuning(scales=scales, objective=objective, **told)
     share = content["explained_variance"]
     facts = PosteriorFacts(
         content["form"],
@@ -124,7 +123,7 @@ def load_posterior(
         _plain(content["prior_scale"]),
         float(content["noise_scale"]),
         None if share is None else float(share),
-        tuning,
+        {told["of"]: _tuning(name, told, tensors) for name, told in _tunings(content)},
         content["chosen_by"],
         content["num_seen"],
     )
@@ -152,6 +151,27 @@ def _check_state(state: PosteriorState) -> None:
             f"{state.form.name} form of S={state.subnet.size} that is not what they "
             "make. Take another copy of it."
         )
+
+
+def _tunings(content: Content) -> list[tuple[str, Content]]:
+    """What is told of each tuning, the last one last, by the name of its tensors."""
+    told = [(name, content[name]) for name in _TUNINGS if content[name] is not None]
+    # A file of an earlier version does not say of what: it gives one of the factors.
+    prior, noise = content["prior_scale"], content["noise_scale"]
+    return [
+        (
+            name,
+            {"of": "noise" if prior != each.get("best") == noise else "prior", **each},
+        )
+        for name, each in told
+    ]
+
+
+def _tuning(name: str, told: Content, tensors: Mapping[str, Tensor]) -> Tuning:
+    names = [field.name for field in fields(Tuning)]
+    numbers = {key: told[key] for key in names if key in TUNING}
+    scales, objective = tensors[f"{name}_scales"], tensors[f"{name}_objective"]
+    return Tuning(scales=scales, objective=objective, **numbers)
 
 
 def _plain(factor: float | Mapping[str, float]) -> float | dict[str, float]:
@@ -238,17 +258,21 @@ def _check_tensors(tensors: Mapping[str, Tensor], content: Content) -> None:
     axes = {name: tuple(letters) for name, letters in _AXES.items()}
     axes |= FORMS[content["form"]].axes_of(tensors)
     whole = {name: torch.int64 for name in axes if name.endswith(_INTEGER)}
-    tuned = content["tuning"] is not None
-    if tuned:
-        check_fields(content["tuning"], TUNING, "tuning.")
-        # One scale a trial, or one for each site.
-        scales = tensors.get("tuning_scales")
-        by_site = scales is not None and scales.ndim > 1
-        axes["tuning_scales"] = ("K", "sites") if by_site else ("K",)
-        axes["tuning_objective"] = ("K",)
     # What was tried may be impossible, and so may the data be.
-    check_stored(tensors, axes, whole, {"5": 5}, ("fit_numbers", "tuning_objective"))
-    positive = not tuned or bool((tensors["tuning_scales"] > 0).all())
+    infinite = ["fit_numbers"]
+    tuned = _tunings(content)
+    for name, told in tuned:
+        check_fields(told, TUNING, f"{name}.")
+        # One scale a trial, or one for each site.
+        scales = tensors.get(f"{name}_scales")
+        by_site = scales is not None and scales.ndim > 1
+        tried = f"K of {name}"
+        axes[f"{name}_scales"] = (tried, "sites") if by_site else (tried,)
+        axes[f"{name}_objective"] = (tried,)
+        infinite.append(f"{name}_objective")
+    check_stored(tensors, axes, whole, {"5": 5}, tuple(infinite))
+    positive = all(bool((tensors[f"{name}_scales"] > 0).all()) for name, _ in tuned)
+    positive &= len({told["of"] for _, told in tuned}) == len(tuned)
     likelihood, *rest = tensors["fit_numbers"].tolist()
     if not (positive and likelihood < math.inf and all(map(math.isfinite, rest))):
         raise CheckpointError(

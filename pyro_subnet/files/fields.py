@@ -127,8 +127,13 @@ POSTERIOR: Fields = {
     # Files of an earlier version have none of these.
     "chosen_by": (or_none(is_text), "text or nothing"),
     "num_seen": (or_none(is_count), "a count or nothing"),
+    "tuning_before": (
+        or_none(lambda value: isinstance(value, dict)),
+        "a mapping or nothing",
+    ),
 }
 TUNING: Fields = {
+    "of": (lambda value: value in ("prior", "noise"), "'prior' or 'noise'"),
     "method": (lambda value: value in ("evidence", "nll"), "'evidence' or 'nll'"),
     "best": (is_positive, "a positive number"),
     "at_bound": (is_bool, "true or false"),

@@ -22,7 +22,7 @@ from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.state import PosteriorState, SiteFactors
 from pyro_subnet.laplace.summary import FitSummary
-from pyro_subnet.laplace.tuning import check_tuning
+from pyro_subnet.laplace.tuning import check_noise_scales
 from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
@@ -34,7 +34,7 @@ from pyro_subnet.options import (
 )
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.full_normal import FullNormal
-from pyro_subnet.predictions.held_out import tune_by_nll
+from pyro_subnet.predictions.held_out import HowToTune, tuned_noise, tuned_prior
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
 from pyro_subnet.predictions.observations import error_at
 from pyro_subnet.predictions.outputs import OutputGaussian
@@ -142,8 +142,13 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
 
     @property
     def tuning(self) -> Tuning | None:
-        """How a factor was chosen, in a posterior that tuning has given."""
-        return self._facts.tuning
+        """How the factor was chosen that was tuned last."""
+        return self.state.tuning
+
+    @property
+    def tunings(self) -> dict[str, Tuning]:
+        """How factors were chosen, if by tuning: of ``"prior"`` and ``"noise"``."""
+        return dict(self._facts.tunings)
 
     @property
     def form_name(self) -> str:
@@ -532,6 +537,33 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         return self._with(self.state.with_noise_factor(scale))
 
     @full_precision()
+    def tune(self, val: Any = None) -> AutoSubnetMultivariateNormal:
+        """The posterior under a noise and a prior that suit the data, at the same MAP.
+
+        First the normal noise is set on held-out data, as by ``tune_noise_scale("nll",
+        val=val)``, then the prior precision by evidence under that noise, as by
+        ``tune_prior_precision()``. A noise that was learned beside the weights is often
+        far too small: a network absorbs it, and every posterior is as sure as it. Only
+        held-out data tell.
+
+        Args:
+            val: Held-out data: what one call of the model takes, or a ``DataLoader`` or
+                list of such. Without it the prior alone is tuned.
+
+        Returns:
+            A new posterior guide; ``print`` shows both factors, ``tunings`` how they
+            were chosen.
+
+        Raises:
+            OptionError: If ``val`` is given for a model whose noise cannot be scaled.
+            PrecisionError: If no scale gives a posterior.
+        """
+        if val is None:
+            return self.tune_prior_precision()
+        check_noise_scales(self.summary)
+        return self.tune_noise_scale("nll", val=val).tune_prior_precision()
+
+    @full_precision()
     def tune_prior_precision(
         self,
         method: str = "evidence",
@@ -548,7 +580,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
                 ``"nll"``: the lowest negative log predictive density of held-out data,
                 by :meth:`predictive_distribution`.
             val: Held-out data for ``"nll"``: what one call of the model takes, or a
-                ``DataLoader`` or list of such.
+                ``DataLoader`` or list of such. Data of several observed sites count
+                alike, each by its own density.
             per_site: One scale for each site in place of one for all, by the evidence.
             bounds: Least and largest scale.
             standard_errors: For ``"nll"``, by default 2. Of the scales that were tried,
@@ -569,20 +602,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         Source: MacKay (1992), doi 10.1162/neco.1992.4.3.415, for the evidence; Breiman
         et al. (1984), section 3.4.3, for standard errors, there one, of the NLL itself.
         """
-        errors = check_tuning(method, val, per_site, standard_errors)
-        state = self.state
-        if method == "evidence":
-            return self._with(state.tuned_prior(bounds, per_site=per_site))
-        rescaled = state.with_prior_factor
-        tuning = tune_by_nll(
-            self.at_map,
-            state,
-            val,
-            bounds,
-            rescaled,
-            standard_errors=errors,
-        )
-        return self._with(rescaled(tuning.best, tuning))
+        how = HowToTune(method, val, bounds, per_site, standard_errors)
+        return self._with(tuned_prior(self.at_map, self.state, how))
 
     @full_precision()
     def tune_noise_scale(
@@ -606,13 +627,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             OptionError: As for :meth:`with_noise_scale`, and of unknown options.
             PrecisionError: If no scale gives a posterior.
         """
-        check_tuning(method, val)
-        state = self.state
-        if method == "evidence":
-            return self._with(state.tuned_noise(bounds))
-        rescaled = state.with_noise_factor
-        tuning = tune_by_nll(self.at_map, state, val, bounds, rescaled)
-        return self._with(rescaled(tuning.best, tuning))
+        how = HowToTune(method, val, bounds)
+        return self._with(tuned_noise(self.at_map, self.state, how))
 
     # More data
 

@@ -24,6 +24,7 @@ from pyro_subnet.subnet import Layout, Subnet
 # What a prior precision may be multiplied by: one number for all sites, or one a site.
 SiteFactors = float | Tensor | Mapping[str, float | Tensor]
 _OWN_PRIOR = "the model's own prior precision"
+_BY = {"evidence": "evidence", "nll": "held-out nll"}
 
 
 @final
@@ -36,7 +37,7 @@ class PosteriorFacts:
     prior_factor: float | dict[str, float]
     noise_factor: float
     explained_variance: float | None
-    tuning: Tuning | None
+    tunings: dict[str, Tuning]
     chosen_by: str | None = None
     num_seen: int | None = None
 
@@ -55,7 +56,8 @@ class PosteriorState:
         prior_factor: What the model's prior precision is multiplied by, over the
             subnet: a number, or one for each site named.
         noise_factor: What the scale of the model's normal noise is multiplied by.
-        tuning: How a factor was chosen, if by tuning.
+        tunings: How factors were chosen, if by tuning, the last one last: of the
+            ``"prior"``, of the ``"noise"``.
         chosen_by: What chose the subnet, for people; None where that is not known.
         num_seen: Number of data points that were seen; None where plates do not tell.
     """
@@ -67,15 +69,15 @@ class PosteriorState:
     options: FitOptions = field(default_factory=FitOptions)
     prior_factor: float | dict[str, float] = 1.0
     noise_factor: float = 1.0
-    tuning: Tuning | None = None
+    tunings: dict[str, Tuning] = field(default_factory=dict)
     chosen_by: str | None = None
     num_seen: int | None = None
 
     def __str__(self) -> str:
+        how = {name: f" (by {_BY[each.method]})" for name, each in self.tunings.items()}
         factors = f"prior precision times {_shown(self.prior_factor)}"
-        factors += f", noise times {_shown(self.noise_factor)}"
-        if self.tuning is not None:
-            factors += f" (tuned by {self.tuning.method})"
+        factors += how.get("prior", "")
+        factors += f", noise times {_shown(self.noise_factor)}{how.get('noise', '')}"
         options = self.options
         curvature = (
             f"curvature {options.curvature!r}, covariance {options.covariance!r}, "
@@ -96,7 +98,7 @@ class PosteriorState:
             self.prior_factor,
             self.noise_factor,
             self.subnet.explained_variance,
-            self.tuning,
+            self.tunings,
             self.chosen_by,
             self.num_seen,
         )
@@ -124,10 +126,15 @@ class PosteriorState:
             facts.options,
             facts.prior_factor,
             facts.noise_factor,
-            facts.tuning,
+            facts.tunings,
             facts.chosen_by,
             facts.num_seen,
         )
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How the factor was chosen that was tuned last."""
+        return next(reversed(self.tunings.values()), None)
 
     @property
     def gaussian(self) -> Gaussian:
@@ -159,7 +166,8 @@ class PosteriorState:
         each = factor_of_each(factor, self.subnet, "scale")
         given = dict(factor) if isinstance(factor, Mapping) else float(factor)
         form = self.form.rescaled(self._for_form(each))
-        return replace(self, form=form, prior_factor=given, tuning=tuning)
+        tunings = self._recorded("prior", tuning)
+        return replace(self, form=form, prior_factor=given, tunings=tunings)
 
     def with_noise_factor(
         self, factor: float, tuning: Tuning | None = None
@@ -172,7 +180,8 @@ class PosteriorState:
         form = self.form.rescaled(
             self._for_form(self.prior_factors), self._likelihood_factor(factor)
         )
-        return replace(self, form=form, noise_factor=factor, tuning=tuning)
+        tunings = self._recorded("noise", tuning)
+        return replace(self, form=form, noise_factor=factor, tunings=tunings)
 
     def with_data(
         self,
@@ -195,7 +204,7 @@ class PosteriorState:
         summed = self.summary.plus(summary, forgetting)
         known = self.num_seen is not None and num_seen is not None
         seen = (self.num_seen or 0) + (num_seen or 0) if known else None
-        return replace(self, form=form, summary=summed, tuning=None, num_seen=seen)
+        return replace(self, form=form, summary=summed, tunings={}, num_seen=seen)
 
     def log_marginal_likelihood(
         self,
@@ -230,6 +239,11 @@ class PosteriorState:
             self.form, self.summary, self.prior_factors, self._likelihood_factor, bounds
         )
         return self.with_noise_factor(tuning.best, tuning)
+
+    def _recorded(self, of: str, tuning: Tuning | None) -> dict[str, Tuning]:
+        """The records, with that of one factor replaced."""
+        others = {name: each for name, each in self.tunings.items() if name != of}
+        return others if tuning is None else {**others, of: tuning}
 
     def _likelihood_factor(self, noise_factor: Any) -> Any:
         """What the present G is multiplied by under another noise."""

@@ -33,8 +33,6 @@ from pyro_subnet.subnet import Subnet
 _ROUNDS = 100
 _HALVINGS = 6
 _CONVERGED = 1e-6
-# By how many standard errors held-out data must argue against the model's own prior.
-_STANDARD_ERRORS = 2
 
 
 def check_tuning(
@@ -42,15 +40,8 @@ def check_tuning(
     val: Any,
     per_site: bool = False,
     standard_errors: int | float | None = None,
-) -> int | float:
-    """Refuses options of tuning that do not go together.
-
-    Returns:
-        The standard errors that are meant.
-
-    Raises:
-        OptionError: If they do not.
-    """
+) -> None:
+    """Refuses options of tuning that do not go together."""
     if method not in ("evidence", "nll"):
         raise OptionError(
             f"`method` must be 'evidence' or 'nll'; got {method!r}. Leave it out for "
@@ -68,7 +59,7 @@ def check_tuning(
             "search over many scales would fit the held-out data. Leave it out."
         )
     if standard_errors is None:
-        return _STANDARD_ERRORS
+        return
     as_number(standard_errors, "standard_errors", "2, say")
     if not 0 <= standard_errors < math.inf:
         raise OptionError(
@@ -80,7 +71,17 @@ def check_tuning(
             "`standard_errors` must go with method='nll', whose errors held-out data "
             f"tell; got method={method!r}. Leave it out."
         )
-    return standard_errors
+
+
+def check_noise_scales(summary: FitSummary) -> None:
+    """Refuses held-out data for a noise that cannot be scaled."""
+    if not summary.scales_noise:
+        raise OptionError(
+            "`val` must be for a model of normal noise, whose scale is all that `tune` "
+            "sets on it; got observed sites that are not normal, such as classes, or a "
+            "noise that chosen weights move, which the posterior knows already. Leave "
+            "`val` out, which tunes the prior by the evidence."
+        )
 
 
 def tune_prior(

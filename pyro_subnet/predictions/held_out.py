@@ -1,4 +1,4 @@
-"""Tuning by the predictive density of held-out data."""
+"""Tuning by the evidence, or by the predictive density of held-out data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pyro_subnet.exceptions import (
     PrecisionError,
 )
 from pyro_subnet.gaussians.base import Gaussian
-from pyro_subnet.laplace.search import Tuning, check_bounds, minimize, nearest_to_own
+from pyro_subnet.laplace.search import check_bounds, minimize, nearest_to_own
 from pyro_subnet.laplace.state import PosteriorState
+from pyro_subnet.laplace.tuning import check_tuning
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.links.integration import PredictiveOptions
 from pyro_subnet.predictions.outputs import OutputGaussian
@@ -36,22 +37,68 @@ from pyro_subnet.tracing.trace import ModelAtMAP
 
 # Share of the free memory that the Jacobian of the held-out data may take.
 _SHARE = 0.25
+# By how many standard errors held-out data must argue against the model's own prior.
+_STANDARD_ERRORS = 2
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HowToTune:
+    """What was asked for; see ``tune_prior_precision`` of the posterior guide."""
+
+    method: str
+    val: Any
+    bounds: tuple[float, float]
+    per_site: bool = False
+    standard_errors: int | float | None = None
+
+    def __post_init__(self) -> None:
+        check_tuning(self.method, self.val, self.per_site, self.standard_errors)
+
+
+def tuned_prior(
+    at_map: ModelAtMAP, state: PosteriorState, how: HowToTune
+) -> PosteriorState:
+    """The state under the prior precision that serves best."""
+    if how.method == "evidence":
+        return state.tuned_prior(how.bounds, per_site=how.per_site)
+    errors = how.standard_errors
+    return _tuned_by_nll(
+        at_map,
+        state,
+        state.with_prior_factor,
+        how.val,
+        how.bounds,
+        standard_errors=_STANDARD_ERRORS if errors is None else errors,
+    )
+
+
+def tuned_noise(
+    at_map: ModelAtMAP, state: PosteriorState, how: HowToTune
+) -> PosteriorState:
+    """The state under the normal noise that serves best."""
+    if how.method == "evidence":
+        return state.tuned_noise(how.bounds)
+    return _tuned_by_nll(at_map, state, state.with_noise_factor, how.val, how.bounds)
 
 
 @torch.no_grad()
 @outside_inference_mode()
-def tune_by_nll(
+def _tuned_by_nll(
     at_map: ModelAtMAP,
     state: PosteriorState,
+    rescaled: Callable[..., PosteriorState],
     val: Any,
     bounds: tuple[float, float],
-    rescaled: Callable[[float], PosteriorState],
     *,
     standard_errors: int | float = 0.0,
-) -> Tuning:
-    r"""Returns the scale whose closed-form predictions of held-out data are best.
+) -> PosteriorState:
+    r"""Returns the state whose closed-form predictions of held-out data are best.
 
     .. math:: -\frac1N \sum_n \log p(y_n \mid x_n)
+
+    ``rescaled`` makes it of a scale, and of how that was chosen. Data of several
+    observed sites count alike, each by its own density.
 
     The Jacobian of the held-out data is computed once, N C S numbers, if they take at
     most a quarter of the free memory, and anew at each scale otherwise. A scale costs a
@@ -64,7 +111,9 @@ def tune_by_nll(
     """
     data = Data(val if is_loader(val) else [val], whole=False)
     held_out = [
-        _HeldOut.read(at_map, state.subnet, *batch) for batch in data.calls("Held-out")
+        part
+        for batch in data.calls("Held-out")
+        for part in _HeldOut.of_call(at_map, state.subnet, *batch)
     ]
     like = state.gaussian.loc
     numbers = sum(part.num_elements for part in held_out)
@@ -91,32 +140,33 @@ def tune_by_nll(
         return -float((weights * density).sum() / weights.sum())
 
     tuning = minimize(loss, bounds, "nll")
-    if not standard_errors or tuning.is_flat:
-        return tuning
-    low, high = check_bounds(bounds)
-    own = min(max(1.0, low), high)
-    with contextlib.suppress(PrecisionError, NonFiniteError):
-        tuning = tuning.with_tried(own, loss(own))
-    return nearest_to_own(tuning, losses, weights, standard_errors, bounds)
+    if standard_errors and not tuning.is_flat:
+        low, high = check_bounds(bounds)
+        nearest = min(max(1.0, low), high)
+        with contextlib.suppress(PrecisionError, NonFiniteError):
+            tuning = tuning.with_tried(nearest, loss(nearest))
+        tuning = nearest_to_own(tuning, losses, weights, standard_errors, bounds)
+    return rescaled(tuning.best, tuning)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _HeldOut:
-    """One call on held-out data: its outputs, y, and w of each data point, (N,)."""
+    """A site in one call: its outputs, y, and w of each data point, (N,)."""
 
     outputs: LinearizedOutputs
     weights: Tensor
     value: Tensor
 
     @classmethod
-    def read(
+    def of_call(
         cls,
         at_map: ModelAtMAP,
         subnet: Subnet,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> _HeldOut:
+    ) -> list[_HeldOut]:
+        """Each observed site in one call on held-out data."""
         call = ModelCall.read(at_map, args, kwargs)
         if call.factors:
             raise ModelError(
@@ -124,8 +174,11 @@ class _HeldOut:
                 f"`pyro.factor` site {next(iter(call.factors))!r} in the data's plate. "
                 "Observe them by a distribution, or tune by method='evidence'."
             )
-        call = of_site(call, None)
-        (site,) = call.sites
+        return [cls.read(of_site(call, site.name), site, subnet) for site in call.sites]
+
+    @classmethod
+    def read(cls, call: ModelCall, site: OutputSite, subnet: Subnet) -> _HeldOut:
+        """The one site of a call."""
         if not site.node["is_observed"]:
             raise DataError(
                 f"`val` must hold observations; got none at site {site.name!r}. Pass "

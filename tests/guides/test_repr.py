@@ -49,7 +49,10 @@ def test_factors_share_and_form_are_told() -> None:
     by_site = posterior.with_prior_precision({"w": 3.0})
     assert "prior precision times 3 at w" in repr(by_site)
     assert "noise times 2.5" in repr(posterior.with_noise_scale(2.5))
-    assert "tuned by evidence" in repr(posterior.tune_prior_precision())
+    tuned = posterior.tune_prior_precision()
+    scale = f"{tuned.prior_factor:.4g}"
+    told = f"prior precision times {scale} (by evidence), noise times 1\n"
+    assert told in repr(tuned)
     diagonal = AutoSubnetLaplace(model, covariance="diag").laplace_approximation(x, y)
     assert "held in diagonal form" in repr(diagonal)
     assert "all weights" in repr(AutoSubnetLaplace(model))
