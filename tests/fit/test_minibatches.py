@@ -82,13 +82,21 @@ def test_any_order(name: str) -> None:
     same(case.guide(RANDOM).laplace_approximation_from(shuffled), whole)
 
 
+@each_case
+def test_the_same_subnet_of_a_share(name: str) -> None:
+    case = CASES[name](DOUBLE)
+    whole = case.guide(0.5).laplace_approximation(*case.args)
+    shuffled = batches(case, 3, [6, 2, 4, 0, 5, 1, 3])
+    same(case.guide(0.5).laplace_approximation_from(shuffled), whole)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @each_case
 def test_the_same_subnet_of_largest_variance(name: str, size: int) -> None:
     case = CASES[name](DOUBLE)
-    whole = case.guide(0.5).laplace_approximation(*case.args)
+    whole = case.guide(LargestVariance(0.5)).laplace_approximation(*case.args)
     shuffled = batches(case, size, [6, 2, 4, 0, 5, 1, 3])
-    found = case.guide(0.5).laplace_approximation_from(shuffled)
+    found = case.guide(LargestVariance(0.5)).laplace_approximation_from(shuffled)
     same(found, whole)
     variance = 1 / (case.ggn() + case.prior()).diagonal()
     chosen = torch.zeros(case.num_params, dtype=torch.bool)
