@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         lambda size, seed, moments: GreedyVariance(size), most=0.05
     ),
     "PredictiveVariance diagonal": Method(
-        lambda size, seed, moments: PredictiveVariance(size)
+        lambda size, seed, moments: PredictiveVariance(size, method="diagonal")
     ),
     "PredictiveVariance greedy": Method(
         lambda size, seed, moments: PredictiveVariance(size, method="greedy"), most=0.05
