@@ -105,6 +105,11 @@ class ChoiceWarning(SubnetWarning):
 
 
 @final
+class TuningWarning(SubnetWarning):
+    """Given when tuning ends at a bound, or leaves nothing of the posterior."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 

@@ -603,7 +603,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         et al. (1984), section 3.4.3, for standard errors, there one, of the NLL itself.
         """
         how = HowToTune(method, val, bounds, per_site, standard_errors)
-        return self._with(tuned_prior(self.at_map, self.state, how))
+        return self._tuned(tuned_prior(self.at_map, self.state, how))
 
     @full_precision()
     def tune_noise_scale(
@@ -628,7 +628,11 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             PrecisionError: If no scale gives a posterior.
         """
         how = HowToTune(method, val, bounds)
-        return self._with(tuned_noise(self.at_map, self.state, how))
+        return self._tuned(tuned_noise(self.at_map, self.state, how))
+
+    def _tuned(self, state: PosteriorState) -> AutoSubnetMultivariateNormal:
+        state.warn_of_tuning()
+        return self._with(state)
 
     # More data
 

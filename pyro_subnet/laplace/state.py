@@ -11,10 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.curvature.sums import Summed
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, TuningWarning, warn
 from pyro_subnet.gaussians.base import CurvatureForm, Gaussian, PriorFactor
 from pyro_subnet.gaussians.registry import FORMS, as_it_pays
-from pyro_subnet.laplace.evidence import log_evidence, scaled_log_likelihood
+from pyro_subnet.laplace.evidence import (
+    log_evidence,
+    prior_traces,
+    scaled_log_likelihood,
+)
 from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.laplace.tuning import tune_noise, tune_prior, tune_site_priors
@@ -23,6 +27,9 @@ from pyro_subnet.subnet import Layout, Subnet
 
 # What a prior precision may be multiplied by: one number for all sites, or one a site.
 SiteFactors = float | Tensor | Mapping[str, float | Tensor]
+# Share of the outputs' variance below which nothing is left of it. A prior precision
+# times s leaves 1 / s of it at least.
+_NOTHING = 1e-3
 _OWN_PRIOR = "the model's own prior precision"
 _BY = {"evidence": "evidence", "nll": "held-out nll"}
 
@@ -239,6 +246,42 @@ class PosteriorState:
             self.form, self.summary, self.prior_factors, self._likelihood_factor, bounds
         )
         return self.with_noise_factor(tuning.best, tuning)
+
+    def warn_of_tuning(self) -> None:
+        """Says where the factor that was tuned last is no choice."""
+        if not self.tunings:
+            return
+        of, tuning = next(reversed(self.tunings.items()))
+        if of == "prior" and (left := self._variance_left()) < _NOTHING:
+            warn(
+                f"The prior precision that was chosen leaves {left:.1g} of the "
+                "variance that outputs have under the model's own: predictions are the "
+                "MAP's. Keep the model's own, or tune by 'evidence'; held-out data "
+                "tell only where they show the shift. If the noise is in doubt, set it "
+                "first: `posterior.tune(val=...)`.",
+                TuningWarning,
+            )
+        # Where nothing moves the objective, the bound next to the own one is meant.
+        elif tuning.at_bound and not tuning.is_flat:
+            warn(
+                f"Tuning the {of} by {_BY[tuning.method]} ended at one of its bounds, "
+                f"{_shown(tuning.by_site or tuning.best)} times the model's own: the "
+                "best may lie outside. Pass wider `bounds`, or keep the model's own.",
+                TuningWarning,
+            )
+
+    def _variance_left(self) -> float:
+        """Share of the variance under the model's own prior, on the training data."""
+        factor = self.prior_factor
+        if isinstance(factor, Mapping) or factor * _NOTHING <= 1:
+            return 1.0
+        own = self.with_prior_factor(1.0)
+        return self._determined() / max(own._determined(), torch.finfo().tiny)
+
+    def _determined(self) -> float:
+        r"""Returns :math:`\operatorname{tr}(P^{-1} G)`, over the noise's variance."""
+        traces = prior_traces(self.gaussian, self.form.prior)
+        return max(float((1 - self.prior_factors * traces).sum()), 0.0)
 
     def _recorded(self, of: str, tuning: Tuning | None) -> dict[str, Tuning]:
         """The records, with that of one factor replaced."""

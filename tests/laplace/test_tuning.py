@@ -23,11 +23,16 @@ from pyro_subnet.exceptions import (
     NoOutputVarianceWarning,
     OptionError,
     PrecisionError,
+    TuningWarning,
 )
 from pyro_subnet.laplace.search import Tuning, minimize, nearest_to_own
 from tests.cases import CASES, DOUBLE, draw
 from tests.laplace.test_evidence import Linear
 
+# Of a few data, whose best is at a bound more often than not.
+at_any_bound = pytest.mark.filterwarnings(
+    "ignore::pyro_subnet.exceptions.TuningWarning"
+)
 EXACT = {"rtol": 1e-10, "atol": 1e-8}
 WIDE = (1e-6, 1e6)
 GRID = torch.logspace(-6, 6, 241, dtype=torch.float64)
@@ -115,8 +120,12 @@ def test_the_best_outside_the_bounds_is_at_one_of_them() -> None:
     posterior = fitted("regression_mlp")
     best = posterior.tune_prior_precision().prior_factor
     assert isinstance(best, float)
-    low = posterior.tune_prior_precision(bounds=(2 * best, 10 * best))
-    high = posterior.tune_prior_precision(bounds=(0.1 * best, 0.5 * best))
+    message = r"Tuning the prior by evidence ended at one of its bounds, .*`bounds`"
+    with pytest.warns(TuningWarning, match=message) as caught:
+        low = posterior.tune_prior_precision(bounds=(2 * best, 10 * best))
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(TuningWarning, match=message):
+        high = posterior.tune_prior_precision(bounds=(0.1 * best, 0.5 * best))
     for tuned, edge in ((low, 2 * best), (high, 0.5 * best)):
         assert tuned.tuning is not None
         assert tuned.tuning.at_bound
@@ -234,6 +243,7 @@ def held_out_nll(posterior: AutoSubnetMultivariateNormal, val: Any) -> float:
     return -float(found.log_prob(y).mean())
 
 
+@at_any_bound
 @pytest.mark.parametrize("form", ["primal", "dual"])
 @pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
 def test_held_out_data_choose_the_prior(name: str, form: str) -> None:
@@ -293,6 +303,7 @@ def serving(
     return found
 
 
+@at_any_bound
 @pytest.mark.parametrize("name", ["regression_mlp", "classification_mlp"])
 @pytest.mark.parametrize("errors", [0.5, 3.0])
 def test_what_held_out_data_do_not_tell_apart_keeps_the_prior(
@@ -309,6 +320,7 @@ def test_what_held_out_data_do_not_tell_apart_keeps_the_prior(
     assert tuned.prior_factor == min(serve, key=lambda scale: abs(math.log(scale)))
 
 
+@at_any_bound
 def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
     case = CASES["regression_mlp"](DOUBLE)
     posterior = fitted("regression_mlp")
@@ -321,9 +333,10 @@ def test_many_errors_keep_the_prior_and_none_take_the_best() -> None:
     many = posterior.tune_prior_precision("nll", val=val, standard_errors=1e6)
     assert many.prior_factor == 1.0
     assert not many.tuning.at_bound
-    edge = posterior.tune_prior_precision(
-        "nll", val=val, standard_errors=1e6, bounds=(2.0, 8.0)
-    )
+    with pytest.warns(TuningWarning, match="prior by held-out nll ended at one of its"):
+        edge = posterior.tune_prior_precision(
+            "nll", val=val, standard_errors=1e6, bounds=(2.0, 8.0)
+        )
     assert edge.prior_factor == 2.0
     assert edge.tuning.at_bound
     assert len(edge.tuning.scales) == len(best.tuning.scales) + 1
@@ -350,21 +363,45 @@ def of_waves(dtype: torch.dtype) -> tuple[AutoSubnetMultivariateNormal, Any]:
     return guide.laplace_approximation(x, y), val
 
 
+@at_any_bound
 def test_by_default_held_out_data_like_the_others_leave_the_prior(
     dtype: torch.dtype,
 ) -> None:
     """Their best is where nothing is left of the posterior; two errors are nearer."""
     posterior, val = of_waves(dtype)
-    best = posterior.tune_prior_precision("nll", val=val, standard_errors=0)
+    with pytest.warns(TuningWarning, match=r"leaves .* predictions are the MAP's"):
+        best = posterior.tune_prior_precision("nll", val=val, standard_errors=0)
     assert best.prior_factor > 1e3
+    x, y = val
+    left = [p.output_distribution(x).variance.sum() for p in (best, posterior)]
+    assert float(left[0] / left[1]) < 1e-3
     tuned = posterior.tune_prior_precision("nll", val=val)
     serve = serving(posterior, val, tuned.tuning, 2.0)
     assert tuned.prior_factor == min(serve, key=lambda scale: abs(math.log(scale)))
     assert tuned.prior_factor == 1.0
     # Where data are far off, they do argue against it.
-    x, y = val
     other = posterior.tune_prior_precision("nll", val=(x, y + 5 * x[:, 0]))
     assert other.prior_factor < 0.1
+
+
+def test_a_noise_at_a_bound_is_told() -> None:
+    posterior, val = of_waves(torch.float64)
+    x, y = val
+    far = (x, y + 100.0)
+    with pytest.warns(TuningWarning, match=r"the noise by held-out nll ended at"):
+        tuned = posterior.tune_noise_scale("nll", val=far, bounds=(0.5, 2.0))
+    assert tuned.tuning.at_bound
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [((900.0, 950.0), "ended at one of"), ((5e6, 6e6), "predictions are the MAP's")],
+)
+def test_a_choice_warns_once(bounds: tuple[float, float], message: str) -> None:
+    posterior, _ = of_waves(torch.float64)
+    with pytest.warns(TuningWarning, match=message) as caught:
+        posterior.tune_prior_precision(bounds=bounds)
+    assert len(caught) == 1
 
 
 def test_without_standard_errors_the_evidence_is_tuned_alike() -> None:
