@@ -72,6 +72,7 @@ def test_a_half_precision_network_has_float32_curvature(
     assert not torch.equal(precision, precision.to(dtype).float())
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 @each_half
 def test_sums_over_many_data_do_not_stall(dtype: torch.dtype) -> None:
     # Added up in half precision, ones stall at 256 (bfloat16) or 2,048 (float16).
