@@ -136,6 +136,7 @@ def test_dense_matrices_are_refused(
         use(posterior)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 def test_a_kernel_is_refused_where_the_primal_form_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
