@@ -24,6 +24,7 @@ from pyro_subnet.tensors.modes import at_least_float32
 # A gathered product moves memory where a dense block multiplies matrices: per
 # multiplication it costs about this many times more (measured on CPU, float32).
 _GATHER_COST = 12
+_WIDEST = 8  # bytes of a number
 # Elements that a gathered product holds at once: about what a cache holds.
 _GATHER_ELEMENTS = 2**19
 # Elements of the dense blocks of several data that are squared at once.
@@ -111,7 +112,9 @@ class Channelwise(Entries):
     @property
     def nbytes(self) -> int:
         """See :attr:`Entries.nbytes`."""
-        return 2 * self.held_bytes
+        # A bias has no factor: its outputs' gradients are picked all the same.
+        picked = self.num_data * len(self.channels) * self.num_positions
+        return 2 * (self.held_bytes or _WIDEST * picked)
 
     @property
     def part_columns(self) -> Int[Tensor, " parts"]:
