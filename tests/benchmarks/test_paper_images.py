@@ -329,6 +329,8 @@ def case(tmp_path_factory):
     return evaluation.make_case(data, setup, settings, 0)
 
 
+# Networks this small, on random pixels, are tuned to whichever bound.
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.TuningWarning")
 class TestMethods:
     def test_mixture_is_the_mean_of_probabilities(self):
         logs = [torch.randn(4, 3, dtype=torch.float64).log_softmax(1) for _ in range(5)]

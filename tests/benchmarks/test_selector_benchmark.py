@@ -108,6 +108,7 @@ def test_both_experiments_run_and_resume(
     assert "**Rotated digits, prior tuned on upright ones**" in printed
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.TuningWarning")
 def test_every_method_runs(folder: Path) -> None:
     split = uci_split(folder, "set", "standard", 0)
     rows = list(run(split, Plan(num_hidden=4, num_steps=20, swag_steps=10), set()))

@@ -24,6 +24,11 @@ from pyro_subnet.options import FitOptions
 from tests.cases import CASES, DOUBLE, Case, draw
 from tests.tolerances import tolerance
 
+# What the weights are does not matter to how their Gaussian is held.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pyro_subnet.exceptions.UntrainedWarning"
+)
+
 PREDICTION = {"rtol": 1e-8, "atol": 1e-8}
 FLOAT32 = tolerance(torch.float32, "autograd")
 NAMES = [
