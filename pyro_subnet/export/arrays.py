@@ -14,8 +14,8 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-# First axes of variables that are draws.
-SAMPLE_DIMS = ("chain", "draw")
+from pyro_subnet.export.labels import SAMPLE_DIMS
+
 Arrays = Mapping[str, NDArray[Any]]
 
 

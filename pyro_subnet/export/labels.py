@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NoReturn
 
 from pyro_subnet.exceptions import OptionError, shown
-from pyro_subnet.export.arrays import SAMPLE_DIMS
+
+# First axes of variables that are draws.
+SAMPLE_DIMS = ("chain", "draw")
 
 
 def names_of_axes(
