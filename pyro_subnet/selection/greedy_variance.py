@@ -107,7 +107,9 @@ class GreedyVariance(Selector):
         inputs = reference_data(self.inputs, data)
         scores = squared_gradients(at_map, inputs, "equal")
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
-        best = largest(scores, num_candidates, noise)
+        # Noise that all data share is no candidate.
+        others = max(size, int((scores > -torch.inf).sum()))
+        best = largest(scores, min(num_candidates, others), noise)
         pool = Subnet.from_positions(layout, best)
         start = torch.searchsorted(pool.flat, best[:size])
         chosen = exchange_(

@@ -68,7 +68,7 @@ def reference_data(inputs: Any, training: Data) -> Data:
 def squared_gradients(
     at_map: ModelAtMAP, data: Data, weighting: Weighting
 ) -> Float[Tensor, " params"]:
-    r""":math:`A_{jj} = \sum_{n,c} (R_n J_n)_{cj}^2`, summed over inputs, (D,)."""
+    r""":math:`A_{jj} = \sum_{n,c} (R_n J_n)_{cj}^2`, (D,); noise has -inf."""
     # Outputs are the unconstrained parameters of the observed distributions that any
     # latent site moves. R is the identity, or the root of the weighted Fisher
     # information w_n Lambda_n, without the N/B of subsampling plates where data come in
@@ -92,6 +92,8 @@ def squared_gradients(
         total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
     if any(len(found) > 1 for found in scales.values()):
         total += noise  # it changes from call to call
+    else:
+        total[(noise > 0) & (total == 0)] = -torch.inf
     if not bool((total > 0).any()):
         raise SelectionError(
             "`inputs` must be such that some weight moves an output; got gradients "

@@ -154,9 +154,9 @@ class PredictiveVariance(Selector):
         if method == "diagonal":
             positions = largest(scores, size, noise)
         else:
-            # Weights that move no output add nothing.
-            live = max(size, int((scores > 0).sum()))
-            best = largest(scores, min(num_candidates, live), noise)
+            # Noise that all data share is no candidate.
+            others = max(size, int((scores > -torch.inf).sum()))
+            best = largest(scores, min(num_candidates, others), noise)
             pool = Subnet.from_positions(layout, best)
             chosen = add_in_blocks(
                 dense_precision(at_map, pool, data),

@@ -349,6 +349,7 @@ NOISE_KINDS = [
     PredictiveVariance,
     lambda size: PredictiveVariance(size, method="diagonal"),
     LargestGradient,
+    GreedyVariance,
 ]
 
 
