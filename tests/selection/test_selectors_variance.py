@@ -379,6 +379,25 @@ def test_noise_that_differs_from_call_to_call_is_an_output(kind: Any) -> None:
     assert chosen_sites(model, kind(1), together) == {"noise": 1, "w": 0}
 
 
+@pytest.mark.parametrize("kind", [PredictiveVariance, GreedyVariance])
+def test_a_weight_that_moves_no_reference_output_may_add(kind: Any) -> None:
+    """Data hold two weights together, of which the reference input has the first."""
+    x = torch.tensor([[1.0, 0.0, 1.0], [2.0, 0.1, 2.0], [0.0, 1.0, 0.0]]).double()
+    at = torch.tensor([[1.0, 0.0, 0.0]]).double()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        weight = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
+
+    p, a = x.T @ x + torch.eye(3).double(), at.T @ at
+    assert kept(p, a, [0, 2]) > kept(p, a, [0, 1]) + 0.1
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(model, kind(2, at))
+    guide(x, x[:, 0])
+    found = kind(2, at)(guide, Data.single((x, x[:, 0]), {}))
+    assert found.flat.tolist() == [0, 2]
+
+
 @pytest.mark.parametrize(("num_weights", "expected"), [(50, [0, 2]), (8300, [0, 1])])
 def test_a_pool_too_large_to_count_correlations(
     num_weights: int, expected: list[int]
