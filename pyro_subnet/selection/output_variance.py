@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -68,32 +69,39 @@ def reference_data(inputs: Any, training: Data) -> Data:
 def squared_gradients(
     at_map: ModelAtMAP, data: Data, weighting: Weighting
 ) -> Float[Tensor, " params"]:
-    r""":math:`A_{jj} = \sum_{n,c} (R_n J_n)_{cj}^2`, (D,); noise has -inf."""
+    r""":math:`A_{jj} = \sum_{n,c} (R_n J_n)_{cj}^2`, summed over inputs, (D,)."""
     # Outputs are the unconstrained parameters of the observed distributions that any
     # latent site moves. R is the identity, or the root of the weighted Fisher
     # information w_n Lambda_n, without the N/B of subsampling plates where data come in
-    # batches. One pass, in memory for D numbers beside the pass's own.
+    # batches. With the identity, what moves nothing but a noise scale that all data
+    # share has -inf, to be left out. One pass, in memory for a few times D numbers
+    # beside the pass's own.
     everything = at_map.latents.everything
     total = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
-    noise, scales = torch.zeros_like(total), dict[str, set[float]]()
+    noise = dict[str, Tensor]()  # squares of scales that are one number in a call
+    scales = defaultdict[str, set[float]](set)
     for call, outputs, factors in _maps(at_map, everything, data, weighting):
         rest = list(factors)
         for at, site in enumerate(call.sites if weighting == "equal" else ()):
-            found = _noise_column(call, site, outputs.reference[at])
-            if found is None:
+            column = _scale_column(call, site)
+            if column is None:
                 continue
-            column, scale = found
-            scales.setdefault(site.name, set()).add(scale)
-            of_noise = [factor[:, :0] for factor in factors]
-            of_noise[at] = factors[at][:, column : column + 1]
-            noise += squared_columns(outputs, tuple(of_noise), DEFAULT_BUDGET)
+            scale = outputs.reference[at][:, column]
+            ends = {float(scale.min()), float(scale.max())}
+            scales[site.name] |= ends
+            if len(ends) > 1:
+                continue
+            alone = [factor[:, :0] for factor in factors]
+            alone[at] = factors[at][:, column : column + 1]
+            squares = squared_columns(outputs, tuple(alone), DEFAULT_BUDGET)
+            noise[site.name] = noise.get(site.name, 0.0) + squares
             is_other = torch.arange(factors[at].shape[1]) != column
             rest[at] = factors[at][:, is_other]
         total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
-    if any(len(found) > 1 for found in scales.values()):
-        total += noise  # it changes from call to call
-    else:
-        total[(noise > 0) & (total == 0)] = -torch.inf
+    shared = torch.zeros_like(total)
+    for name, squares in noise.items():
+        (shared if len(scales[name]) == 1 else total).add_(squares)
+    total[(shared > 0) & (total == 0)] = -torch.inf
     if not bool((total > 0).any()):
         raise SelectionError(
             "`inputs` must be such that some weight moves an output; got gradients "
@@ -167,14 +175,10 @@ def _maps(
             yield call, outputs, factors
 
 
-def _noise_column(
-    call: SubnetCall, site: OutputSite, outputs: Float[Tensor, "elements width"]
-) -> tuple[int, float] | None:
-    """Where a site's outputs have a noise scale that all data share, and its log."""
-    # Beside a location, it says how far data lie from the outputs, not where they are.
+def _scale_column(call: SubnetCall, site: OutputSite) -> int | None:
+    """Where a site's outputs have the log of a scale, beside a location."""
+    # It says how far data lie from the outputs, not where the outputs are.
     parts = call.moved[site.name]
     if not {"loc", _SCALE} <= set(parts):
         return None
-    column = sum(site.widths(parts)[: parts.index(_SCALE)])
-    scale = outputs[:, column]
-    return (column, float(scale[0])) if bool((scale == scale[0]).all()) else None
+    return sum(site.widths(parts)[: parts.index(_SCALE)])

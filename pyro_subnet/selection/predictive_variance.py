@@ -139,10 +139,10 @@ class PredictiveVariance(Selector):
         latents, layout = at_map.latents, at_map.latents.layout
         size = resolve_size(self.size, layout.num_params)
         num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
-        method = self.method
-        if method == "auto":
-            method = "greedy" if num_candidates <= _MOST_CANDIDATES else "diagonal"
-        if method == "greedy":
+        few = self.method == "greedy" or num_candidates <= _MOST_CANDIDATES
+        # With no more candidates than places, all rules choose alike.
+        is_greedy = self.method != "diagonal" and few and num_candidates > size
+        if is_greedy:
             matrices = matrices_to_add(num_candidates, size)
             check_pool_fits(num_candidates, matrices, latents.loc.device)
         inputs = reference_data(self.inputs, data)
@@ -151,7 +151,7 @@ class PredictiveVariance(Selector):
         squares = squared_gradients(at_map, inputs, self.weighting)
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         scores = squares * variance
-        if method == "diagonal":
+        if not is_greedy:
             positions = largest(scores, size, noise)
         else:
             # Noise that all data share is no candidate.

@@ -36,6 +36,7 @@ from pyro_subnet.selection.greedy import (
     exchange_,
     pool_size,
 )
+from pyro_subnet.selection.output_variance import squared_gradients
 from pyro_subnet.tracing.data import Data
 from tests.cases import (
     CASES,
@@ -396,6 +397,38 @@ def test_a_weight_that_moves_no_reference_output_may_add(kind: Any) -> None:
     guide(x, x[:, 0])
     found = kind(2, at)(guide, Data.single((x, x[:, 0]), {}))
     assert found.flat.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_scales_that_differ_count_alike_in_batches_of_any_size(size: int) -> None:
+    """A batch of one datum shows one scale, whether or not all data share it."""
+    case = case_of("heteroscedastic")
+    x, *rest = case.args
+    pyro.clear_param_store()
+    guide = case.guide()
+    guide(*case.args, **case.kwargs)
+    cuts = range(0, len(x), size)
+    calls = [(x[i : i + size], *(one[i : i + size] for one in rest)) for i in cuts]
+    found = squared_gradients(guide.at_map, Data(calls, whole=False), "equal")
+    assert_close(found, gram(case).diagonal(), **AUTOGRAD)
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_is_shared_or_not_site_by_site(kind: Any) -> None:
+    x, y = 1e-3 * draw(2, 6, 2), draw(3, 6)
+
+    def model(x: Tensor, y: Tensor, factor: Tensor) -> None:
+        one, two = (
+            pyro.sample(f"noise{i}", dist.HalfNormal(x.new_ones(()))) for i in "12"
+        )
+        weight = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ weight, one).to_event(1), obs=y)
+        pyro.sample("z", dist.Normal(x @ weight, factor * two).to_event(1), obs=y)
+
+    one = torch.ones(()).double()
+    calls = [(x[:3], y[:3], one), (x[3:], y[3:], 2 * one)]
+    assert chosen_sites(model, kind(1), calls) == {"noise1": 0, "noise2": 1, "w": 0}
+    assert chosen_sites(model, kind(3), calls) == {"noise1": 0, "noise2": 1, "w": 2}
 
 
 @pytest.mark.parametrize(("num_weights", "expected"), [(50, [0, 2]), (8300, [0, 1])])
