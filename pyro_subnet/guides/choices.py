@@ -11,6 +11,8 @@ from typing import Any, final
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
@@ -26,8 +28,7 @@ from pyro_subnet.subnet import Subnet
 
 # What a guide has once its model was run.
 _AFTER_SET_UP = ("loc", "latent_dim")
-# Runs of a guide by `Predictive` for one draw, one after another.
-_RUNS_OF_ONE_DRAW = 3
+_DRAWS = "_num_predictive_samples"  # the plate of draws of Pyro's `Predictive`
 # Weights beyond which a subnet of one is more likely to be meant as all of them.
 _MANY = 20
 SubnetChoice = None | int | float | Mapping[str, Tensor] | Callable[..., Subnet]
@@ -78,20 +79,24 @@ class MAPDraws:
 
     def __init__(self) -> None:
         self.matter = False
-        self._given: tuple[int, ...] = ()
-        self._alike = 0
+        self._count = 0
 
-    def see(self, *given: Any) -> None:
-        """Is told of every run of the guide, with its arguments; warns once."""
+    def see(self) -> None:
+        """Is told of every run of the guide; warns once."""
         # SVI wants densities, also where it evaluates a loss without gradients.
         for_draws = poutine.get_mask() is False and not torch.is_grad_enabled()
         if not (self.matter and for_draws):
             return
-        now = tuple(map(id, given))
-        self._alike = self._alike + 1 if now == self._given else 1
-        self._given = now
-        # `Predictive` runs a guide twice to look at it, then once a draw, or at once.
-        if self._alike <= _RUNS_OF_ONE_DRAW and not _in_parallel():
+        # `Predictive` runs a guide to look at it, with initial values, then once a
+        # draw; or once for all of them, in a plate of its own.
+        stack = poutine.runtime._PYRO_STACK
+        if any(isinstance(each, InitMessenger) for each in stack):
+            self._count = 0
+            return
+        plates = [each for each in stack if isinstance(each, IndepMessenger)]
+        at_once = [each.size for each in plates if each.name == _DRAWS]
+        self._count += max(at_once, default=1)
+        if self._count == 1:
             return
         self.matter = False
         warn(
@@ -101,14 +106,6 @@ class MAPDraws:
             "says it all.",
             ChoiceWarning,
         )
-
-
-def _in_parallel() -> bool:
-    """Whether several draws are made at once, in a plate of ``Predictive``'s own."""
-    name = "_num_predictive_samples"
-    return any(
-        getattr(each, "name", "") == name for each in poutine.runtime._PYRO_STACK
-    )
 
 
 def short_name(selector: Callable[..., Subnet] | None) -> str:

@@ -279,7 +279,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         Returns:
             ``{site: value}``.
         """
-        self._draws.see(*args, *kwargs.values())
+        self._draws.see()
         values: dict[str, Tensor] = super().forward(*args, **kwargs)
         return values
 

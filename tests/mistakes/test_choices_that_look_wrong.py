@@ -128,6 +128,27 @@ def test_predicting_with_the_map_guide_after_a_fit_warns_once() -> None:
     Predictive(trained.model, guide=posterior, num_samples=3)(trained.x)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_one_draw_of_the_map_is_meant(parallel: bool) -> None:
+    """However often it is asked for: so the MAP is compared with its posterior."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    x, guide = torch.randn(6), AutoSubnetLaplace(model)
+    guide.laplace_approximation(x, x)
+    one, two = (
+        Predictive(model, guide=guide, num_samples=count, parallel=parallel)
+        for count in (1, 2)
+    )
+    for _ in range(4):
+        one(x)
+    with pytest.warns(ChoiceWarning, match="Draws of the guide are the MAP"):
+        two(x)
+
+
 def test_training_on_after_a_fit_does_not_warn() -> None:
     trained = Trained()
     trained.fit()
