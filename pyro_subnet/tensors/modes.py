@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, final
@@ -61,30 +62,22 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-@final
-class _FullPrecision:
-    """Torch's settings, one of each a process: the last thread gives them back."""
+class ProcessSwitch(ABC):
+    """A setting that a process has once: the last thread inside gives it back."""
 
     def __init__(self) -> None:
         self._inside = 0
-        self._before: list[Any] = []
         self._lock = threading.Lock()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Sets them, if no thread has; gives them back, if no other needs them."""
+        """Sets it, if no thread has; gives it back, if no other needs it."""
         entered = False
         try:
             with self._lock:
                 entered = True
                 self._inside += 1
-                if self._inside == 1:
-                    settings = _precision_settings()
-                    self._before = [
-                        getattr(module, name) for module, name, _ in settings
-                    ]
-                    for module, name, exact in settings:
-                        setattr(module, name, exact)
+                self._set()
             yield
         finally:
             if entered:
@@ -94,10 +87,38 @@ class _FullPrecision:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                settings = zip(_precision_settings(), self._before, strict=False)
-                for (module, name, _), value in settings:
-                    setattr(module, name, value)
-                self._before = []
+                self._give_back()
+
+    @abstractmethod
+    def _set(self) -> None:
+        """Sets it, unless it is set."""
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Gives it back, if it was set."""
+
+
+@final
+class _FullPrecision(ProcessSwitch):
+    """Torch's settings of float32 products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: list[Any] = []
+
+    def _set(self) -> None:
+        if self._before:
+            return
+        settings = _precision_settings()
+        self._before = [getattr(module, name) for module, name, _ in settings]
+        for module, name, exact in settings:
+            setattr(module, name, exact)
+
+    def _give_back(self) -> None:
+        settings = zip(_precision_settings(), self._before, strict=False)
+        for (module, name, _), value in settings:
+            setattr(module, name, value)
+        self._before = []
 
 
 _FULL_PRECISION = _FullPrecision()

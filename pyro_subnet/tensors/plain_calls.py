@@ -8,7 +8,6 @@ again in the backward pass, compiled ones.
 from __future__ import annotations
 
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch.overrides import (
 )
 
 from pyro_subnet.exceptions import ModelError
-from pyro_subnet.tensors.modes import one_thread_at_a_time
+from pyro_subnet.tensors.modes import ProcessSwitch, one_thread_at_a_time
 
 _EMBEDDINGS: Mapping[Any, list[str]] = {
     F.embedding: (
@@ -190,36 +189,22 @@ def _refuse_reentrant_checkpoint() -> None:
 
 
 @final
-class _Eager:
-    """Torch's switch for compiled code: the last thread gives it back."""
+class _Eager(ProcessSwitch):
+    """Runs compiled code eagerly: it has neither our modes nor a graph of ours."""
 
     def __init__(self) -> None:
-        self._inside = 0
+        super().__init__()
         self._stance: Any = None
-        self._lock = threading.Lock()
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Runs compiled code eagerly: it has neither our modes nor a graph of ours."""
-        entered = False
-        try:
-            with self._lock:
-                entered = True
-                self._inside += 1
-                # The compiler takes seconds to import: without it nothing is compiled.
-                if self._stance is None and "torch._dynamo" in sys.modules:
-                    self._stance = torch.compiler.set_stance("force_eager")
-            yield
-        finally:
-            if entered:
-                self._leave()
+    def _set(self) -> None:
+        # The compiler takes seconds to import: without it nothing is compiled.
+        if self._stance is None and "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and self._stance is not None:
-                self._stance.__exit__(None, None, None)
-                self._stance = None
+    def _give_back(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
 
 _EAGER = _Eager()
