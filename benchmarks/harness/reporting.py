@@ -15,6 +15,8 @@ from pyro_subnet.plotting.style import Axes
 
 # Differences of NLL, in nats, that count as none when wins are counted.
 TIE = 0.01
+# A held-out NLL that moves by less, in nats, over all scales tried says nothing.
+FLAT = 1e-3
 
 
 class Cell(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness.reporting import FLAT
 from benchmarks.paper.members import Members, Schedule, Shape, train
 from benchmarks.paper.swag import Swag, swag
 from benchmarks.selectors.data import Split
@@ -32,8 +33,6 @@ Selector = Callable[[int], Any]  # of a size
 # What prior precisions are multiplied by: as many as SWAG has scales of its covariance.
 SCALES = tuple(10.0**power for power in range(-6, 7))
 _CHUNK = 4096  # inputs that draws of a network see at once
-# A held-out NLL that moves by less, in nats, over all scales tried says nothing.
-FLAT = 1e-3
 
 
 class Mixture(NamedTuple):

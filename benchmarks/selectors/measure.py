@@ -25,8 +25,6 @@ from pyro_subnet.nn import init_to_module
 
 Row = dict[str, Any]
 Cell = tuple[str, float | None]
-# A held-out NLL that moves by less, in nats, over all scales tried says nothing.
-FLAT = 1e-3
 KEY = ("data", "kind", "noise", "split", "method", "share")
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.selectors.measure import FLAT, Row
+from benchmarks.harness.reporting import FLAT, TIE, mean_and_error, table
+from benchmarks.selectors.measure import Row
 from benchmarks.selectors.methods import MAP, METHODS
 
 DEFAULT = "LargestVariance ggn"
-# Differences of NLL, in nats, that count as none when wins are counted.
-TIE = 0.01
 _ORDER = (MAP, *METHODS)
 _COUNTS = "better / same / worse, median"
 _TUNING = ("scale (range)", "at bound", "no matter", "fit, s", "tune, s")
@@ -43,19 +42,6 @@ def tables(rows: Sequence[Row], share: float) -> str:
     return "\n\n".join(parts)
 
 
-def mean_and_error(values: Iterable[float]) -> str:
-    """Mean, and its standard error where there are two or more."""
-    found = list(values)
-    if not found:
-        return "-"
-    mean = statistics.fmean(found)
-    if len(found) < 2:
-        return f"{mean:.3g}"
-    error = statistics.stdev(found) / len(found) ** 0.5
-    digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 3
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
 def ranks(nll: dict[str, float]) -> dict[str, float]:
     """Rank of each method, 1 the best; those within ``TIE`` of each other share."""
     return {
@@ -84,11 +70,6 @@ def _split(row: Row) -> tuple[Any, ...]:
 def _methods(rows: Sequence[Row]) -> list[str]:
     there = {row["method"] for row in rows}
     return [name for name in _ORDER if name in there]
-
-
-def _table(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join([f"**{title}**", "", *("| " + " | ".join(r) + " |" for r in rows)])
 
 
 def _wins(differences: Sequence[float]) -> str:
@@ -146,7 +127,7 @@ def _summary(title: str, rows: Sequence[Row]) -> str:
         )
     heads = ["method", "rank", f"to MAP: {_COUNTS}", f"to default: {_COUNTS}"]
     heads += ["to MAP: mean", "kept", *_TUNING]
-    return _table(title, heads, lines)
+    return table(title, heads, lines)
 
 
 def _by_set(title: str, rows: Sequence[Row]) -> str:
@@ -162,7 +143,7 @@ def _by_set(title: str, rows: Sequence[Row]) -> str:
         [name, *cells(name, lambda row: row["nll"]["test"])] for name in _methods(part)
     ]
     lines.append(["RMSE, every row", *cells(MAP, lambda row: row["error"]["test"])])
-    return _table(title, ["method", *sets], lines)
+    return table(title, ["method", *sets], lines)
 
 
 def _digits(title: str, rows: Sequence[Row]) -> str:
@@ -198,8 +179,8 @@ def _digits(title: str, rows: Sequence[Row]) -> str:
         )
     heads = ["method", "S", *(f"NLL {angle}°" for angle in angles)]
     heads += [f"{angle}°, to default: {_COUNTS}" for angle in ends]
-    first = _table(title, [*heads, f"accuracy {angles[0]}°"], scores)
+    first = table(title, [*heads, f"accuracy {angles[0]}°"], scores)
     heads = ["method", *(f"kept {angle}°" for angle in ends)]
     heads += [f"NLL {angle}° at scale 1" for angle in ends]
-    second = _table(f"{title}: the fits", [*heads, *_TUNING], details)
+    second = table(f"{title}: the fits", [*heads, *_TUNING], details)
     return f"{first}\n\n{second}"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.harness.reporting import mean_and_error
 from benchmarks.selectors import __main__ as command
 from benchmarks.selectors.data import digits_split, gap_features, uci_split
 from benchmarks.selectors.measure import Plan, fit, run, variance
 from benchmarks.selectors.methods import FULL, MAP, METHODS
 from benchmarks.selectors.network import sgd_moments, train
-from benchmarks.selectors.report import mean_and_error, ranks
+from benchmarks.selectors.report import ranks
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.comparison.compare import compare_subnets
 from pyro_subnet.nn import init_to_module
