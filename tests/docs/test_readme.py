@@ -31,12 +31,13 @@ def test_the_first_example_shows_a_gap(capsys: pytest.CaptureFixture[str]) -> No
     names = run(GAP)
     printed = capsys.readouterr().out
     assert printed.startswith(repr(names["posterior"]))
-    # As the README prints them, up to the last bits of training on another machine.
+    # As the README prints them, up to the rounding of another machine: inputs that are
+    # off by 1e-6 move them by 4%.
     shown = re.findall(r"^(.+): (-?[\d.]+) \+- ([\d.]+)$", README, flags=re.MULTILINE)
     found = re.findall(r"^(.+): (-?[\d.]+) \+- ([\d.]+)$", printed, flags=re.MULTILINE)
     assert [place for place, *_ in found] == [place for place, *_ in shown]
     for (_, _, sd), (_, _, shown_sd) in zip(found, shown, strict=True):
-        assert float(sd) == pytest.approx(float(shown_sd), rel=0.25, abs=0.011)
+        assert float(sd) == pytest.approx(float(shown_sd), rel=0.1, abs=0.011)
     on_data, between, beyond = (float(sd) for *_, sd in found)
     assert on_data < 0.05
     assert min(between, beyond) > 10 * on_data
