@@ -321,9 +321,10 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         :math:`f_c / \sqrt{1 + \tfrac\pi8 \operatorname{Var} f_c}`; ``"bridge"`` and
         ``"bridge-norm"``, the Laplace bridge and its normalized variant; from logits as
         the model gave them, since none of the three is blind to a constant per row.
-        Families of one scalar output: ``"quadrature"``. All: ``"mc"``. Probit, bridge
-        and quadrature take the elements of one datum as independent; ``"mc"`` keeps
-        their correlation. Masks of the site do not enter.
+        ``"pairwise"``, the probit approximation of every pair of classes, is, and takes
+        covariances of the logits. Families of one scalar output: ``"quadrature"``. All:
+        ``"mc"``, which alone keeps the correlation between elements of one datum.
+        Masks of the site do not enter.
 
         Differentiable, once, in tensor arguments that require gradients.
 
@@ -349,7 +350,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689; MacKay (1992),
         doi 10.1162/neco.1992.4.5.720 (probit); Hobbhahn et al. (2022), arXiv 2003.01227
-        (bridge).
+        (bridge); Lu et al. (2020), arXiv 2006.07584 (pairwise).
         """
         options = PredictiveOptions(
             link, joint, site, num_samples, self.noise_factor, generator

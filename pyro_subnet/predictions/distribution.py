@@ -18,6 +18,7 @@ from pyro_subnet.predictions.links.integration import (
 from pyro_subnet.predictions.links.likelihood import CLASSES, Likelihood
 from pyro_subnet.predictions.links.log_scale import over_log_scale
 from pyro_subnet.predictions.links.monte_carlo import by_draws
+from pyro_subnet.predictions.links.pairwise import by_pairs
 from pyro_subnet.predictions.links.probit import by_probit
 from pyro_subnet.predictions.links.quadrature import by_quadrature
 from pyro_subnet.tracing.call import ModelCall
@@ -26,6 +27,7 @@ _NORMALS = (td.Normal, td.LogNormal)
 _LINKS: dict[str, Callable[[Integration], Integrated]] = {
     "exact": exact,
     "probit": by_probit,
+    "pairwise": by_pairs,
     "bridge": by_bridge,
     "bridge-norm": by_bridge,
     "quadrature": by_quadrature,
@@ -102,7 +104,7 @@ def _possible(likelihood: Likelihood, joint: bool) -> tuple[str, ...]:
     if joint:
         return ("mc",)
     if kind in CLASSES:
-        return ("probit", "bridge", "bridge-norm", "mc")
+        return ("probit", "pairwise", "bridge", "bridge-norm", "mc")
     if len(moved) > 1 or likelihood.own()[moved[0]].shape[-1] > 1:
         return ("mc",)
     # Of several elements a data point, too: what most ask for is each one's marginal,

@@ -12,6 +12,8 @@ from torch.testing import assert_close
 
 from pyro_subnet.predictions.links.bridge import bridge
 from pyro_subnet.predictions.links.nodes import gauss_hermite
+from pyro_subnet.predictions.links.pairwise import pairwise
+from pyro_subnet.predictions.links.probit import probit
 from pyro_subnet.predictions.links.quadrature import mean_logistic
 
 
@@ -76,3 +78,39 @@ def test_a_bridge_does_not_overflow() -> None:
     expected = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     for normalized in (False, True):
         assert_close(bridge(loc, factor, normalized=normalized), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_do_not_see_what_all_logits_share(dtype: torch.dtype) -> None:
+    """Neither in the mean nor, of any size, in the variance."""
+    generator = torch.Generator().manual_seed(0)
+    loc = torch.randn(7, 4, generator=generator, dtype=dtype)
+    factor = torch.randn(7, 4, 6, generator=generator, dtype=dtype)
+    shared = torch.full((7, 4, 1), 300.0, dtype=dtype)
+    found = pairwise(loc + 40, torch.cat([factor, shared], -1)).softmax(-1)
+    exact = 1e-4 if dtype == torch.float32 else 1e-12
+    assert_close(found, pairwise(loc, factor).softmax(-1), rtol=exact, atol=exact)
+
+
+def test_pairs_are_nearer_to_the_integral_than_probit() -> None:
+    """Where one logit of three is uncertain: mean total variation over random means."""
+    generator = torch.Generator().manual_seed(0)
+    loc = 3 * torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    factor = torch.zeros(50, 3, 1, dtype=torch.float64)
+    factor[:, 0] = 3.0
+    nodes, log_weights = gauss_hermite(64, loc)
+    along = loc.unsqueeze(-2) + nodes.unsqueeze(-1) * factor.mT
+    expected = (log_weights.exp().unsqueeze(-1) * along.softmax(-1)).sum(-2)
+    by_probit = probit(loc, factor.squeeze(-1).square()).softmax(-1)
+    far, near = (
+        float((found - expected).abs().sum(-1).mean()) / 2
+        for found in (by_probit, pairwise(loc, factor).softmax(-1))
+    )
+    assert near < 0.04
+    assert far > 0.1
+
+
+def test_pairs_do_not_overflow() -> None:
+    loc = torch.tensor([[800.0, -800.0, 3.0, -math.inf, -math.inf]])
+    expected = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]])
+    assert_close(pairwise(loc, torch.eye(5).unsqueeze(0)).softmax(-1), expected)

@@ -596,6 +596,43 @@ def test_classes_of_several_elements() -> None:
     assert (drawn.batch_shape, drawn.event_shape) == ((NUM_TEST,), (2,))
 
 
+def in_pairs(loc: Tensor, covariance: Tensor) -> Tensor:
+    """Class by class: 1 / p_k is the sum over l of e^-z_kl, and they sum to one."""
+    num_classes = loc.shape[-1]
+    inverse = torch.zeros_like(loc)
+    for k in range(num_classes):
+        for other in range(num_classes):
+            contrast = torch.zeros(num_classes, dtype=loc.dtype)
+            contrast[k] += 1
+            contrast[other] -= 1
+            variance = contrast @ covariance @ contrast
+            z = (loc @ contrast) / (1 + math.pi / 8 * variance).sqrt()
+            inverse[k] += (-z).exp()
+    return 1 / inverse / (1 / inverse).sum()
+
+
+@pytest.mark.parametrize("kind", [dist.Categorical, dist.OneHotCategorical])
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_classes_by_pairs(kind: Any, num_classes: int) -> None:
+    fit = Fit(lambda f: kind(logits=f), num_classes)
+    expected = torch.stack([in_pairs(*each) for each in zip(*fit.each(), strict=True)])
+    d = fit.predict(link="pairwise").distribution
+    assert type(d) is kind
+    assert_close(d.probs, expected, **EXACT)
+
+
+def test_classes_by_pairs_of_several_elements() -> None:
+    fit = Fit(lambda f: dist.Categorical(logits=f.unflatten(-1, (2, 3))).to_event(1), 6)
+    loc, covariance = fit.each()
+    d = fit.predict(link="pairwise").distribution
+    assert (d.batch_shape, d.event_shape) == ((NUM_TEST,), (2,))
+    for element in range(2):
+        own = slice(3 * element, 3 * element + 3)
+        for n in range(NUM_TEST):
+            expected = in_pairs(loc[n, own], covariance[n, own, own])
+            assert_close(d.base_dist.probs[n, element], expected, **EXACT)
+
+
 def test_two_classes_by_draws_against_quadrature() -> None:
     fit = Fit(lambda f: dist.Categorical(logits=f), 2)
     loc, covariance = fit.each(lambda f: f[:, 1:] - f[:, :1])
@@ -624,7 +661,7 @@ def test_data_that_the_subnet_does_not_move_keep_the_softmax() -> None:
     posterior = AutoSubnetLaplace(model).laplace_approximation(x, y)
     test = torch.zeros(1, 2, dtype=torch.float64)
     softmax = torch.tensor([[0.3, 0.1, -1.0]], dtype=torch.float64).softmax(-1)
-    for link in ("probit", "bridge", "bridge-norm", "mc"):
+    for link in ("probit", "pairwise", "bridge", "bridge-norm", "mc"):
         d = predict(posterior, test, link=link).distribution
         assert_close(d.probs, softmax, **EXACT)
 
@@ -765,7 +802,7 @@ def test_one_of_several_sites() -> None:
     ("name", "options", "message"),
     [
         ("normal", {"link": "probit"}, r"'exact', 'mc' for Normal; got 'probit'"),
-        ("categorical", {"link": "exact"}, r"'probit', 'bridge', .* got 'exact'"),
+        ("categorical", {"link": "exact"}, r"'probit', 'pairwise', .* got 'exact'"),
         ("categorical", {"link": "probit", "joint": True}, r"with joint=True; got"),
         ("poisson", {"link": "bridge"}, r"'quadrature', 'mc' for Poisson; got"),
         ("gamma", {"link": "quadrature"}, r"'mc' for Gamma; got 'quadrature'"),
@@ -823,7 +860,7 @@ def test_a_class_that_cannot_be() -> None:
         return dist.Categorical(logits=torch.cat([f, never], -1))
 
     fit = Fit(family, 2)
-    for link in ("probit", "mc"):
+    for link in ("probit", "pairwise", "mc"):
         probs = fit.predict(link=link).distribution.probs
         assert bool((probs[:, 2] == 0).all())
         assert bool((probs[:, :2] > 0).all())
@@ -831,7 +868,7 @@ def test_a_class_that_cannot_be() -> None:
         fit.predict(link="bridge")
 
 
-@pytest.mark.parametrize("link", [None, "mc", "bridge"])
+@pytest.mark.parametrize("link", [None, "mc", "bridge", "pairwise"])
 def test_float32_stays_float32(link: str | None) -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))

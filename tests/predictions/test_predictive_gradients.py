@@ -105,6 +105,7 @@ def test_one_datum() -> None:
         ("normal-3", None),
         ("heteroscedastic", None),
         ("categorical", "probit"),
+        ("categorical", "pairwise"),
         ("categorical", "bridge"),
         ("categorical", "bridge-norm"),
         ("categorical", "mc"),
