@@ -81,7 +81,7 @@ class NoObservedSiteWarning(SubnetWarning):
 
 @final
 class NoOutputVarianceWarning(SubnetWarning):
-    """Given when the subnet moves no output at any reference input."""
+    """Given when the subnet moves no output, or outputs less than others would."""
 
 
 @final

@@ -43,6 +43,10 @@ from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
+# Share of the outputs' variance, over that of the weights, below which a choice is
+# poor. A random one has 1 on average, and of half of all weights nearly any.
+_POOR = 0.5
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -85,8 +89,8 @@ class SubnetCurvature:
         for doubt in self.doubts:
             warn(doubt, DataCountWarning)
 
-    def warn_of_no_data(self) -> None:
-        """Says where the likelihood adds nothing to the prior."""
+    def warn_of_no_data(self, subnet: Subnet) -> None:
+        """Says where the likelihood adds nothing to the prior, or little."""
         if not self.has_outputs:
             warn(
                 "The model has no observed site, so the posterior is the prior's "
@@ -100,6 +104,18 @@ class SubnetCurvature:
                 "predictive is the MAP's. Its weights may still matter on other "
                 "inputs; choose more weights, or another selector such as "
                 "`PredictiveVariance`, to have variance on these.",
+                NoOutputVarianceWarning,
+            )
+        elif (explained := subnet.explained_variance) is not None and (
+            explained < _POOR * subnet.fraction
+        ):
+            warn(
+                "The subnet explains less of the outputs' variance at the training "
+                f"inputs than random weights would: {explained:.2%} of a diagonal "
+                f"posterior's, with {subnet.fraction:.2%} of them. Predictions may be "
+                "the MAP's there and near. Pass a number as `subnet=`, for the weights "
+                "that explain most; keep this choice for other inputs, such as strokes "
+                "on pixels that are blank in all of these.",
                 NoOutputVarianceWarning,
             )
 

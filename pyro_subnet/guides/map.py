@@ -432,7 +432,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         batches = data.calls(label) if file is None else file.calls(data, label, sums)
         curvature = sums.over(batches)
         curvature.warn_of_doubts()
-        curvature.warn_of_no_data()
+        curvature.warn_of_no_data(subnet)
         form = form_of(curvature.likelihood, curvature.prior, latents.layout)
         posterior = AutoSubnetMultivariateNormal(
             at_map.model,

@@ -284,6 +284,7 @@ def test_the_diagonal_is_that_of_the_matrix(name: str, budget: int) -> None:
     assert_close(found.ggn, dense_empirical_fisher(case).diagonal(), **DOUBLE_TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 def test_largest_variance_ranks_by_the_empirical_fisher() -> None:
     case = CASES["classification_mlp"](DOUBLE)
     size = 9

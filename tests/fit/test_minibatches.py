@@ -90,6 +90,7 @@ def test_the_same_subnet_of_a_share(name: str) -> None:
     same(case.guide(0.5).laplace_approximation_from(shuffled), whole)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 @pytest.mark.parametrize("size", [1, 3])
 @each_case
 def test_the_same_subnet_of_largest_variance(name: str, size: int) -> None:

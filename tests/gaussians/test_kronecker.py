@@ -1013,6 +1013,7 @@ def test_draws_have_the_moments_of_the_posterior() -> None:
 # The selector.
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 def test_largest_variance_under_kronecker_factors() -> None:
     net, x, y = mlp(3), torch.randn(NUM_DATA, 4), labels("classification", 3)
     x[:, 2] = 0.0  # an input that no datum moves

@@ -149,45 +149,6 @@ def test_one_draw_of_the_map_is_meant(parallel: bool) -> None:
         two(x)
 
 
-def of_classes(means: Any, **fixed: Any) -> Any:
-    """A posterior over the first logit of three, at these means, seen by few data."""
-
-    def model(x: Tensor, y: Tensor | None = None) -> None:
-        first = pyro.sample("first", dist.Normal(0.0, 9.0))
-        rest = torch.tensor(means[1:]) + 0 * x.unsqueeze(-1)
-        logits = torch.cat([(first + 0 * x).unsqueeze(-1), rest], -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
-
-    def start(site: Any) -> Tensor:
-        return torch.tensor(means[0])
-
-    guide = AutoSubnetLaplace(model, init_loc_fn=start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedWarning)
-        return guide.laplace_approximation(torch.randn(1), torch.tensor([0]))
-
-
-@pytest.mark.parametrize("link", ["pairwise", "mc"])
-def test_probit_that_changes_the_class_warns(link: str) -> None:
-    """Of an uncertain logit of 4 it makes less than of a certain 2."""
-    posterior, x = of_classes([4.0, 2.0, 0.0]), torch.randn(20)
-    message = r"got 20 of 20 labels changed .* Pass `link='pairwise'`"
-    with pytest.warns(ChoiceWarning, match=message) as caught:
-        found = posterior.predictive_distribution(x)
-    assert caught[0].filename == __file__
-    assert bool((found.probs.argmax(-1) == 1).all())
-    other = posterior.predictive_distribution(x, link=link)
-    assert bool((other.probs.argmax(-1) == 0).all())
-
-
-@pytest.mark.parametrize(
-    ("means", "count"), [([4.0, 2.0, 0.0], 19), ([1.0, 0.9, 0.5], 40)]
-)
-def test_few_or_doubtful_labels_may_change(means: list[float], count: int) -> None:
-    of_classes(means).predictive_distribution(torch.randn(count))
-
-
 def test_training_on_after_a_fit_does_not_warn() -> None:
     trained = Trained()
     trained.fit()

@@ -117,6 +117,7 @@ def top(scores: Tensor, size: int) -> list[int]:
 # Each selector.
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 @pytest.mark.parametrize("size", [1, 2, 7, D - 1, D])
 def test_largest_variance(size: int) -> None:
     at, (x, y) = values(), inputs()
@@ -328,6 +329,7 @@ def test_selectors_compare_and_print_by_their_options() -> None:
 # Sizes.
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 @pytest.mark.parametrize("kind", [LargestVariance, LargestMagnitude, RandomSubnet])
 @pytest.mark.parametrize(
     ("size", "count"),
@@ -567,16 +569,35 @@ def test_ties_among_dead_weights_go_by_position(size: int) -> None:
     assert subnet.flat.tolist() == DEAD[:size]
 
 
-def test_one_living_weight_is_enough_for_silence() -> None:
-    """Warnings are errors here."""
+def test_a_subnet_that_is_nearly_dead_is_said_to_explain_little() -> None:
+    """One living weight among the dead."""
     net, x, y = images()
-    posterior = image_posterior(net, x, y, LargestVariance(len(DEAD) + 1))
+    total = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C
+    share = (len(DEAD) + 1) / total
+    with pytest.warns(
+        NoOutputVarianceWarning,
+        match=rf"explains less .*, with {share:.2%} of them\..*Pass a number as",
+    ) as caught:
+        posterior = image_posterior(net, x, y, LargestVariance(len(DEAD) + 1))
+    assert len(caught) == 1
     assert set(DEAD) < set(posterior.subnet.flat.tolist())
     explained = posterior.subnet.explained_variance
     assert explained is not None
-    assert 0 < explained < 1
+    assert 0 < explained < share / 2
+    assert f"{explained:.2%} of a diagonal posterior's" in str(caught[0].message)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 0.05, 0.2, 0.5, 1.0])
+def test_the_default_choice_is_not_said_to_explain_little(
+    dtype: torch.dtype, size: float
+) -> None:
+    """Warnings are errors here; nor where every weight is alive and chosen."""
+    net, x, y = images()
+    image_posterior(net.to(dtype), x.to(dtype), y.to(dtype), PredictiveVariance(size))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 def test_dead_weights_can_be_left_out() -> None:
     net, x, y = images()
     alive = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C - len(DEAD)

@@ -21,9 +21,9 @@ def pairwise(loc: Logits, factor: Rows) -> Logits:
         z_{kl} = \frac{f_k - f_l}
             {\sqrt{1 + \tfrac{\pi}{8} \operatorname{Var}(f_k - f_l)}}
 
-    A softmax is :math:`p_k = 1 / \sum_l e^{-(f_k - f_l)}`, each term that of two classes
-    alone, for which the probit approximation is good. Two classes have it exactly, and
-    what all logits of an input share changes nothing.
+    A softmax is :math:`p_k = 1 / \sum_l e^{-(f_k - f_l)}`, each term that of two
+    classes alone, for which the probit approximation is good. Two classes have it
+    exactly, and what all logits of an input share changes nothing.
 
     Source: Lu, Ie and Sha (2020), arXiv 2006.07584, their second mean-field
     approximation, here normalized.

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.distributions as td
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.exceptions import ChoiceWarning, warn
 from pyro_subnet.predictions.links.integration import Integrated, Integration, to_event
-
-# Fewest labels, and the share of them, that may not change without a word; and how
-# probable they are at the MAP. Of two that are nearly alike either may win.
-_FEW, _MANY_CHANGED, _SURE = 20, 0.05, 0.5
 
 Logits = Float[Tensor, "*batch classes"]
 
@@ -46,23 +40,5 @@ def by_probit(problem: Integration) -> Integrated:
     else:
         loc, scale = problem.outputs.marginals()
         logits = probit(loc, scale.square())
-        _check_classes(loc, logits, likelihood.rest)
         found = build(logits=logits.unflatten(-1, (*likelihood.rest, -1)))
     return Integrated(to_event(found, likelihood.rest))
-
-
-def _check_classes(loc: Tensor, shrunk: Tensor, rest: torch.Size) -> None:
-    """Warns where many labels that the means are sure of change."""
-    before, after = (
-        logits.detach().unflatten(-1, (*rest, -1)) for logits in (loc, shrunk)
-    )
-    sure, label = before.softmax(-1).max(-1)
-    changed = int(((label != after.argmax(-1)) & (sure > _SURE)).sum())
-    if label.numel() >= _FEW and changed > _MANY_CHANGED * label.numel():
-        warn(
-            "`link='probit'` shrinks each logit by its own variance, which may change "
-            f"the most probable class; got {changed} of {label.numel()} labels changed "
-            f"that have more than {_SURE} at the MAP. Pass `link='pairwise'`, which "
-            "compares classes two by two, or `link='mc'`.",
-            ChoiceWarning,
-        )
