@@ -110,6 +110,11 @@ class TuningWarning(SubnetWarning):
 
 
 @final
+class AbsorbedNoiseWarning(SubnetWarning):
+    """Given when a noise that was learned with the weights is likely too small."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 

@@ -9,6 +9,7 @@ posterior, some with a pass over the training data.
 # May import comparison.
 
 from pyro_subnet.comparison.kept_variance import kept_variance
+from pyro_subnet.diagnostics.absorbed_noise import absorbed_noise
 from pyro_subnet.diagnostics.calibration import (
     Reliability,
     classwise_calibration_error,
@@ -46,13 +47,16 @@ from pyro_subnet.diagnostics.stationarity import (
     stationarity,
     stationarity_from,
 )
+from pyro_subnet.fit.absorbed_noise import AbsorbedNoise
 
 __all__ = [
+    "AbsorbedNoise",
     "EntropyDecomposition",
     "ImportanceCheck",
     "Reliability",
     "RiskCoverage",
     "Stationarity",
+    "absorbed_noise",
     "auroc",
     "brier_score",
     "classwise_calibration_error",

@@ -20,6 +20,7 @@ from pyro_subnet.exceptions import (
     SelectionError,
 )
 from pyro_subnet.files.resume import FitCheckpoint
+from pyro_subnet.fit.absorbed_noise import warn_of_absorbed_noise
 from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.guides.base import AutoAtMAP
@@ -449,6 +450,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         )
         self._draws.matter = True
         curvature.warn_of_training(posterior.gaussian.whiten)
+        warn_of_absorbed_noise(at_map, data, curvature)
         if file is not None:
             file.remove()
         return posterior
