@@ -591,7 +591,8 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
                 leaves the model's prior alone unless the held-out data argue against
                 it. 0 takes the best, which on held-out data like the training data is
                 often a plateau's end, a prior so narrow that nothing is left of the
-                posterior.
+                posterior. By default a prior that leaves nothing is not taken: the
+                model's own stays, and a :class:`TuningWarning` says so.
 
         Returns:
             A new posterior guide, whose ``tuning`` holds all that was tried.

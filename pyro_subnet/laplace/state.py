@@ -252,11 +252,11 @@ class PosteriorState:
         if not self.tunings:
             return
         of, tuning = next(reversed(self.tunings.items()))
-        if of == "prior" and (left := self._variance_left()) < _NOTHING:
+        if of == "prior" and self.is_deleted:
             warn(
-                f"The prior precision that was chosen leaves {left:.1g} of the "
-                "variance that outputs have under the model's own: predictions are the "
-                "MAP's. Keep the model's own, or tune by 'evidence'; held-out data "
+                f"The prior precision that was chosen leaves less than {_NOTHING} of "
+                "the variance that outputs have under the model's own: predictions are "
+                "the MAP's. Keep the model's own, or tune by 'evidence'; held-out data "
                 "tell only where they show the shift. If the noise is in doubt, set it "
                 "first: `posterior.tune(val=...)`.",
                 TuningWarning,
@@ -270,13 +270,14 @@ class PosteriorState:
                 TuningWarning,
             )
 
-    def _variance_left(self) -> float:
-        """Share of the variance under the model's own prior, on the training data."""
+    @property
+    def is_deleted(self) -> bool:
+        """Whether nothing is left of the variance under the model's own prior."""
         factor = self.prior_factor
         if isinstance(factor, Mapping) or factor * _NOTHING <= 1:
-            return 1.0
-        own = self.with_prior_factor(1.0)
-        return self._determined() / max(own._determined(), torch.finfo().tiny)
+            return False
+        own = self.with_prior_factor(1.0)  # judged by the outputs in training
+        return self._determined() < _NOTHING * own._determined()
 
     def _determined(self) -> float:
         r"""Returns :math:`\operatorname{tr}(P^{-1} G)`, over the noise's variance."""

@@ -16,6 +16,8 @@ from pyro_subnet.exceptions import (
     NonFiniteError,
     OptionError,
     PrecisionError,
+    TuningWarning,
+    warn,
 )
 from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.laplace.search import check_bounds, minimize, nearest_to_own
@@ -63,7 +65,7 @@ def tuned_prior(
     if how.method == "evidence":
         return state.tuned_prior(how.bounds, per_site=how.per_site)
     errors = how.standard_errors
-    return _tuned_by_nll(
+    found = _tuned_by_nll(
         at_map,
         state,
         state.with_prior_factor,
@@ -71,6 +73,23 @@ def tuned_prior(
         how.bounds,
         standard_errors=_STANDARD_ERRORS if errors is None else errors,
     )
+    low, high = how.bounds
+    unasked = errors is None and low <= 1 <= high
+    return _with_own_prior(found) if unasked and found.is_deleted else found
+
+
+def _with_own_prior(found: PosteriorState) -> PosteriorState:
+    """The state under the model's own prior, where the chosen one leaves nothing."""
+    tuning = found.tunings["prior"]
+    warn(
+        f"The held-out data ask for {tuning.best:.1g} times the prior's precision, "
+        "which leaves nothing of the posterior: the model's own prior stays. They show "
+        "no shift, or the noise is too large for them: tune by 'evidence', or set the "
+        "noise first, `posterior.tune(val=...)`. To take their choice all the same, "
+        "pass `standard_errors=2`.",
+        TuningWarning,
+    )
+    return found.with_prior_factor(1.0, replace(tuning, best=1.0, at_bound=False))
 
 
 def tuned_noise(

@@ -384,6 +384,22 @@ def test_by_default_held_out_data_like_the_others_leave_the_prior(
     assert other.prior_factor < 0.1
 
 
+@at_any_bound
+def test_a_prior_that_leaves_nothing_is_not_taken_unasked(dtype: torch.dtype) -> None:
+    """A model whose noise is too large for the held-out data is always too wide."""
+    posterior, (x, _) = of_waves(dtype)
+    exact = posterior.predictive_distribution(x).mean
+    message = "the model's own prior stays.*pass `standard_errors=2`"
+    with pytest.warns(TuningWarning, match=message) as caught:
+        tuned = posterior.tune_prior_precision("nll", val=(x, exact))
+    assert [each.filename for each in caught] == [__file__]
+    assert (tuned.prior_factor, tuned.tuning.best) == (1.0, 1.0)
+    assert_close(tuned.gaussian.variance(), posterior.gaussian.variance())
+    with pytest.warns(TuningWarning, match=r"leaves .* predictions are the MAP's"):
+        asked = posterior.tune_prior_precision("nll", val=(x, exact), standard_errors=2)
+    assert asked.prior_factor > 1e3
+
+
 def test_a_noise_at_a_bound_is_told() -> None:
     posterior, val = of_waves(torch.float64)
     x, y = val
