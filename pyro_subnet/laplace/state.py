@@ -30,6 +30,7 @@ SiteFactors = float | Tensor | Mapping[str, float | Tensor]
 # Share of the outputs' variance below which nothing is left of it. A prior precision
 # times s leaves 1 / s of it at least.
 _NOTHING = 1e-3
+_ROUND_OFF = 1e-12
 _OWN_PRIOR = "the model's own prior precision"
 _BY = {"evidence": "evidence", "nll": "held-out nll"}
 
@@ -276,8 +277,9 @@ class PosteriorState:
         factor = self.prior_factor
         if isinstance(factor, Mapping) or factor * _NOTHING <= 1:
             return False
-        own = self.with_prior_factor(1.0)  # judged by the outputs in training
-        return self._determined() < _NOTHING * own._determined()
+        own = self.with_prior_factor(1.0)._determined()  # judged by training's outputs
+        # Weights that no datum moves are determined by none, but for round-off.
+        return self._determined() <= max(_NOTHING * own, _ROUND_OFF * self.subnet.size)
 
     def _determined(self) -> float:
         r"""Returns :math:`\operatorname{tr}(P^{-1} G)`, over the noise's variance."""

@@ -400,6 +400,30 @@ def test_a_prior_that_leaves_nothing_is_not_taken_unasked(dtype: torch.dtype) ->
     assert asked.prior_factor > 1e3
 
 
+def test_a_prior_that_leaves_nothing_is_told_of_weights_that_no_datum_moves() -> None:
+    """In training they have no variance to lose."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x = torch.randn(9, 3, dtype=torch.float64)
+    dead = x * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    guide = AutoSubnetLaplace(
+        model,
+        {"w": torch.tensor([2])},
+        init_loc_fn=lambda site: torch.zeros(3, dtype=torch.float64),
+    )
+    with pytest.warns(NoOutputVarianceWarning, match="moves no output"):
+        posterior = guide.laplace_approximation(dead, torch.zeros_like(x[:, 0]))
+    with pytest.warns(TuningWarning, match="predictions are the MAP's"):
+        tuned = posterior.tune_prior_precision(
+            "nll", val=(5 * x, torch.zeros_like(x[:, 0])), standard_errors=0
+        )
+    assert tuned.prior_factor > 1e3
+
+
 def test_a_noise_at_a_bound_is_told() -> None:
     posterior, val = of_waves(torch.float64)
     x, y = val
