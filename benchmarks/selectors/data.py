@@ -18,7 +18,6 @@ Kind = Literal["standard", "gap"]
 Pairs = tuple[Tensor, Tensor]
 
 ROTATIONS = (0, 30, 60, 90)  # degrees
-TILTS = (-30, -15, 0, 15, 30)
 UCI_SETS = (
     "bostonHousing",
     "concrete",
@@ -133,19 +132,13 @@ def _scale(values: np.ndarray) -> np.ndarray:
 
 
 def digits_split(
-    seed: int,
-    rotations: Sequence[int] = ROTATIONS,
-    *,
-    tilted: bool = False,
-    most: int | None = None,
+    seed: int, rotations: Sequence[int] = ROTATIONS, *, most: int | None = None
 ) -> Split:
     """scikit-learn's digits, 8 x 8 pixels in [0, 1], the test images turned as well.
 
     Args:
         seed: Of the split.
-        rotations: Of the test images.
-        tilted: Whether the held-out digits are shown at five tilts, as in the tutorial,
-            so that the prior is tuned with some shift in view, or upright alone.
+        rotations: Of the test images, degrees.
         most: Data of each part.
     """
     bunch = load_digits()
@@ -170,8 +163,10 @@ def digits_split(
     rest, test = parts(np.arange(len(labels)), _TEST)
     train, held_out = parts(rest, _HELD_OUT)
     train, held_out, test = train[:most], held_out[:most], test[:most]
-    tests = {f"{degrees}": pairs(test, degrees) for degrees in rotations}
-    seen = [pairs(held_out, degrees) for degrees in (TILTS if tilted else (0,))]
-    x, y = (torch.cat(part) for part in zip(*seen, strict=True))
-    kind = "tilted" if tilted else "rotated"
-    return Split("digits", kind, seed, pairs(train), (x, y), tests)
+    tests = {turned_by(degrees): pairs(test, degrees) for degrees in rotations}
+    return Split("digits", "rotated", seed, pairs(train), pairs(held_out), tests)
+
+
+def turned_by(degrees: int) -> str:
+    """What images that are turned are called."""
+    return f"{degrees} degrees" if degrees else ""

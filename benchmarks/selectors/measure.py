@@ -1,31 +1,51 @@
-"""Fits, tunes and judges every method on one split."""
+"""Fits every method on one split, under three priors, and judges it."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from benchmarks.selectors import methods
-from benchmarks.selectors.data import Pairs, Split
-from benchmarks.selectors.methods import METHODS
-from benchmarks.selectors.network import NUM_CLASSES, Noise, Trained, sgd_moments, train
+from benchmarks.harness.task import Score, Settings, Task
+from benchmarks.selectors.data import Split
+from benchmarks.selectors.methods import (
+    FULL,
+    MAP,
+    REST,
+    TEMPERATURE,
+    is_candidate,
+    method_of,
+    names,
+)
+from benchmarks.selectors.network import Trained, sgd_moments, train
+from benchmarks.selectors.problems import Problem, problems
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import NoOutputVarianceWarning, SubnetError
 from pyro_subnet.nn import init_to_module
+from pyro_subnet.predictions.links.probit import probit
 
-Row = dict[str, Any]
-Cell = tuple[str, float | None]
-KEY = ("data", "kind", "noise", "split", "method", "share")
+NAME = "selectors"
+# The model's own prior; the one of highest evidence; the one nearest the model's own
+# whose held-out NLL is within two standard errors of the best; and, of regression, the
+# noise of least held-out NLL, the prior of highest evidence, and the noise again.
+Prior = Literal["own", "evidence", "held-out", "tuned"]
+PRIORS: tuple[Prior, ...] = ("own", "evidence", "held-out", "tuned")
+PAIRS = ", in pairs"  # in the name of what is judged by the link "pairwise"
+# What logits are divided by, or the noise multiplied by; the best of these by held-out
+# NLL is a rival, and all of them make its curve.
+TEMPERATURES = tuple(2 ** (step / 4) for step in range(-4, 25))
+# Beyond so many rows of the Jacobian and weights each, all weights' posterior is not
+# tuned: each prior would take a factorization of minutes.
+_LARGE = 5000
+_ERRORS = 2.0
+_DEFAULT_SHARE = 0.05
+_QUANTILE = 1.959964  # of the central 95% of a normal
 
 
 @dataclass(frozen=True)
@@ -33,179 +53,177 @@ class Plan:
     """How much is done.
 
     Attributes:
-        sizes: Shares of the weights.
-        names: Methods, in this order.
-        noise: Of regression: see :func:`~benchmarks.selectors.network.train`.
-        num_hidden: Units of each hidden layer.
         num_steps: Of training.
         swag_steps: Of SGD, for its moments.
     """
 
-    sizes: Sequence[float] = (0.05,)
-    names: Sequence[str] = tuple(METHODS)
-    noise: Noise = "fitted"
-    num_hidden: int = 50
-    num_steps: int = 2000
-    swag_steps: int = 1000
-
-    def cells(self) -> Iterator[Cell]:
-        """Method and size of each row but the MAP's."""
-        for name in self.names:
-            method = METHODS[name]
-            if method.sized:
-                yield from ((name, size) for size in self.sizes if size <= method.most)
-            else:
-                yield name, None
+    num_steps: int = 1000
+    swag_steps: int = 500
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    """What a row is of."""
-    return tuple(row[part] for part in KEY)
+def tasks(settings: Settings) -> list[Task]:
+    plan = Plan(20, 10) if settings.scale == "smoke" else Plan()
+    return [
+        Task(NAME, problem.name, seed, "", names(), partial(_run, problem, seed, plan))
+        for problem in problems(settings.data_dir)
+        for seed in problem.seeds(settings.seeds)
+    ]
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of a file, one JSON object a line; none if it is not there."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _run(
+    problem: Problem, seed: int, plan: Plan, methods: Sequence[str]
+) -> Iterator[tuple[str, list[Score]]]:
+    split = problem.split(seed)
+    trained = train(split, problem.network, plan.num_steps)
+    for name in methods:
+        yield name, scores(trained, split, plan, name)
 
 
-def run(split: Split, plan: Plan, done: set[tuple[Any, ...]]) -> Iterator[Row]:
-    """The rows of a split that are not done yet."""
-    regression = split.target_scale is not None
-    head = {
-        "data": split.name,
-        "kind": split.kind,
-        "noise": plan.noise if regression else None,
-        "split": split.index,
-    }
-    cells: list[Cell] = [(methods.MAP, None), *plan.cells()]
-    todo = [cell for cell in cells if (*head.values(), cell[0], cell[1]) not in done]
-    if not todo:
-        return
-    start = time.process_time()
-    trained = train(split, plan.num_hidden, plan.num_steps, plan.noise)
-    seconds = time.process_time() - start
-    full, _ = fit(trained, split, None)
-    wanted = {name: variance(full, x) for name, (x, _) in split.tests.items()}
-    for name, share in todo:
-        row = {**head, "method": name, "share": share, "D": full.subnet.num_params}
-        if name == methods.MAP:
-            row |= {"noise_scale": trained.noise_scale, "seconds": {"train": seconds}}
-            yield row | judge(split, lambda x: at_map(trained.model, full, x))
-            continue
-        try:
-            yield row | measure(trained, split, plan.swag_steps, (name, share), wanted)
-        except SubnetError as error:
-            yield row | {"failed": f"{type(error).__name__}: {error}"}
+def scores(trained: Trained, split: Split, plan: Plan, name: str) -> list[Score]:
+    """All that is judged of one method."""
+    if name == MAP:
+        return judged(split, at_temperature(trained, 1.0), "own")
+    if name == TEMPERATURE:
+        return _tempered(trained, split)
+    if name == REST:
+        return judged(split, _with_rest(trained, split), "own")
+    method, share = method_of(name)
+    subnet = None
+    if method.choose is not None:
+        moments = partial(sgd_moments, trained, split, plan.swag_steps)
+        subnet = method.choose(share, split.index, moments)
+    posterior = fit(trained, split, subnet, method.covariance)
+    found = [Score("", "S", posterior.subnet.size)]
+    found += _by_links(split, posterior, "own")
+    for prior in _tunings(trained, split, name):
+        tuned = with_prior(posterior, split, prior)
+        state = tuned.state
+        found.append(Score("", f"scale, {prior}", float(state.prior_factor)))
+        found.append(Score("", f"noise, {prior}", state.noise_factor))
+        found += _by_links(split, tuned, prior)
+    return found
+
+
+def _tunings(trained: Trained, split: Split, name: str) -> tuple[Prior, ...]:
+    """Priors beside the model's own: of candidates, that of highest evidence."""
+    if name == FULL and min(_rows(trained, split), trained.num_params) > _LARGE:
+        return ()
+    if is_candidate(name):
+        return ("evidence",)
+    return PRIORS[1:-1] if split.target_scale is None else PRIORS[1:]
+
+
+def _by_links(
+    split: Split, posterior: AutoSubnetMultivariateNormal, prior: Prior
+) -> list[Score]:
+    """By the default link; of classes, by pairs of them too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = judged(split, posterior.predictive_distribution, prior)
+        if split.target_scale is None:
+            in_pairs = partial(posterior.predictive_distribution, link="pairwise")
+            found += judged(split, in_pairs, f"{prior}{PAIRS}")
+    return found
 
 
 def fit(
-    trained: Trained, split: Split, subnet: Any, covariance: str = "full"
-) -> tuple[AutoSubnetMultivariateNormal, bool]:
-    """The posterior, and whether it was warned that the subnet moves no output."""
-    # Where rows of the Jacobian are few, the same posterior is tuned faster so.
-    few = (
-        subnet is None and covariance == "full" and _rows(split) < _num_params(trained)
-    )
+    trained: Trained, split: Split, subnet: Any, covariance: Any = "full"
+) -> AutoSubnetMultivariateNormal:
+    few = covariance == "full" and _rows(trained, split) < trained.num_params
     guide = AutoSubnetLaplace(
         trained.model,
         subnet,
         init_loc_fn=init_to_module(trained.net),
         covariance=covariance,
-        form="dual" if few else "auto",
+        # Where rows are few, all weights' posterior is tuned faster so.
+        form="dual" if subnet is None and few else "auto",
     )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        posterior = guide.laplace_approximation(*split.train)
-    return posterior, any(w.category is NoOutputVarianceWarning for w in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is what is measured here
+        return guide.laplace_approximation(*split.train)
 
 
-def _rows(split: Split) -> int:
-    return len(split.train[0]) * (1 if split.target_scale is not None else NUM_CLASSES)
+def _with_rest(trained: Trained, split: Split) -> Callable[[Tensor], Any]:
+    """The default's predictive, with a diagonal posterior over all other weights."""
+    chosen = fit(trained, split, _DEFAULT_SHARE)
+    subnet = chosen.subnet
+    others = {site: ~subnet.mask(site) for site in subnet.layout.names}
+    parts = chosen, fit(trained, split, others, "diag")
+
+    def predict(x: Tensor) -> Any:
+        # The two are independent, and the linearized outputs are sums over weights.
+        found = [part.output_distribution(x) for part in parts]
+        variance = sum(each.variance for each in found)
+        if trained.noise_scale is None:
+            return dist.Categorical(logits=probit(found[0].mean, variance))
+        total = variance.squeeze(-1) + trained.noise_scale**2
+        return dist.Normal(found[0].mean.squeeze(-1), total.sqrt())
+
+    return predict
 
 
-def _num_params(trained: Trained) -> int:
-    return sum(part.numel() for part in trained.net.parameters())
-
-
-def measure(
-    trained: Trained, split: Split, steps: int, cell: Cell, wanted: dict[str, float]
-) -> Row:
-    """One method at one size; seconds are those of the processor, on one thread.
-
-    Args:
-        trained: The MAP.
-        split: The data.
-        steps: Of SGD, where its moments are needed.
-        cell: Method and size.
-        wanted: The full posterior's variance on each of the tests' inputs.
-    """
-    name, share = cell
-    method = METHODS[name]
-    start = time.process_time()
-    subnet = None
-    if method.choose is not None:
-        subnet = method.choose(
-            share or 0.0, split.index, lambda: sgd_moments(trained, split, steps)
+def with_prior(
+    posterior: AutoSubnetMultivariateNormal, split: Split, prior: Prior
+) -> AutoSubnetMultivariateNormal:
+    """The posterior under a prior of tuned precision."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if prior == "evidence":
+            return posterior.tune_prior_precision()
+        if prior == "tuned":
+            noise = posterior.tune_noise_scale("nll", val=split.held_out)
+            both = noise.tune_prior_precision()
+            return both.tune_noise_scale("nll", val=split.held_out)
+        return posterior.tune_prior_precision(
+            "nll", val=split.held_out, standard_errors=_ERRORS
         )
-    posterior, dead = fit(trained, split, subnet, method.covariance)
-    fitted = time.process_time()
-    tuned = posterior.tune_prior_precision("nll", val=split.held_out, standard_errors=0)
-    seconds = {
-        "fit": fitted - start,
-        "tune": time.process_time() - fitted,
-    }
-    tuning = tuned.tuning
-    finite = tuning.objective[tuning.objective.isfinite()]
-    row = judge(split, tuned.predictive_distribution)
-    return row | {
-        "S": posterior.subnet.size,
-        "seconds": seconds,
-        "scale": tuning.best,
-        "at_bound": tuning.at_bound,
-        # What the best scale gains on the model's own prior, and on any other.
-        "spread": float(finite.max() - finite.min()),
-        "unusable_scales": len(tuning.objective) - len(finite),
-        "moves_nothing": dead,
-        "untuned": judge(split, posterior.predictive_distribution),
-        "kept": {
-            inputs: variance(posterior, x) / wanted[inputs]
-            for inputs, (x, _) in split.tests.items()
-        },
-    }
+
+
+def _rows(trained: Trained, split: Split) -> int:
+    return len(split.train[0]) * trained.net[-1].out_features
+
+
+def at_temperature(trained: Trained, temperature: float) -> Callable[[Tensor], Any]:
+    """The MAP's prediction, its noise or its classes' probabilities widened."""
+
+    @torch.no_grad()
+    def predict(x: Tensor) -> Any:
+        outputs = trained.net(x)
+        if trained.noise_scale is None:
+            return dist.Categorical(logits=outputs / temperature)
+        return dist.Normal(outputs.squeeze(-1), trained.noise_scale * temperature)
+
+    return predict
+
+
+def _tempered(trained: Trained, split: Split) -> list[Score]:
+    x, y = split.held_out
+    predict = {value: at_temperature(trained, value) for value in TEMPERATURES}
+    best = max(
+        TEMPERATURES, key=lambda each: float(predict[each](x).log_prob(y).mean())
+    )
+    found = [Score("", "temperature", best), *judged(split, predict[best], "own")]
+    for step, value in enumerate(TEMPERATURES):
+        along = judged(split, predict[value], f"step {step}")
+        found += [score for score in along if score.metric.startswith("nll")]
+    return found
 
 
 @torch.no_grad()
-def variance(posterior: AutoSubnetMultivariateNormal, x: Tensor) -> float:
-    """Linearized predictive variance, summed over inputs and outputs."""
-    return float(posterior.output_distribution(x).variance.to(torch.float64).sum())
+def judged(split: Split, predict: Callable[[Tensor], Any], prior: str) -> list[Score]:
+    """Mean negative log density, and coverage of 95% bands or the share of errors.
 
-
-def at_map(model: Any, posterior: AutoSubnetMultivariateNormal, x: Tensor) -> Any:
-    """The model's distribution of y at the MAP."""
-    fixed = poutine.condition(model, data=posterior.median())
-    return poutine.trace(fixed).get_trace(x).nodes["y"]["fn"]
-
-
-@torch.no_grad()
-def judge(split: Split, predict: Callable[[Tensor], Any]) -> Row:
-    """Mean negative log density, and RMSE or the share of wrong classes; target units.
-
-    Both are in the target's own unit.
+    Targets are standardized.
     """
-    nll, error = {}, {}
-    for name, (x, y) in split.tests.items():
-        found = predict(x)
-        nll[name] = -float(found.log_prob(y).mean())
-        error[name] = _error(split, found, (x, y))
-        if split.target_scale is not None:
-            nll[name] += math.log(split.target_scale)
-    return {"nll": nll, "error": error}
-
-
-def _error(split: Split, predictive: Any, pairs: Pairs) -> float:
-    _, y = pairs
-    if split.target_scale is None:
-        return float((predictive.probs.argmax(-1) != y).double().mean())
-    return float((predictive.mean - y).square().mean().sqrt()) * split.target_scale
+    found = []
+    for shift, (x, y) in split.tests.items():
+        made = predict(x)
+        found.append(Score(shift, f"nll, {prior}", -float(made.log_prob(y).mean())))
+        if split.target_scale is None:
+            wrong = (made.probs.argmax(-1) != y).double().mean()
+            found.append(Score(shift, f"error, {prior}", float(wrong)))
+        else:
+            inside = (y - made.mean).abs() <= _QUANTILE * made.variance.sqrt()
+            share = float(inside.double().mean())
+            found.append(Score(shift, f"coverage, {prior}", share))
+    return [score for score in found if math.isfinite(score.value)]

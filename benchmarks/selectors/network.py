@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -19,9 +19,7 @@ from pyro_subnet.nn import bayesianize
 from pyro_subnet.selection import SwagMoments
 
 Model = Callable[..., None]
-Noise = Literal["fitted", "held-out"]
 
-NUM_CLASSES = 10
 _LEARNING_RATE, _BATCH, _LARGE = 0.01, 500, 1200
 _ROUNDS = 2  # of noise from held-out data and the MAP under it
 # Of SGD for the moments: batch size, and the step in units of the inverse of the mean
@@ -39,47 +37,37 @@ class Trained:
         noise_scale: That of the normal noise, standardized; None for classes.
     """
 
-    net: nn.Module
+    net: nn.Sequential
     model: Model
     noise_scale: float | None
 
-
-def make_network(split: Split, num_hidden: int) -> nn.Sequential:
-    """Two hidden layers of ReLU units, in the inputs' dtype, seeded by the split."""
-    x, _ = split.train
-    num_outputs = 1 if split.target_scale is not None else NUM_CLASSES
-    with torch.random.fork_rng():
-        torch.manual_seed(split.index)
-        net = nn.Sequential(
-            nn.Linear(x.shape[1], num_hidden),
-            nn.ReLU(),
-            nn.Linear(num_hidden, num_hidden),
-            nn.ReLU(),
-            nn.Linear(num_hidden, num_outputs),
-        )
-    return net.to(x.dtype)
+    @property
+    def num_params(self) -> int:
+        return sum(part.numel() for part in self.net.parameters())
 
 
 def train(
-    split: Split, num_hidden: int, num_steps: int, noise: Noise = "fitted"
+    split: Split, make_network: Callable[[Split], nn.Sequential], num_steps: int
 ) -> Trained:
     """The MAP, and for regression one noise scale.
 
+    The log scale is a parameter like the weights at first; from there on, in turns, the
+    noise is the RMSE on the held-out data, and the weights the MAP under it.
+
     Args:
         split: The data.
-        num_hidden: Units of each hidden layer.
+        make_network: An untrained network.
         num_steps: Of Adam.
-        noise: ``"fitted"``: the log scale is a parameter like the weights.
-            ``"held-out"``: from there on, in turns, the RMSE on the held-out data, and
-            the MAP under it.
     """
-    net = make_network(split, num_hidden)
+    with torch.random.fork_rng():
+        torch.manual_seed(split.index)
+        net = make_network(split)
     log_scale = torch.zeros((), dtype=split.train[0].dtype)
     if split.target_scale is None:
         _descend(net, split, log_scale, num_steps)
         return Trained(net.eval(), pyro_model(net, None), None)
     _descend(net, split, log_scale.requires_grad_(), num_steps)
-    for _ in range(_ROUNDS if noise == "held-out" else 0):
+    for _ in range(_ROUNDS):
         x, y = split.held_out
         with torch.no_grad():
             log_scale = (net(x).squeeze(-1) - y).square().mean().log() / 2
@@ -153,8 +141,7 @@ def sgd_moments(trained: Trained, split: Split, num_steps: int) -> SwagMoments:
 
     The network itself stays at the MAP.
     """
-    net = make_network(split, trained.net[0].out_features)
-    net.load_state_dict(trained.net.state_dict())
+    net = copy.deepcopy(trained.net)
     log_scale = torch.tensor(
         math.log(trained.noise_scale or 1.0), dtype=split.train[0].dtype
     )
@@ -177,9 +164,8 @@ def sgd_moments(trained: Trained, split: Split, num_steps: int) -> SwagMoments:
 
 def largest_curvature(loss: Tensor, parameters: list[Tensor], seed: int) -> float:
     """Largest eigenvalue, by magnitude, of a loss's Hessian, by the power method."""
-    gradient = parameters_to_vector(
-        torch.autograd.grad(loss, parameters, create_graph=True)
-    )
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([part.flatten() for part in slopes])
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(len(gradient), generator=generator, dtype=gradient.dtype)
     size = torch.ones(())
@@ -187,6 +173,6 @@ def largest_curvature(loss: Tensor, parameters: list[Tensor], seed: int) -> floa
         product = torch.autograd.grad(
             gradient @ (vector / vector.norm()), parameters, retain_graph=True
         )
-        vector = parameters_to_vector(product)
+        vector = torch.cat([part.flatten() for part in product])
         size = vector.norm()
     return float(size)

@@ -1,186 +1,344 @@
-"""Markdown tables: means, and standard errors over splits or seeds."""
+"""The tables and the picture: what each posterior costs in distribution, and gains."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.harness.reporting import FLAT, TIE, mean_and_error, table
-from benchmarks.selectors.measure import Row
-from benchmarks.selectors.methods import MAP, METHODS
+import matplotlib.pyplot as plt
 
-DEFAULT = "LargestVariance ggn"
-_ORDER = (MAP, *METHODS)
-_COUNTS = "better / same / worse, median"
-_TUNING = ("scale (range)", "at bound", "no matter", "fit, s", "tune, s")
+from benchmarks.harness.reporting import (
+    TIE,
+    Cell,
+    Estimate,
+    Found,
+    collected,
+    differences,
+    estimate,
+    legend_below,
+    mean_and_error,
+    saved,
+    table,
+)
+from benchmarks.harness.task import Row
+from benchmarks.selectors.measure import PAIRS, PRIORS, TEMPERATURES, Prior
+from benchmarks.selectors.methods import (
+    CANDIDATES,
+    DEFAULT,
+    DIAGONAL,
+    FULL,
+    LAST,
+    MAP,
+    REST,
+    SELECTORS,
+    SIZES,
+    TEMPERATURE,
+    UNSIZED,
+    sized,
+)
+
+_SHARE = 0.05
+# Shifts that stand for their problem in the tables of many problems.
+_LAST_SHIFTS = ("gap", "90 degrees")
+_GAPS = ", gaps"
+_TEMPERED_TO = 0.1  # price, nats, to which temperatures are drawn at least
+_ERRORS = 2.0  # standard errors that a difference must have to count
+_DRAWN = {
+    sized(DEFAULT, _SHARE): "the default, 5%",
+    sized("LargestVariance ggn", _SHARE): "largest variance, 5%",
+    LAST: "last layer",
+    FULL: "all weights",
+}
 
 
-def tables(rows: Sequence[Row], share: float) -> str:
-    """All tables that the rows give, of subnets of one share and what has no size."""
-    chosen = [
-        row for row in rows if row["share"] in (None, share) and "failed" not in row
-    ]
-    parts = []
-    for noise in ("fitted", "held-out"):
-        own = [row for row in chosen if row["noise"] == noise]
-        if own:
-            for kind in ("standard", "gap"):
-                part = [row for row in own if row["kind"] == kind]
-                title = f"UCI, noise {noise}, {kind} splits"
-                parts.append(_summary(f"{title}: all sets", part))
-                parts.append(_by_set(f"{title}: NLL by set", part))
-    for kind, seen in (("rotated", "upright"), ("tilted", "tilted")):
-        own = [row for row in chosen if row["kind"] == kind]
-        if own:
-            parts.append(_digits(f"Rotated digits, prior tuned on {seen} ones", own))
-    failed = [row for row in rows if "failed" in row]
-    parts += [
-        f"Failed: {row['data']} {row['method']}: {row['failed']}" for row in failed
-    ]
+class Place(NamedTuple):
+    """A column of judgements: a problem's data, as they come or shifted."""
+
+    dataset: str
+    shift: str
+
+    def cell(self, method: str, metric: str) -> Cell:
+        return Cell(self.dataset, "", method, self.shift, metric)
+
+    def __str__(self) -> str:
+        if not self.shift:
+            return self.dataset
+        if self.dataset.endswith(_GAPS):
+            return f"{self.dataset.removesuffix(_GAPS)}, gap splits"
+        there = "in the gap" if self.shift == "gap" else f"turned by {self.shift}"
+        return f"{self.dataset}: {there}"
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """All tables that the rows give; the picture goes to the folder."""
+    found = collected(rows)
+    places = list(_places(found))
+    parts = [_by_use(found, places), _goal(found, places)]
+    parts += [_picture(found, places, folder / "price-and-gain.png")]
+    parts += [_rest(found, places), _candidates(found, places), _links(found, places)]
+    for prior in PRIORS:
+        for share in SIZES:
+            parts.append(_selectors(found, places, share, prior))
+        parts.append(_references(found, places, prior))
     return "\n\n".join(parts)
 
 
-def ranks(nll: dict[str, float]) -> dict[str, float]:
-    """Rank of each method, 1 the best; those within ``TIE`` of each other share."""
-    return {
-        name: 1
-        + sum(other < value - TIE for other in nll.values())
-        + 0.5 * (sum(abs(other - value) <= TIE for other in nll.values()) - 1)
-        for name, value in nll.items()
-    }
-
-
-def paired(
-    rows: Sequence[Row], method: str, inputs: str, base: str = DEFAULT
-) -> list[float]:
-    """NLL less that of another method, on each split that has both."""
-    own, other = (
-        {_split(row): row["nll"][inputs] for row in rows if row["method"] == name}
-        for name in (method, base)
+def _places(found: Found) -> Iterator[Place]:
+    """In the order of the rows; of several angles, the last."""
+    there = dict.fromkeys(
+        Place(cell.dataset, cell.shift) for cell in found if cell.metric == "nll, own"
     )
-    return [own[at] - other[at] for at in own if at in other]
+    for place in there:
+        turned = "degrees" in place.shift
+        if not turned or place.shift == "90 degrees":
+            yield place
 
 
-def _split(row: Row) -> tuple[Any, ...]:
-    return row["data"], row["kind"], row["split"]
+def _nll(found: Found, place: Place, method: str, prior: str = "own") -> str:
+    values = found.get(place.cell(method, f"nll, {prior}"), {})
+    return mean_and_error(values.values())
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
-    there = {row["method"] for row in rows}
-    return [name for name in _ORDER if name in there]
+def _inside(found: Found, place: Place) -> Place | None:
+    """Where the same problem is judged as its data come; of gap splits, the others."""
+    own = Place(place.dataset.removesuffix(_GAPS), "")
+    return own if own.cell(MAP, "nll, own") in found else None
 
 
-def _wins(differences: Sequence[float]) -> str:
-    """How often better, the same, worse; and the median difference, in nats."""
-    better = sum(value < -TIE for value in differences)
-    worse = sum(value > TIE for value in differences)
-    if not differences:
-        return "-"
-    counts = f"{better} / {len(differences) - better - worse} / {worse}"
-    return f"{counts}, {statistics.median(differences):+.3f}"
-
-
-def _scales(rows: Sequence[Row]) -> list[str]:
-    """Median and range; how often at a bound; how often no scale mattered."""
-    tuned = [row for row in rows if "scale" in row]
-    if not tuned:
-        return ["-", "-", "-"]
-    scales = [row["scale"] for row in tuned]
-    return [
-        f"{statistics.median(scales):.1g} ({min(scales):.1g}, {max(scales):.1g})",
-        f"{sum(row['at_bound'] for row in tuned)} of {len(tuned)}",
-        f"{sum(row['spread'] < FLAT for row in tuned)} of {len(tuned)}",
-    ]
-
-
-def _seconds(rows: Sequence[Row], part: str) -> str:
-    found = [row["seconds"][part] for row in rows if part in row["seconds"]]
-    return f"{statistics.median(found):.2f}" if found else "-"
-
-
-def _kept(rows: Sequence[Row], inputs: str) -> str:
-    return mean_and_error(row["kept"][inputs] for row in rows if "kept" in row)
-
-
-def _summary(title: str, rows: Sequence[Row]) -> str:
-    """All sets of one kind of split together."""
-    placed = []
-    for split in sorted({_split(row) for row in rows}):
-        own = [row for row in rows if _split(row) == split]
-        placed.append(ranks({row["method"]: row["nll"]["test"] for row in own}))
+def _by_use(found: Found, places: Sequence[Place]) -> str:
+    default = sized(DEFAULT, _SHARE)
+    columns = ((MAP, "own"), (default, "own"), (default, "evidence"))
+    columns += ((default, "tuned"), (LAST, "own"))
     lines = []
-    for name in _methods(rows):
-        own = [row for row in rows if row["method"] == name]
-        lines.append(
-            [
-                name,
-                mean_and_error(place[name] for place in placed if name in place),
-                *(_wins(paired(rows, name, "test", base)) for base in (MAP, DEFAULT)),
-                mean_and_error(paired(rows, name, "test", MAP)),
-                _kept(own, "test"),
-                *_scales(own),
-                _seconds(own, "fit"),
-                _seconds(own, "tune"),
-            ]
-        )
-    heads = ["method", "rank", f"to MAP: {_COUNTS}", f"to default: {_COUNTS}"]
-    heads += ["to MAP: mean", "kept", *_TUNING]
-    return table(title, heads, lines)
-
-
-def _by_set(title: str, rows: Sequence[Row]) -> str:
-    part = sorted(rows, key=lambda row: row["data"])
-    sets = [name for name, _ in groupby(part, key=lambda row: row["data"])]
-
-    def cells(name: str, read: Callable[[Row], float]) -> Iterable[str]:
-        for data in sets:
-            own = [r for r in part if r["method"] == name and r["data"] == data]
-            yield mean_and_error(read(row) for row in own)
-
-    lines = [
-        [name, *cells(name, lambda row: row["nll"]["test"])] for name in _methods(part)
+    for place in places:
+        cells = [_nll(found, place, method, prior) for method, prior in columns]
+        cells += [_equal_price(found, place), _nll(found, place, FULL)]
+        lines.append([str(place), *cells])
+    heads = [
+        "NLL",
+        MAP,
+        "default, 5%",
+        "with evidence",
+        "tuned",
+        "last layer",
     ]
-    lines.append(["RMSE, every row", *cells(MAP, lambda row: row["error"]["test"])])
-    return table(title, ["method", *sets], lines)
+    heads += ["temperature at equal price", "all weights"]
+    return table("By use", heads, lines)
 
 
-def _digits(title: str, rows: Sequence[Row]) -> str:
-    angles = list(rows[0]["nll"])
-    ends = (angles[0], angles[-1])
-    scores, details = [], []
-    for name in _methods(rows):
-        own = [row for row in rows if row["method"] == name]
-        tuned = [row for row in own if "untuned" in row]
-        size = f"{own[0].get('S', '-')}"
-        scores.append(
-            [
-                name,
-                size,
-                *(mean_and_error(row["nll"][angle] for row in own) for angle in angles),
-                _wins(paired(rows, name, ends[0])),
-                _wins(paired(rows, name, ends[1])),
-                mean_and_error(1 - row["error"][angles[0]] for row in own),
-            ]
-        )
-        details.append(
-            [
-                name,
-                *(_kept(own, angle) for angle in ends),
-                *(
-                    mean_and_error(r["untuned"]["nll"][angle] for r in tuned)
-                    for angle in ends
-                ),
-                *_scales(own),
-                _seconds(own, "fit"),
-                _seconds(own, "tune"),
-            ]
-        )
-    heads = ["method", "S", *(f"NLL {angle}°" for angle in angles)]
-    heads += [f"{angle}°, to default: {_COUNTS}" for angle in ends]
-    first = table(title, [*heads, f"accuracy {angles[0]}°"], scores)
-    heads = ["method", *(f"kept {angle}°" for angle in ends)]
-    heads += [f"NLL {angle}° at scale 1" for angle in ends]
-    second = table(f"{title}: the fits", [*heads, *_TUNING], details)
-    return f"{first}\n\n{second}"
+def _equal_price(found: Found, place: Place) -> str:
+    """Of the MAP, at the temperature that costs what the default does, or nothing."""
+    inside = _inside(found, place)
+    if inside is None or not place.shift:
+        return "-"
+    own = estimate(_prices(found, inside, sized(DEFAULT, _SHARE), "own"))
+    # Where the default gains in distribution, a temperature need not.
+    most = max(own.mean if own else 0.0, 0.0)
+    prices = {
+        step: estimate(_prices(found, inside, TEMPERATURE, f"step {step}"))
+        for step, value in enumerate(TEMPERATURES)
+        if value >= 1
+    }
+    # Prices rise with the temperature in the end: the last that is not dearer.
+    fair = [step for step, price in prices.items() if price and price.mean <= most]
+    step = max(fair, default=TEMPERATURES.index(1.0))
+    found_nll = _nll(found, place, TEMPERATURE, f"step {step}")
+    return f"{found_nll} (at {TEMPERATURES[step]:.2g})"
+
+
+def _prices(found: Found, place: Place, method: str, prior: str) -> list[float]:
+    """NLL less the MAP's, seed by seed."""
+    metric = f"nll, {prior}"
+    return differences(found, place.cell(method, metric), place.cell(MAP, "nll, own"))
+
+
+def _goal(found: Found, places: Sequence[Place]) -> str:
+    """The default beside the best selector of its size and prior, place by place."""
+    choices: dict[str, tuple[Prior, ...]] = {prior: (prior,) for prior in PRIORS}
+    choices["own or evidence"] = ("own", "evidence")
+    lines = []
+    for text, priors in choices.items():
+        for share in SIZES:
+            level, count, worst = 0, 0, {True: 0.0, False: 0.0}
+            for place in places:
+                each = [_standing(found, place, share, prior) for prior in priors]
+                there = [standing for standing in each if standing is not None]
+                if not there:
+                    continue
+                count += 1
+                level += any(is_level for is_level, _ in there)
+                if not place.shift:
+                    price = min(price for _, price in there)
+                    of_numbers = place.cell(MAP, "coverage, own") in found
+                    worst[of_numbers] = max(worst[of_numbers], price)
+            # Noise is tuned in regression alone.
+            classes = "-" if priors == ("tuned",) else f"{worst[False]:+.3f}"
+            cells = [f"{level} of {count}", f"{worst[True]:+.3f}", classes]
+            lines.append([f"{share:.0%}, {text}", *cells])
+    heads = ["size, prior", "within one standard error of the best selector"]
+    heads += ["most lost in distribution: regression", "classes"]
+    return table("The default", heads, lines)
+
+
+def _standing(
+    found: Found, place: Place, share: float, prior: Prior
+) -> tuple[bool, float] | None:
+    """Whether the default is level with the best there, and its price to the MAP."""
+    metric, default = f"nll, {prior}", sized(DEFAULT, share)
+    each = {
+        name: estimate(list(values.values()))
+        for name in SELECTORS
+        if (values := found.get(place.cell(sized(name, share), metric)))
+    }
+    if DEFAULT not in each:
+        return None
+    best = min(each, key=lambda name: each[name].mean)
+    cells = (place.cell(sized(name, share), metric) for name in (DEFAULT, best))
+    behind = estimate(differences(found, *cells))
+    is_level = behind.mean <= max(behind.error, each[best].error)
+    return is_level, estimate(_prices(found, place, default, prior)).mean
+
+
+def _candidates(found: Found, places: Sequence[Place]) -> str:
+    """What might have done better than the default, against it."""
+    lines = []
+    for name in CANDIDATES:
+        for share in SIZES:
+            for prior in ("own", "evidence"):
+                metric = f"nll, {prior}"
+                inside, shifted = (
+                    [
+                        estimate(pairs)
+                        for place in places
+                        if bool(place.shift) == is_shifted
+                        and (
+                            pairs := differences(
+                                found,
+                                place.cell(sized(name, share), metric),
+                                place.cell(sized(DEFAULT, share), metric),
+                            )
+                        )
+                    ]
+                    for is_shifted in (False, True)
+                )
+                if inside or shifted:
+                    cells = [_outcome(inside), _outcome(shifted)]
+                    lines.append([f"{name}, {share:.0%}, {prior}", *cells])
+    outcome = "better / level / worse by two standard errors (median difference)"
+    heads = ["candidate, size, prior", f"in distribution: {outcome}", "under shift"]
+    return table("Against the default", heads, lines)
+
+
+def _outcome(found: Sequence[Estimate]) -> str:
+    """Of differences in NLL, a problem each."""
+    if not found:
+        return "-"
+    clear = [each for each in found if abs(each.mean) > max(TIE, _ERRORS * each.error)]
+    better = sum(each.mean < 0 for each in clear)
+    counted = (better, len(found) - len(clear), len(clear) - better)
+    median = statistics.median(each.mean for each in found)
+    return f"{' / '.join(map(str, counted))} ({median:+.3f})"
+
+
+def _rest(found: Found, places: Sequence[Place]) -> str:
+    """The default with and without a diagonal over the rest, and all weights."""
+    methods = (MAP, sized(DEFAULT, _SHARE), REST, DIAGONAL, FULL)
+    lines = [
+        [str(place), *(_nll(found, place, method) for method in methods)]
+        for place in places
+    ]
+    heads = ["NLL", MAP, "default, 5%", "and a diagonal over the rest"]
+    title = "The rest of the weights, the model's own prior"
+    return table(title, [*heads, "diagonal, all", "full, all"], lines)
+
+
+def _links(found: Found, places: Sequence[Place]) -> str:
+    """Classes by the default link and by pairs of classes."""
+    default = sized(DEFAULT, _SHARE)
+    columns = [
+        (method, f"{prior}{link}")
+        for method in (default, LAST)
+        for prior in ("own", "evidence")
+        for link in ("", PAIRS)
+    ]
+    lines = [
+        [str(place), _nll(found, place, MAP)]
+        + [_nll(found, place, method, prior) for method, prior in columns]
+        for place in places
+        if place.cell(default, f"nll, own{PAIRS}") in found
+    ]
+    names = {default: "default, 5%", LAST: "last layer"}
+    heads = [f"{names[method]}: {prior}" for method, prior in columns]
+    return table("Classes, by two links", ["NLL", MAP, *heads], lines)
+
+
+def _selectors(
+    found: Found, places: Sequence[Place], share: float, prior: Prior
+) -> str:
+    rows = {name: sized(name, share) for name in SELECTORS}
+    lines = [
+        [str(place), _nll(found, place, MAP)]
+        + [_nll(found, place, method, prior) for method in rows.values()]
+        for place in places
+    ]
+    title = f"Selectors, {share:.0%} of the weights, prior: {prior}"
+    return table(title, ["NLL", MAP, *rows], lines)
+
+
+def _references(found: Found, places: Sequence[Place], prior: Prior) -> str:
+    lines = [
+        [str(place), _nll(found, place, MAP), _nll(found, place, TEMPERATURE)]
+        + [_nll(found, place, method, prior) for method in UNSIZED]
+        for place in places
+    ]
+    heads = ["NLL", MAP, f"{TEMPERATURE} by held-out data", *UNSIZED]
+    return table(f"Last layer and all weights, prior: {prior}", heads, lines)
+
+
+def _picture(found: Found, places: Sequence[Place], path: Path) -> str:
+    """Price in distribution against gain under shift, in nats, a panel a problem."""
+    shifted = [
+        (place, inside)
+        for place in places
+        if place.shift and (inside := _inside(found, place)) is not None
+    ]
+    columns = 3
+    count = -(-len(shifted) // columns)
+    figure, axes = plt.subplots(
+        count, columns, figsize=(11, 3 * count), layout="constrained", squeeze=False
+    )
+    panels = list(axes.flat)
+    for panel, (place, inside) in zip(panels, shifted, strict=False):
+        dearest = _TEMPERED_TO
+        for method, label in _DRAWN.items():
+            for prior, marker in (("own", "o"), ("evidence", "^")):
+                point = _point(found, place, inside, method, prior)
+                if point is not None:
+                    color = f"C{list(_DRAWN).index(method)}"
+                    text = f"{label}, {prior} prior"
+                    panel.plot(*point, marker, color=color, label=text)
+                    dearest = max(dearest, point[0])
+        steps = [s for s, value in enumerate(TEMPERATURES) if value >= 1]
+        points = [_point(found, place, inside, TEMPERATURE, f"step {s}") for s in steps]
+        drawn = [point for point in points if point is not None and point[0] <= dearest]
+        panel.plot(*zip(*drawn, strict=True), color="0.6", label="MAP, temperature")
+        panel.axhline(0, color="0.8", linewidth=0.8)
+        panel.axvline(0, color="0.8", linewidth=0.8)
+        panel.set_title(str(place), fontsize=9)
+        panel.set_xscale("symlog", linthresh=0.01)
+        panel.set_xlabel("price in distribution, nats", fontsize=8)
+    for panel in panels[len(shifted) :]:
+        panel.remove()
+    figure.supylabel("gain under shift, nats")
+    legend_below(panels, ncols=3)
+    return saved(panels, path)
+
+
+def _point(
+    found: Found, place: Place, inside: Place, method: str, prior: str
+) -> tuple[float, float] | None:
+    price = estimate(_prices(found, inside, method, prior))
+    gain = estimate(_prices(found, place, method, prior))
+    return None if price is None or gain is None else (price.mean, -gain.mean)

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness.reporting import mean_and_error
-from benchmarks.selectors import __main__ as command
-from benchmarks.selectors.data import digits_split, gap_features, uci_split
-from benchmarks.selectors.measure import Plan, fit, run, variance
-from benchmarks.selectors.methods import FULL, MAP, METHODS
-from benchmarks.selectors.network import sgd_moments, train
-from benchmarks.selectors.report import ranks
-from pyro_subnet import AutoSubnetLaplace
-from pyro_subnet.comparison.compare import compare_subnets
-from pyro_subnet.nn import init_to_module
-from pyro_subnet.selection import LargestGradient
+from benchmarks.harness import digest
+from benchmarks.harness.command import main, report
+from benchmarks.harness.journal import read
+from benchmarks.harness.task import Row
+from benchmarks.selectors.__main__ import EXPERIMENTS
+from benchmarks.selectors.candidates import eliminate_, gain
+from benchmarks.selectors.data import Split, digits_split, gap_features, uci_split
+from benchmarks.selectors.measure import (
+    NAME,
+    TEMPERATURES,
+    Plan,
+    at_temperature,
+    scores,
+)
+from benchmarks.selectors.methods import (
+    CANDIDATES,
+    MAP,
+    REST,
+    SELECTORS,
+    SIZES,
+    TEMPERATURE,
+    names,
+    sized,
+)
+from benchmarks.selectors.network import Trained, sgd_moments, train
+from benchmarks.selectors.problems import mlp, moons_split, problems
 
-TINY = ["--num-hidden", "4", "--num-steps", "20", "--seeds", "1", "--most", "30"]
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "selectors" / "results"
+PLAN = Plan(20, 10)
 
 
 @pytest.fixture
@@ -73,86 +90,117 @@ def test_data_are_standardized_by_the_training_part(folder: Path) -> None:
 
 def test_digits_are_turned_by_quarter_turns_exactly() -> None:
     tests = digits_split(0, (0, 90), most=5).tests
-    upright, turned = (tests[name][0].unflatten(1, (8, 8)) for name in ("0", "90"))
+    upright, turned = (
+        tests[name][0].unflatten(1, (8, 8)) for name in ("", "90 degrees")
+    )
     torch.testing.assert_close(turned, upright.rot90(1, (1, 2)))
 
 
-def test_tilted_digits_are_held_out_at_each_tilt() -> None:
-    upright, tilted = (digits_split(0, (0,), tilted=flag) for flag in (False, True))
-    count = len(upright.held_out[1])
-    x, y = (part.unflatten(0, (5, count)) for part in tilted.held_out)
-    torch.testing.assert_close(x[2], upright.held_out[0])
-    torch.testing.assert_close(y, upright.held_out[1].expand(5, -1))
-    torch.testing.assert_close(tilted.train[0], upright.train[0])
-
-
-def test_both_experiments_run_and_resume(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "rows.jsonl"
-    uci = ["uci", "--data-dir", str(folder), "--sets", "set", "--out", str(out), *TINY]
-    digits = ["digits", "--out", str(out), *TINY]
-    few = ["--methods", "LargestVariance ggn"]
-    command.main([*uci, "--noise", "held-out", *few])
-    command.main([*digits, *few])
-    first = out.read_text()
-    rows = [json.loads(line) for line in first.splitlines()]
-    assert [row["kind"] for row in rows] == ["standard"] * 2 + ["gap"] * 2 + [
-        "rotated"
-    ] * 2
-    assert not any("failed" in row for row in rows)
-    command.main([*digits, *few])
-    assert out.read_text() == first
-    command.main(["report", str(out)])
-    printed = capsys.readouterr().out
-    assert "| LargestVariance ggn |" in printed
-    assert "**Rotated digits, prior tuned on upright ones**" in printed
-
-
-@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.TuningWarning")
-def test_every_method_runs(folder: Path) -> None:
+def small(folder: Path) -> tuple[Split, Trained]:
     split = uci_split(folder, "set", "standard", 0)
-    rows = list(run(split, Plan(num_hidden=4, num_steps=20, swag_steps=10), set()))
-    assert [row["method"] for row in rows] == [MAP, *METHODS]
-    assert not any("failed" in row for row in rows)
-    assert all(math.isfinite(row["nll"]["test"]) for row in rows)
+    return split, train(split, partial(mlp, num_hidden=4), PLAN.num_steps)
 
 
-def test_the_share_kept_is_that_of_the_comparison(folder: Path) -> None:
-    split = uci_split(folder, "set", "standard", 0)
-    trained = train(split, 4, 20)
-    full, _ = fit(trained, split, None)
-    part, _ = fit(trained, split, LargestGradient(7))
-    guide = AutoSubnetLaplace(trained.model, init_loc_fn=init_to_module(trained.net))
-    x, _ = split.tests["test"]
-    found = compare_subnets(
-        guide, *split.train, selectors=[LargestGradient(7)], inputs={"test": x}
-    )
-    assert variance(part, x) / variance(full, x) == pytest.approx(
-        found.rows[0].kept_variance, rel=1e-6
-    )
+def test_moons_are_turned_by_a_quarter() -> None:
+    tests = moons_split(0).tests
+    (x, y), (turned, same) = tests[""], tests["90 degrees"]
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    torch.testing.assert_close(turned, x @ turn.T)
+    assert torch.equal(y, same)
 
 
-def test_the_map_has_the_nll_of_its_network(folder: Path) -> None:
-    split = uci_split(folder, "set", "standard", 0)
-    plan = Plan(names=(FULL,), num_hidden=4, num_steps=20)
-    at_map, full = run(split, plan, set())
-    trained = train(split, 4, 20)
+def test_each_problem_has_a_network_for_its_data() -> None:
+    for problem in problems(None):
+        split = problem.split(0)
+        net = problem.network(split)
+        x, y = split.train
+        width = 1 if split.target_scale is not None else int(y.max()) + 1
+        assert net(x).shape == (len(x), width)
+
+
+def test_every_method_is_judged_under_every_prior(folder: Path) -> None:
+    split, trained = small(folder)
+    unsized = [name for name in names() if not name.endswith("%")]
+    for name in [*unsized, *(f"{selector} 20%" for selector in SELECTORS)]:
+        found = scores(trained, split, PLAN, name)
+        assert all(math.isfinite(score.value) for score in found)
+        metrics = {score.metric for score in found}
+        priors = (
+            {"own"}
+            if name in (MAP, REST, TEMPERATURE)
+            else {"own", "evidence", "held-out"}
+        )
+        assert {
+            f"{kind}, {prior}" for prior in priors for kind in ("nll", "coverage")
+        } <= (metrics)
+
+
+def test_candidates_have_the_size_that_is_asked_for(folder: Path) -> None:
+    """Also where both halves choose a weight, and where units do not fill it."""
+    split, trained = small(folder)
+    for name in CANDIDATES:
+        found = scores(trained, split, PLAN, sized(name, 0.2))
+        (size,) = (score.value for score in found if score.metric == "S")
+        assert size == round(0.2 * trained.num_params)
+
+
+def test_units_are_chosen_whole_and_by_what_they_add() -> None:
+    """Against the trace of the chosen block of a dense posterior, unit by unit."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 12, generator=generator, dtype=torch.float64)
+    outputs = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+    precision = rows.T @ rows + torch.eye(12, dtype=torch.float64)
+    gram = outputs.T @ outputs
+    first, then = torch.tensor([1, 4, 7]), torch.tensor([0, 9])
+
+    def kept(chosen: torch.Tensor) -> float:
+        block = precision[chosen][:, chosen]
+        return float(torch.linalg.solve(block, gram[chosen][:, chosen]).trace())
+
+    expected = kept(torch.cat([first, then])) - kept(first)
+    left = precision.clone(), gram.clone()
+    eliminate_(*left, first)
+    assert gain(*left, then) == pytest.approx(expected)
+
+
+def test_the_rest_adds_its_variance(folder: Path) -> None:
+    """A band that is never narrower than the default's by itself."""
+    split, trained = small(folder)
+    (_, covered) = (s.value for s in scores(trained, split, PLAN, REST))
+    own = scores(trained, split, PLAN, sized("PredictiveVariance greedy", 0.05))
+    (alone,) = (score.value for score in own if score.metric == "coverage, own")
+    assert covered >= alone
+
+
+def test_the_map_has_the_nll_and_the_coverage_of_its_network(folder: Path) -> None:
+    split, trained = small(folder)
+    found = {score.metric: score.value for score in scores(trained, split, PLAN, MAP)}
     x, y = split.tests["test"]
-    errors = split.target_scale * (trained.net(x).squeeze(-1) - y).detach()
-    noise = split.target_scale * trained.noise_scale
+    errors, noise = (trained.net(x).squeeze(-1) - y).detach(), trained.noise_scale
     nll = errors.square().mean() / (2 * noise**2) + math.log(noise)
-    nll += math.log(2 * math.pi) / 2
-    assert at_map["nll"]["test"] == pytest.approx(float(nll))
-    rmse = float(errors.square().mean().sqrt())
-    assert at_map["error"]["test"] == pytest.approx(rmse)
-    assert full["error"]["test"] == pytest.approx(rmse)
-    assert full["kept"]["test"] == pytest.approx(1.0)
+    assert found["nll, own"] == pytest.approx(float(nll + math.log(2 * math.pi) / 2))
+    inside = (errors.abs() <= 1.959964 * noise).double().mean()
+    assert found["coverage, own"] == pytest.approx(float(inside))
+
+
+def test_the_temperature_is_the_best_on_held_out_data(folder: Path) -> None:
+    split, trained = small(folder)
+    x, y = split.held_out
+    losses = [
+        -float(at_temperature(trained, value)(x).log_prob(y).mean())
+        for value in TEMPERATURES
+    ]
+    found = scores(trained, split, PLAN, TEMPERATURE)
+    (chosen,) = (score.value for score in found if score.metric == "temperature")
+    assert chosen == TEMPERATURES[losses.index(min(losses))]
+    at_one = TEMPERATURES.index(1.0)
+    (own,) = (s.value for s in scores(trained, split, PLAN, MAP) if "nll" in s.metric)
+    (step,) = (s.value for s in found if s.metric == f"nll, step {at_one}")
+    assert step == pytest.approx(own)
 
 
 def test_sgd_leaves_the_map_where_it_is(folder: Path) -> None:
-    split = uci_split(folder, "set", "standard", 0)
-    trained = train(split, 4, 20)
+    split, trained = small(folder)
     before = [part.clone() for part in trained.net.parameters()]
     moments = sgd_moments(trained, split, 30)
     assert moments.count == 30
@@ -161,16 +209,67 @@ def test_sgd_leaves_the_map_where_it_is(folder: Path) -> None:
         torch.testing.assert_close(new, old, rtol=0, atol=0)
 
 
-def test_ranks_and_errors() -> None:
-    assert ranks({"a": 1.0, "b": 1.0, "c": 0.5}) == {"a": 2.5, "b": 2.5, "c": 1.0}
-    assert mean_and_error([1.0, 3.0]) == "2.000 ± 1.000"
-    assert mean_and_error([2.0]) == "2"
+def test_a_run_and_its_tables(tmp_path: Path) -> None:
+    few = ["--methods", MAP, TEMPERATURE, "PredictiveVariance greedy 5%"]
+    arguments = [NAME, "--out", str(tmp_path), "--scale", "smoke", "--seeds", "1"]
+    assert main("benchmarks.selectors", EXPERIMENTS, [*arguments, *few]) == 0
+    rows = read(tmp_path / f"{NAME}.jsonl")
+    assert {row["dataset"] for row in rows} == {p.name for p in problems(None)}
+    text = report(EXPERIMENTS, tmp_path)
+    assert (tmp_path / "price-and-gain.png").stat().st_size > 1000
+    for title in ("By use", "The default", "Selectors, 5% of the weights, prior: own"):
+        assert f"**{title}**" in text
 
 
-def test_a_folder_must_be_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv(command.DATA, raising=False)
-    with pytest.raises(SystemExit, match="2"):
-        command.parse(["uci", "--out", "rows.jsonl"])
-    assert command.DATA in capsys.readouterr().err
+def made(method: str, shift: str, metric: str, values: list[float]) -> list[Row]:
+    head = {"experiment": NAME, "scale": "small", "versions": "", "dataset": "set"}
+    own = {**head, "variant": "", "method": method, "shift": shift, "metric": metric}
+    return [{**own, "seed": seed, "value": value} for seed, value in enumerate(values)]
+
+
+def test_the_default_is_counted_level_within_a_standard_error(tmp_path: Path) -> None:
+    """Behind by 0.1 in each of two seeds, which differ among themselves by 1."""
+    rows = made(MAP, "", "nll, own", [1.0, 2.0]) + made(
+        MAP, "gap", "nll, own", [5.0, 6.0]
+    )
+    rows += made(MAP, "", "coverage, own", [0.9, 0.9])
+    for share in SIZES:
+        name = f"PredictiveVariance greedy {share:.0%}"
+        rows += made(name, "", "nll, own", [1.1, 2.1])
+        rows += made(name, "gap", "nll, own", [9.0, 9.0])
+        other = f"LargestGradient {share:.0%}"
+        rows += made(other, "", "nll, own", [1.0, 2.0])
+        rows += made(other, "gap", "nll, own", [8.0, 8.0])
+    text = EXPERIMENTS[NAME].report(rows, tmp_path)
+    (line,) = (row for row in text.splitlines() if row.startswith("| 5%, own |"))
+    assert line == "| 5%, own | 1 of 2 | +0.100 | +0.000 |"
+
+
+def test_temperatures_are_compared_at_an_equal_price(tmp_path: Path) -> None:
+    """The default pays 0.2; of steps that pay 0, 0.1, ..., the third pays as much."""
+    rows = made(MAP, "", "nll, own", [1.0]) + made(MAP, "gap", "nll, own", [5.0])
+    default = "PredictiveVariance greedy 5%"
+    rows += made(default, "", "nll, own", [1.2]) + made(
+        default, "gap", "nll, own", [2.0]
+    )
+    first = TEMPERATURES.index(1.0)
+    for step in range(len(TEMPERATURES)):
+        price = 0.1 * (step - first) + 1e-9 * (step < first)
+        rows += made(TEMPERATURE, "", f"nll, step {step}", [1.0 + price - 1e-6])
+        rows += made(TEMPERATURE, "gap", f"nll, step {step}", [100.0 + step])
+    rows += made(TEMPERATURE, "", "nll, own", [1.0])
+    text = EXPERIMENTS[NAME].report(rows, tmp_path)
+    start = "| set: in the gap | 5 | 2 |"
+    line = next(row for row in text.splitlines() if row.startswith(start))
+    assert f"{100 + first + 2}" in line.split("|")[7]
+
+
+def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
+    rows = digest.read(RESULTS, NAME)
+    measured = set(EXPERIMENTS[NAME].report(rows, tmp_path).splitlines())
+    pages = {RESULTS.parent / "README.md": 50, RESULTS / "tables.md": 300}
+    for path, least in pages.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        shown = [line for line in lines if " ± " in line and line[0] == "|"]
+        assert len(shown) > least
+        assert not [line for line in shown if line not in measured]
