@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributions as td
+from torch import Tensor
 
 from pyro_subnet.exceptions import AbsorbedNoiseWarning, OptionError, warn
 from pyro_subnet.fit.sums import SubnetCurvature, subnet_curvature
-from pyro_subnet.gaussians.dual_gaussian import DualGaussian
 from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Subnet
@@ -68,10 +68,9 @@ def measure(at_map: ModelAtMAP, network: Subnet, data: Data) -> AbsorbedNoise:
     """
     found = subnet_curvature(at_map, network, data, FitOptions(form="dual"))
     form = form_of(found.likelihood, found.prior, network.layout)
-    gaussian = form.gaussian(at_map.latents.loc[network.flat])
-    assert isinstance(gaussian, DualGaussian)
-    # The kernel of the Gaussian is K + I = C C^T, and gamma = R - |C^-1|^2.
-    kernel = gaussian.kernel_tril
+    # In its dual form the Gaussian holds K + I = C C^T, and gamma = R - |C^-1|^2.
+    gaussian: Any = form.gaussian(at_map.latents.loc[network.flat])
+    kernel: Tensor = gaussian.kernel_tril
     eye = torch.eye(len(kernel)).to(kernel)
     inverse = torch.linalg.solve_triangular(kernel.tril(), eye, upper=False)
     return AbsorbedNoise(len(kernel), len(kernel) - float(inverse.square().sum()))
