@@ -26,8 +26,9 @@ def absorbed_noise(
     about :math:`\sqrt{N / (N - \gamma)}`, the ``factor`` of what is returned. Up to
     1.5 is no cause for concern; above 2 only held-out data tell what the noise is. A
     fit warns of that by itself where the model learns its noise and N is small; this
-    measures it for a noise that was learned elsewhere. It takes a pass over the data,
-    N D numbers of memory, and :math:`N^2 D` operations.
+    measures it for a noise that was learned elsewhere, under the model's own prior and
+    noise. It takes a pass over the data, R D numbers of memory, and :math:`R^2 D`
+    operations, of R data times outputs.
 
     Args:
         posterior: A posterior of any subnet; all weights of the network are looked at.

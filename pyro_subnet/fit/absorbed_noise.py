@@ -25,7 +25,7 @@ _NORMALS = (td.Normal, td.LogNormal)
 # 1.1 where held-out data found no more noise than was learned, or up to 2.0 where they
 # found half of it, and 2.5 to 12 where they found 1.4 to 17 times as much.
 _MOST = 2.0
-# Operations of the kernel, N^2 D, that a fit may add to its own.
+# Operations of the kernel, R^2 D of R rows, that a fit may add to its own.
 _OPERATIONS = 2e9
 
 
@@ -53,7 +53,9 @@ class AbsorbedNoise:
 
 
 def measure(at_map: ModelAtMAP, network: Subnet, data: Data) -> AbsorbedNoise:
-    """Measures it by another pass: N D numbers, and N^2 D operations.
+    """Measures it by another pass: R D numbers, and R^2 D operations.
+
+    The prior and the noise are the model's own. R rows are N data times their outputs.
 
     Args:
         at_map: The model at its MAP.
@@ -83,15 +85,17 @@ def warn_of_absorbed_noise(
     num_seen, size = curvature.num_seen, len(at_map.latents.loc)
     if not curvature.has_outputs or not num_seen or not data.repeatable:
         return
-    # The factor is at most sqrt(N / (N - D)).
-    may_be = size > (1 - _MOST**-2) * num_seen
-    if not may_be or num_seen**2 * size > _OPERATIONS:
+    if not _may_be_told(num_seen, size):
         return
     args, kwargs = next(data.calls("Noise"))
     call = ModelCall.read(at_map, args, kwargs)
     graph = call.graph(with_prior=False)
     network = network_of(call, graph)
     if network is None or not _is_noise_learned(call, graph):
+        return
+    (site,) = call.sites
+    num_outputs = math.ceil(site.own(site.node)[_LOC].numel() / max(call.num_seen, 1))
+    if not _may_be_told(num_seen * num_outputs, network.size):
         return
     try:
         found = measure(at_map, network, data)
@@ -106,6 +110,13 @@ def warn_of_absorbed_noise(
             "`posterior.tune(val=(x_val, y_val))`, or train under a noise so set.",
             AbsorbedNoiseWarning,
         )
+
+
+def _may_be_told(num_rows: int, size: int) -> bool:
+    """Whether so many weights may absorb the noise, at a price that a fit may pay."""
+    # The factor is at most sqrt(R / (R - D)).
+    may_be = size > (1 - _MOST**-2) * num_rows
+    return may_be and num_rows**2 * size <= _OPERATIONS
 
 
 def _is_noise_learned(call: ModelCall, graph: Graph) -> bool:
