@@ -450,8 +450,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         )
         self._draws.matter = True
         curvature.warn_of_training(posterior.gaussian.whiten)
-        warn_of_absorbed_noise(at_map, data, curvature)
-        if file is not None:
+        if file is None:  # with one, no batch is read again
+            warn_of_absorbed_noise(at_map, data, curvature)
+        else:
             file.remove()
         return posterior
 
