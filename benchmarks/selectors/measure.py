@@ -61,8 +61,12 @@ class Plan:
     swag_steps: int = 500
 
 
+def plan_of(settings: Settings) -> Plan:
+    return Plan(20, 10) if settings.scale == "smoke" else Plan()
+
+
 def tasks(settings: Settings) -> list[Task]:
-    plan = Plan(20, 10) if settings.scale == "smoke" else Plan()
+    plan = plan_of(settings)
     return [
         Task(NAME, problem.name, seed, "", names(), partial(_run, problem, seed, plan))
         for problem in problems(settings.data_dir)
@@ -86,7 +90,7 @@ def scores(trained: Trained, split: Split, plan: Plan, name: str) -> list[Score]
     if name == TEMPERATURE:
         return _tempered(trained, split)
     if name == REST:
-        return judged(split, _with_rest(trained, split), "own")
+        return judged(split, with_rest(trained, split), "own")
     method, share = method_of(name)
     subnet = None
     if method.choose is not None:
@@ -143,7 +147,7 @@ def fit(
         return guide.laplace_approximation(*split.train)
 
 
-def _with_rest(trained: Trained, split: Split) -> Callable[[Tensor], Any]:
+def with_rest(trained: Trained, split: Split) -> Callable[[Tensor], Any]:
     """The default's predictive, with a diagonal posterior over all other weights."""
     chosen = fit(trained, split, _DEFAULT_SHARE)
     subnet = chosen.subnet

@@ -47,7 +47,10 @@ class Trained:
 
 
 def train(
-    split: Split, make_network: Callable[[Split], nn.Sequential], num_steps: int
+    split: Split,
+    make_network: Callable[[Split], nn.Sequential],
+    num_steps: int,
+    rounds: int = _ROUNDS,
 ) -> Trained:
     """The MAP, and for regression one noise scale.
 
@@ -58,6 +61,7 @@ def train(
         split: The data.
         make_network: An untrained network.
         num_steps: Of Adam.
+        rounds: How many turns; with none the noise stays as it was learned.
     """
     with torch.random.fork_rng():
         torch.manual_seed(split.index)
@@ -67,13 +71,17 @@ def train(
         _descend(net, split, log_scale, num_steps)
         return Trained(net.eval(), pyro_model(net, None), None)
     _descend(net, split, log_scale.requires_grad_(), num_steps)
-    for _ in range(_ROUNDS):
-        x, y = split.held_out
-        with torch.no_grad():
-            log_scale = (net(x).squeeze(-1) - y).square().mean().log() / 2
+    for _ in range(rounds):
+        log_scale = held_out_rmse(net, split).log()
         _descend(net, split, log_scale, num_steps)
     scale = log_scale.exp().item()
     return Trained(net.eval(), pyro_model(net, scale), scale)
+
+
+@torch.no_grad()
+def held_out_rmse(net: nn.Module, split: Split) -> Tensor:
+    x, y = split.held_out
+    return (net(x).squeeze(-1) - y).square().mean().sqrt()
 
 
 def _descend(net: nn.Module, split: Split, log_scale: Tensor, num_steps: int) -> None:

@@ -43,12 +43,14 @@ class Problem:
         split: The data of a seed.
         network: An untrained network, from the split; seeded by the caller.
         seeds: Which seeds, or numbers of splits, of the first so many that are asked.
+        has_noise: Whether its targets are numbers; else they are classes.
     """
 
     name: str
     split: Callable[[int], Split]
     network: Callable[[Split], nn.Sequential]
     seeds: Callable[[int], Sequence[int]] = range
+    has_noise: bool = True
 
 
 def problems(folder: Path | None) -> Iterator[Problem]:
@@ -59,8 +61,8 @@ def problems(folder: Path | None) -> Iterator[Problem]:
     """
     for name, activation in (("gap, tanh", nn.Tanh), ("gap, ReLU", nn.ReLU)):
         yield Problem(name, toy_split, partial(mlp, activation=activation))
-    yield Problem("moons", moons_split, mlp)
-    yield Problem("digits", digits_split, mlp)
+    yield Problem("moons", moons_split, mlp, has_noise=False)
+    yield Problem("digits", digits_split, mlp, has_noise=False)
     if folder is None:
         return
     for name in UCI_SETS:
@@ -73,7 +75,8 @@ def problems(folder: Path | None) -> Iterator[Problem]:
             lambda count, found=found: found[:count],
         )
     for name in ("mnist", "fashion"):
-        yield Problem(f"CNN, {name}", partial(images_split, folder, name), cnn)
+        split = partial(images_split, folder, name)
+        yield Problem(f"CNN, {name}", split, cnn, has_noise=False)
 
 
 def mlp(

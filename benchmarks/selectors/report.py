@@ -270,8 +270,19 @@ def _links(found: Found, places: Sequence[Place]) -> str:
         if place.cell(default, f"nll, own{PAIRS}") in found
     ]
     names = {default: "default, 5%", LAST: "last layer"}
-    heads = [f"{names[method]}: {prior}" for method, prior in columns]
-    return table("Classes, by two links", ["NLL", MAP, *heads], lines)
+    heads = [MAP, *(f"{names[method]}: {prior}" for method, prior in columns)]
+    errors = [
+        [str(place)]
+        + [
+            mean_and_error(found[place.cell(method, f"error, {prior}")].values())
+            for method, prior in ((MAP, "own"), *columns)
+        ]
+        for place in places
+        if place.cell(default, f"nll, own{PAIRS}") in found
+    ]
+    first = table("Classes, by two links", ["NLL", *heads], lines)
+    second = table("Share of errors, by two links", ["errors", *heads], errors)
+    return f"{first}\n\n{second}"
 
 
 def _selectors(

@@ -14,6 +14,7 @@ from benchmarks.harness import digest
 from benchmarks.harness.command import main, report
 from benchmarks.harness.journal import read
 from benchmarks.harness.task import Row
+from benchmarks.selectors import noise
 from benchmarks.selectors.__main__ import EXPERIMENTS
 from benchmarks.selectors.candidates import eliminate_, gain
 from benchmarks.selectors.data import Split, digits_split, gap_features, uci_split
@@ -22,7 +23,9 @@ from benchmarks.selectors.measure import (
     TEMPERATURES,
     Plan,
     at_temperature,
+    fit,
     scores,
+    with_rest,
 )
 from benchmarks.selectors.methods import (
     CANDIDATES,
@@ -35,7 +38,7 @@ from benchmarks.selectors.methods import (
     sized,
 )
 from benchmarks.selectors.network import Trained, sgd_moments, train
-from benchmarks.selectors.problems import mlp, moons_split, problems
+from benchmarks.selectors.problems import Problem, mlp, moons_split, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "selectors" / "results"
@@ -116,6 +119,7 @@ def test_each_problem_has_a_network_for_its_data() -> None:
         x, y = split.train
         width = 1 if split.target_scale is not None else int(y.max()) + 1
         assert net(x).shape == (len(x), width)
+        assert problem.has_noise == (split.target_scale is not None)
 
 
 def test_every_method_is_judged_under_every_prior(folder: Path) -> None:
@@ -163,13 +167,45 @@ def test_units_are_chosen_whole_and_by_what_they_add() -> None:
     assert gain(*left, then) == pytest.approx(expected)
 
 
-def test_the_rest_adds_its_variance(folder: Path) -> None:
-    """A band that is never narrower than the default's by itself."""
+def test_the_rest_adds_the_variance_of_a_diagonal(folder: Path) -> None:
+    """Against dense algebra: J_S P_SS^-1 J_S^T, and J_j^2 / P_jj of every other j."""
     split, trained = small(folder)
-    (_, covered) = (s.value for s in scores(trained, split, PLAN, REST))
-    own = scores(trained, split, PLAN, sized("PredictiveVariance greedy", 0.05))
-    (alone,) = (score.value for score in own if score.metric == "coverage, own")
-    assert covered >= alone
+    parameters = dict(trained.net.named_parameters())
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        def output(values: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(trained.net, values, (x,)).squeeze(-1)
+
+        slopes = torch.func.jacrev(output)(parameters)
+        return torch.cat([part.flatten(1) for part in slopes.values()], 1).detach()
+
+    scaled = rows(split.train[0]) / trained.noise_scale
+    precision = scaled.T @ scaled + torch.eye(trained.num_params, dtype=scaled.dtype)
+    chosen = fit(trained, split, 0.05).subnet.flat
+    others = torch.ones(trained.num_params, dtype=torch.bool)
+    others[chosen] = False
+    x, _ = split.tests["test"]
+    own, rest = rows(x)[:, chosen], rows(x)[:, others]
+    block = precision[chosen][:, chosen]
+    expected = (own @ torch.linalg.inv(block) * own).sum(1)
+    expected += (rest.square() / precision.diagonal()[others]).sum(1)
+    found = with_rest(trained, split)(x).variance - trained.noise_scale**2
+    torch.testing.assert_close(found, expected)
+
+
+def test_noise_is_reported_as_it_was_learned(folder: Path) -> None:
+    split, _ = small(folder)
+    problem = Problem("set", lambda seed: split, partial(mlp, num_hidden=4))
+    task = noise.task(problem, 0, PLAN.num_steps)
+    ((_, found),) = task.run(task.methods)
+    values = {score.metric: score.value for score in found}
+    trained = train(split, problem.network, PLAN.num_steps, rounds=0)
+    x, y = split.held_out
+    rmse = float((trained.net(x).squeeze(-1) - y).square().mean().sqrt().detach())
+    assert values["learned"] == pytest.approx(trained.noise_scale)
+    assert values["held out"] == pytest.approx(rmse)
+    assert values["ratio"] == pytest.approx(rmse / trained.noise_scale)
+    assert values["factor"] >= 1
 
 
 def test_the_map_has_the_nll_and_the_coverage_of_its_network(folder: Path) -> None:
@@ -265,8 +301,11 @@ def test_temperatures_are_compared_at_an_equal_price(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
-    rows = digest.read(RESULTS, NAME)
-    measured = set(EXPERIMENTS[NAME].report(rows, tmp_path).splitlines())
+    measured = {
+        line
+        for name, experiment in EXPERIMENTS.items()
+        for line in experiment.report(digest.read(RESULTS, name), tmp_path).splitlines()
+    }
     pages = {RESULTS.parent / "README.md": 50, RESULTS / "tables.md": 300}
     for path, least in pages.items():
         lines = path.read_text(encoding="utf-8").splitlines()
