@@ -97,8 +97,12 @@ def _places(found: Found) -> Iterator[Place]:
 
 
 def _nll(found: Found, place: Place, method: str, prior: str = "own") -> str:
-    values = found.get(place.cell(method, f"nll, {prior}"), {})
-    return mean_and_error(values.values())
+    return _score(found, place, method, f"nll, {prior}")
+
+
+def _score(found: Found, place: Place, method: str, metric: str) -> str:
+    """The mean over seeds, or a dash where the method was not run."""
+    return mean_and_error(found.get(place.cell(method, metric), {}).values())
 
 
 def _inside(found: Found, place: Place) -> Place | None:
@@ -274,7 +278,7 @@ def _links(found: Found, places: Sequence[Place]) -> str:
     errors = [
         [str(place)]
         + [
-            mean_and_error(found[place.cell(method, f"error, {prior}")].values())
+            _score(found, place, method, f"error, {prior}")
             for method, prior in ((MAP, "own"), *columns)
         ]
         for place in places
