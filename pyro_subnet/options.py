@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, final, get_args
 
@@ -161,3 +161,29 @@ def check_num_data(num_data: Any) -> None:
             f"`num_data` must be a positive count; got {shown(num_data)}. Leave it "
             "out if the batches hold all the data."
         )
+
+
+@final
+@dataclass(frozen=True)
+class ModelFactors:
+    """What a model's own priors and normal noise are multiplied by.
+
+    Attributes:
+        prior: For each latent site, what the precision of its prior is multiplied by;
+            sites that are left out keep their own.
+        noise: What the standard deviation of normal observed sites is multiplied by.
+    """
+
+    prior: Mapping[str, float] = field(default_factory=dict)
+    noise: float = 1.0
+
+    @property
+    def are_own(self) -> bool:
+        """Whether they leave the model as it is."""
+        return self.noise == 1.0 and all(each == 1.0 for each in self.prior.values())
+
+    def over(self, sites: Iterable[str]) -> float | dict[str, float]:
+        """The prior's factors: one number where all sites share it, else by site."""
+        by_site = {site: self.prior.get(site, 1.0) for site in sites}
+        one, *others = set(by_site.values())
+        return by_site if others else one

@@ -55,9 +55,13 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("laplace", "tracing", "nn", "_version"),
     ),
     "selection": ("strategies that choose a subnet", ("fit",)),
+    "training": (
+        "prior and noise learned by the evidence while a network trains",
+        ("fit",),
+    ),
     "guides": (
         "what users hold: the MAP guide, the posterior guide",
-        ("models", "predictions", "files", "selection", "nn"),
+        ("models", "predictions", "files", "selection", "training", "nn"),
     ),
     "comparison": ("a subnet beside the full posterior", ("guides",)),
     "diagnostics": (

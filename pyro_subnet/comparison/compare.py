@@ -127,7 +127,7 @@ def compare_subnets(
         for name, selector in named.items()
         for choice in _resized(selector, sizes)
     ]
-    at_map = ModelAtMAP(guide.user_model, latents)
+    at_map = replace(guide.at_map, latents=latents)
     gaussian = full_gaussian(at_map, data)
     full = _Full(gaussian)
     bound = sorted({subnet.size for _, subnet in chosen}) if subspace else []

@@ -36,7 +36,6 @@ class DrawnModel:
     at_map: ModelAtMAP
     subnet: Subnet
     linearized: bool  # whether outputs are first-order expansions about the MAP
-    noise_factor: float = 1.0  # of normal noise scales, in the linearized model
 
 
 @final
@@ -151,7 +150,6 @@ class Groups:
             source.subnet,
             theta,
             linearized=source.linearized,
-            noise_factor=source.noise_factor,
         )
 
 

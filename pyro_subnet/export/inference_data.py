@@ -36,6 +36,8 @@ from pyro_subnet.models.hybrid import SITE, HybridModel
 from pyro_subnet.options import check_num_samples, is_count
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.scaled_model import is_scalable
 from pyro_subnet.tracing.trace import preserved_rng
 
 Dims = Mapping[str, str | Sequence[str]]
@@ -70,9 +72,10 @@ def to_inference_data(
       simplex), all of these appear.
     - ``sample_stats``: ``lp``, :math:`\log q(\theta_k)` of the Laplace posterior, and
       ``log_importance_ratio``, :math:`\log p(y, \theta_k) - \log q(\theta_k)`, which is
-      constant where the posterior is exact. The ratio is left out without data, and if
-      ``prior_factor`` or ``noise_factor`` is not 1, because the posterior is then not
-      that of the model as written.
+      constant where the posterior is exact. The model is the user's under the
+      posterior's ``prior_factor`` and ``noise_factor``, here and in all groups. The
+      ratio is left out without data, and where a ``prior_factor`` is of a prior that is
+      not normal, which no model has.
     - ``log_likelihood``: :math:`\log p(y_n \mid \theta_k)`, with an entry for each
       element of an observed site's batch, or of its first axis where all axes are its
       event's. Scales (``poutine.scale``, N/B of plates) do not enter; data that a mask
@@ -81,7 +84,7 @@ def to_inference_data(
     - ``posterior_predictive``, ``observed_data``, and ``constant_data``: draws of y, y,
       and the other tensor arguments whose first axis is as long as the data.
     - ``prior``, ``prior_predictive``: the subnet's elements as the user's model draws
-      them, all others at the MAP, in one chain. ``prior_factor`` does not enter.
+      them, all others at the MAP, in one chain.
     - ``predictions``, ``predictions_constant_data``: y at ``predictions_args``.
 
     No array of K times D numbers is made: memory is for K S numbers, K times the data,
@@ -137,8 +140,7 @@ def to_inference_data(
             f"num_samples={max(1, num_samples // divisor) * divisor}."
         )
     named = names_of_axes(dims), labels_along_axes(coords), names_of_sites(sites)
-    noise = posterior.noise_factor
-    source = DrawnModel(posterior.at_map, posterior.subnet, linearized, noise)
+    source = DrawnModel(posterior.scaled_at_map, posterior.subnet, linearized)
     gaussian = posterior.gaussian
     with _random_numbers(seed):
         standard = standard_normal((num_samples, gaussian.size), gaussian.loc, None)
@@ -155,8 +157,7 @@ def to_inference_data(
                 ChoiceWarning,
             )
         stats = {"lp": log_q}
-        factors = posterior.prior_factor, noise
-        if drawn.log_likelihood and factors == (1.0, 1.0):
+        if drawn.log_likelihood and _is_scaled(groups.call):
             log_prior = log_prior_at(groups.call, source.subnet, theta)
             stats["log_importance_ratio"] = drawn.total + log_prior - log_q
         groups.add("sample_stats", stats)
@@ -169,7 +170,7 @@ def to_inference_data(
         curvature=posterior.options.curvature,
         covariance=posterior.options.covariance,
         prior_factor=json.dumps(posterior.prior_factor),
-        noise_factor=noise,
+        noise_factor=posterior.noise_factor,
         seed="global random state" if seed is None else int(seed),
     )
 
@@ -262,12 +263,20 @@ def _random_numbers(seed: int | None) -> Iterator[None]:
         yield
 
 
+def _is_scaled(call: ModelCall) -> bool:
+    """Whether every prior with a factor is one that factors scale."""
+    priors = ((name, call.trace.nodes[name]["fn"]) for name in call.latents.values)
+    factors = call.at_map.factors.prior
+    return all(factors.get(name, 1.0) == 1.0 or is_scalable(fn) for name, fn in priors)
+
+
 def _source_of(
     posterior: AutoSubnetMultivariateNormal | HybridModel, linearized: bool | None
 ) -> DrawnModel:
     """The model that a run was on, at its parameters' present values."""
     if not isinstance(posterior, HybridModel):
-        return DrawnModel(posterior.at_map, posterior.subnet, bool(linearized))
+        at_map = posterior.scaled_at_map
+        return DrawnModel(at_map, posterior.subnet, bool(linearized))
     if linearized not in (None, posterior.linearized):
         raise OptionError(
             f"`linearized` must be the hybrid model's, {posterior.linearized}; got "

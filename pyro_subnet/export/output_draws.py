@@ -2,7 +2,6 @@ r"""The observed sites of one call at draws of the subnet: log densities and sam
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
@@ -53,7 +52,6 @@ class OutputDraws:
         theta: Float[Tensor, "draws subnet"],
         *,
         linearized: bool,
-        noise_factor: float = 1.0,
     ) -> OutputDraws:
         r"""Log densities, and samples by the global random state, at draws theta."""
         # Linearized outputs cost one Jacobian of the chosen elements and one product.
@@ -61,7 +59,7 @@ class OutputDraws:
         # time.
         with one_thread_at_a_time(), pyro.validation_enabled(False):
             if linearized:
-                return _linearized(call, subnet, theta, math.log(noise_factor))
+                return _linearized(call, subnet, theta)
             return _sampled_network(call, subnet, theta)
 
     def with_factors(
@@ -120,14 +118,12 @@ def _factor_log_likelihood(node: Node) -> Tensor:
     return density.where(live, 0.0)
 
 
-def _linearized(
-    call: ModelCall, subnet: Subnet, theta: Tensor, log_noise: float
-) -> OutputDraws:
+def _linearized(call: ModelCall, subnet: Subnet, theta: Tensor) -> OutputDraws:
     shifts = _shifts(call, subnet, theta)
     samples, pointwise, totals = {}, {}, [theta.new_zeros(len(theta)).double()]
     for site in call.sites:
         shape = torch.Size([len(theta), *site.distribution.element_shape])
-        fn = _shifted(site, shifts.get(site.name, {}), log_noise).expand(shape)
+        fn = _shifted(site, shifts.get(site.name, {})).expand(shape)
         samples[site.name] = fn.sample()
         if site.node["is_observed"]:
             pointwise[site.name], total = _log_likelihood(site, fn)
@@ -186,16 +182,12 @@ def _shifts(
     return found
 
 
-def _shifted(
-    site: OutputSite, shifts: Mapping[str, Tensor], log_noise: float
-) -> Distribution:
+def _shifted(site: OutputSite, shifts: Mapping[str, Tensor]) -> Distribution:
     """A site's family at shifted parameters, elementwise and without masks."""
     taken, family = site.distribution, site.family
     outputs = taken.outputs(family)
     for part, shift in shifts.items():
         outputs[part] = outputs[part] + shift
-    if log_noise and family.distribution is torch.distributions.Normal:
-        outputs["log_scale"] = outputs["log_scale"] + log_noise
     return taken.plain_at(family, outputs)
 
 

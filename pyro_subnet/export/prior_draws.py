@@ -29,7 +29,7 @@ def draw_prior(
     for _ in range(count):
         nodes = call.trace.nodes
         if runs:
-            nodes = run_model(call.at_map.model, call.args, call.kwargs, {}, {}).nodes
+            nodes = run_model(call.at_map.program, call.args, call.kwargs, {}, {}).nodes
         parts = []
         for name, within in chosen.items():
             node = nodes[name]

@@ -1,4 +1,4 @@
 """What users hold: the MAP guide, the posterior guide.
 
-May import models, predictions, files, selection, nn.
+May import models, predictions, files, selection, training, nn.
 """

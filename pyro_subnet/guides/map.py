@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import Any, final
-from weakref import WeakValueDictionary, ref
 
-import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,9 +21,8 @@ from pyro_subnet.exceptions import (
     SelectionError,
 )
 from pyro_subnet.files.resume import FitCheckpoint
-from pyro_subnet.fit.absorbed_noise import warn_of_absorbed_noise
 from pyro_subnet.fit.sums import FitSums
-from pyro_subnet.gaussians.registry import form_of
+from pyro_subnet.guides.approximation import fitted_state
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.choices import (
     MAPDraws,
@@ -38,34 +38,30 @@ from pyro_subnet.guides.choices import (
     warn_of_one_weight,
 )
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
-from pyro_subnet.guides.store import entry_of
-from pyro_subnet.laplace.state import PosteriorState
+from pyro_subnet.guides.store import follow_entry, register, take_key, take_new_key
 from pyro_subnet.nn.start import start_of_guide
 from pyro_subnet.options import (
     Covariance,
     Curvature,
     FitOptions,
     FullForm,
+    ModelFactors,
     check_num_data,
     check_shares,
 )
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.memory import check_factor_fits
 from pyro_subnet.tensors.modes import (
-    at_least_float32,
     full_precision,
     outside_inference_mode,
 )
-from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.scaled_model import charge
 from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
-
-# Live guides by the param-store key of their `loc`.
-_OWNERS: WeakValueDictionary[str, AutoSubnetLaplace] = WeakValueDictionary()
-# What the latest guide had under such a key: any other entry was loaded, or set.
-_MADE: dict[str, ref[Tensor]] = {}
+from pyro_subnet.training.evidence import Evidence, EvidenceStep, Structure
+from pyro_subnet.training.train import Schedule, Trainer
 
 
 @final
@@ -156,8 +152,28 @@ class AutoSubnetLaplace(AutoAtMAP):
             )
         self._user_model = (model,)
         self._starts_where_told = init_loc_fn is not None
-        self._is_loaded = False
+        self.is_loaded = False
+        self.factors = ModelFactors()
+        self.evidence_history = list[EvidenceStep]()
         super().__init__(model, start_of_guide(init_loc_fn))
+
+    @property
+    def prior_factor(self) -> float | dict[str, float]:
+        """What the model's prior precision is multiplied by, learned by the evidence.
+
+        A number, or one for each site where they differ.
+        """
+        return self.factors.over(self.layout.names)
+
+    @property
+    def noise_factor(self) -> float:
+        """What the standard deviation of its normal noise is multiplied by."""
+        return self.factors.noise
+
+    @property
+    def at_map(self) -> ModelAtMAP:
+        """The user's model under the guide's factors, at the present ``loc``."""
+        return replace(super().at_map, factors=self.factors)
 
     def __repr__(self) -> str:
         options, selector = self.options, self._selector
@@ -197,54 +213,15 @@ class AutoSubnetLaplace(AutoAtMAP):
         if self.master is not None:
             self.loc = nn.Parameter(start)
             return
-        start = self._take_key(start)
+        start = take_key(self, start, told=self._starts_where_told)
         self.loc = nn.Parameter(start)
-        self._register()
-
-    def _take_key(self, start: Tensor) -> Tensor:
-        """Takes a param-store key that no other guide has; returns where to start."""
-        store, name, count = pyro.get_param_store(), self._pyro_name, 0
-        told, loaded = self._starts_where_told, list[Tensor]()
-        while True:
-            key = self._key
-            owner, entry = _OWNERS.get(key), entry_of(key, start)
-            made = entry is not None and _is_made(key, entry)
-            if owner is None or owner is self:
-                if entry is not None:
-                    # What a guide that is gone has left does not replace what was
-                    # asked for; what was loaded since does.
-                    loaded = loaded if told and made else [entry]
-                    del store[key]
-                if key not in store:
-                    break
-            elif entry is not None and not told and (owner._is_loaded or not made):
-                # It reaches the guide that lives, and this one as well.
-                loaded = loaded or [entry]
-            count += 1
-            self._pyro_name: str = f"{name}_{count}"
-        return loaded[0].detach().clone() if loaded else start
-
-    @property
-    def _key(self) -> str:
-        return f"{self._pyro_name}.loc"
-
-    def _register(self) -> None:
-        """Notes that this guide's parameter is the one of its key."""
-        _OWNERS[self._key] = self
-        _MADE[self._key] = ref(self._parameters["loc"])
+        register(self)
 
     def __getattr__(self, name: str) -> Any:
         """Reads ``loc`` as the param store has it, where that was loaded or set."""
         own = self.__dict__["_parameters"].get(name) if name == "loc" else None
-        if own is not None and _OWNERS.get(self._key) is self:
-            entry = entry_of(self._key, own)
-            if entry is not None and entry is not own:
-                if not isinstance(entry, nn.Parameter):
-                    entry = nn.Parameter(entry.detach())
-                    pyro.get_param_store()[self._key] = entry
-                self._parameters[name] = entry
-                self._is_loaded = True
-                self._register()
+        if own is not None:
+            follow_entry(self)
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -263,12 +240,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         super().__setstate__(state)
         if self._parameters.get("loc") is None or "." in self._pyro_name:
             return  # not called yet, or a member of a list, which gives it its name
-        name, count = self._pyro_name, 0
-        store = pyro.get_param_store()
-        while self._key in store or self._key in _OWNERS:
-            count += 1
-            self._pyro_name = f"{name}_{count}"
-        self._register()
+        take_new_key(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Every latent site at the MAP, as ``pyro.sample`` statements.
@@ -282,6 +254,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         """
         self._draws.see()
         values: dict[str, Tensor] = super().forward(*args, **kwargs)
+        # `Predictive` wants no densities.
+        if not self.factors.are_own and poutine.get_mask() is not False:
+            charge(self.user_model, self.factors, values, args, kwargs)
         return values
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Delta:
@@ -314,9 +289,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         """
         given = list(quantiles) if isinstance(quantiles, Iterable) else quantiles
         check_shares(given, "quantiles")
-        count = len(given)
         return {
-            site: value.expand(count, *value.shape).clone()
+            site: value.expand(len(given), *value.shape).clone()
             for site, value in self.median().items()
         }
 
@@ -402,16 +376,126 @@ class AutoSubnetLaplace(AutoAtMAP):
         data = Data(batches, whole=False, num_data=num_data, progress=progress)
         if getattr(self._selector, "passes_over_data", False):
             data.require_repeatable(type(self._selector).__name__)
-        if self.prototype_trace is None:
-            data.require_repeatable("setting up the guide")
-            args, kwargs = next(data.calls("Set-up"))
-            self._setup_prototype(*args, **kwargs)
+        self._set_up_by(data)
         file = None
         if checkpoint is not None:
             fit = (data, self._selector)
             every = checkpoint_every
             file = FitCheckpoint.open(checkpoint, every, self, self.options, fit)
         return self._approximate(data, file)
+
+    def train_by_evidence(
+        self,
+        batches: Iterable[Any],
+        *,
+        num_epochs: int,
+        lr: float = 0.01,
+        burn_in: int | None = None,
+        every: int | None = None,
+        per_site: bool = False,
+        covariance: Structure = "auto",
+        val: Any = None,
+        progress: bool = False,
+    ) -> AutoSubnetLaplace:
+        r"""Trains the MAP, and by the evidence the prior's precision and the noise.
+
+        Adam descends on the log joint, under s times the precision of the model's own
+        normal priors and r times its normal noise. From the end of the burn-in on, a
+        look at Laplace's evidence of *all* weights moves both to where it is highest,
+
+        .. math:: \log p(D \mid s, r) pprox \log p(D, \hat	heta \mid s, r)
+            + 	frac D2 \log 2\pi - 	frac12 \log\det P(s, r)
+
+        by at most a factor e at a time. With ``val``, held-out residuals set the noise
+        at every look, and at the end the posterior's predictions of them do: a network
+        absorbs the noise of its training data, and learns one too small.
+
+        What was learned stands in ``factors`` and ``evidence_history``. The guide is
+        under them from then on: its loss in SVI, and all that its posteriors are. It
+        ends where the evidence was highest, also when it is interrupted. Of the model's
+        ``pyro.param``\ s none is trained.
+
+        Args:
+            batches: As for :meth:`laplace_approximation_from`; passed over in every
+                epoch.
+            num_epochs: Passes over them. The learning rate falls to a hundredth.
+            lr: Of Adam, at the start.
+            burn_in: Epochs before the first look; by default a sixth.
+            every: Epochs between looks; by default what makes 25 of them, but with
+                several batches at least 2. A look costs a pass over the data, and
+                :math:`R^2 D` operations of R = N C rows.
+            per_site: Whether each site's prior has a factor of its own.
+            covariance: Of the Laplace approximation that the evidence is of.
+                ``"full"`` takes an R x R kernel where R is below D; ``"kron"``,
+                ``"diag"``; ``"auto"`` is full where R or D is at most 2,000, and
+                Kronecker-factored above.
+            val: Held-out data, one set of arguments or a loader, for normal noise.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            ModelError: If there is no normal prior of fixed scale, and no normal noise.
+            OptionError: If an option is none of those allowed.
+            NonFiniteError: If the log joint is not finite.
+
+        Source: MacKay (1992), doi 10.1162/neco.1992.4.3.448; Immer et al. (2021),
+        arXiv 2104.04975.
+        """
+        schedule = Schedule(num_epochs, lr, burn_in, every)
+        trainer = self._trainer(
+            batches, structure=covariance, per_site=per_site, val=val
+        )
+        trainer.train(schedule, progress=progress)
+        if val is not None:
+            posterior = self.laplace_approximation_from(batches)
+            tuned = posterior.tune_noise_scale("nll", val=val)
+            self.factors = replace(self.factors, noise=tuned.noise_factor)
+        return self
+
+    def evidence_step(
+        self,
+        batches: Iterable[Any],
+        *,
+        per_site: bool = False,
+        covariance: Structure = "auto",
+        val: Any = None,
+    ) -> EvidenceStep:
+        """Moves prior and noise once to where the evidence is highest, at this ``loc``.
+
+        For a loop of the user's own, between steps of SVI, whose loss is under the new
+        factors from then on: the guide adds what they change, by a run of the model.
+        :meth:`train_by_evidence` says what is learned.
+
+        Args:
+            batches: All training data, as for :meth:`laplace_approximation_from`.
+            per_site: Whether each site's prior has a factor of its own.
+            covariance: Of the Laplace approximation that the evidence is of.
+            val: Held-out data, which set the noise.
+
+        Returns:
+            The log evidence and the factors, also added to ``evidence_history``.
+
+        Raises:
+            ModelError: If there is nothing to learn.
+            OptionError: If an option is none of those allowed.
+        """
+        options = {"structure": covariance, "per_site": per_site, "val": val}
+        return self._trainer(batches, **options).look()
+
+    def _trainer(self, batches: Iterable[Any], **options: Any) -> Trainer:
+        data = Data(batches, whole=False)
+        data.require_repeatable("training")
+        self._set_up_by(data)
+        evidence = Evidence.of(self.at_map, data, **options)
+        return Trainer(self, data, evidence, self.evidence_history)
+
+    def _set_up_by(self, data: Data) -> None:
+        if self.prototype_trace is None:
+            data.require_repeatable("setting up the guide")
+            args, kwargs = next(data.calls("Set-up"))
+            self._setup_prototype(*args, **kwargs)
 
     @torch.inference_mode(False)
     @full_precision()
@@ -420,41 +504,23 @@ class AutoSubnetLaplace(AutoAtMAP):
     ) -> AutoSubnetMultivariateNormal:
         # The guide may be trained on: the posterior keeps a copy of its MAP.
         latents = Latents.from_guide(self, self.loc.detach().clone())
-        at_map = ModelAtMAP(self.user_model, latents)
+        at_map = ModelAtMAP(self.user_model, latents, self.factors)
         subnet = (file and file.chosen) or self._choose(latents, data)
-        resumed = file is not None and file.done > 0  # the matrix is there already
-        if self.options.may_need_matrix(data.whole) and not resumed:
-            dtype = at_least_float32(latents.loc.dtype)
-            check_factor_fits(subnet.size, dtype, latents.loc.device)
-        if file is not None:
-            file.keep_subnet(subnet)
-        sums = FitSums(at_map, subnet, data, self.options, scores=True)
-        label = "Curvature"
-        batches = data.calls(label) if file is None else file.calls(data, label, sums)
-        curvature = sums.over(batches)
-        curvature.warn_of_doubts()
-        curvature.warn_of_no_data(subnet)
-        form = form_of(curvature.likelihood, curvature.prior, latents.layout)
-        posterior = AutoSubnetMultivariateNormal(
-            at_map.model,
-            self,
-            PosteriorState(
-                latents.loc,
-                subnet,
-                form,
-                curvature.summary,
-                self.options,
-                chosen_by=short_name(self._selector),
-                num_seen=curvature.num_seen,
-            ),
+        resumed = None if file is None else partial(_batches_left, file, subnet, data)
+        state = fitted_state(
+            at_map,
+            subnet,
+            data,
+            self.options,
+            chosen_by=short_name(self._selector),
+            resumed=resumed,
+            holds_sums=file is not None and file.done > 0,
         )
-        self._draws.matter = True
-        curvature.warn_of_training(posterior.gaussian.whiten)
-        if file is None:  # with one, no batch is read again
-            warn_of_absorbed_noise(at_map, data, curvature)
-        else:
+        if file is not None:
             file.remove()
-        return posterior
+        self._draws.matter = True
+        state = state.of_own_model(self.factors)
+        return AutoSubnetMultivariateNormal(self.user_model, self, state)
 
     def _choose(self, latents: Latents, data: Data) -> Subnet:
         if self._selector is None:
@@ -472,6 +538,14 @@ class AutoSubnetLaplace(AutoAtMAP):
         return subnet
 
 
+def _batches_left(
+    file: FitCheckpoint, subnet: Subnet, data: Data, sums: FitSums
+) -> Iterable[Batch]:
+    """The batches of a fit that its file has not summed yet."""
+    file.keep_subnet(subnet)
+    return file.calls(data, "Curvature", sums)
+
+
 def _selector(subnet: Any) -> Callable[..., Subnet] | None:
     """The selector that a ``subnet=`` argument stands for; None for every weight."""
     if subnet is None:
@@ -479,9 +553,3 @@ def _selector(subnet: Any) -> Callable[..., Subnet] | None:
     if isinstance(subnet, Real) and not isinstance(subnet, bool):
         return PredictiveVariance(subnet)  # type: ignore[arg-type] # NumPy's, too
     return Mask(subnet) if isinstance(subnet, Mapping) else checked_selector(subnet)
-
-
-def _is_made(key: str, entry: Tensor) -> bool:
-    """Whether a guide made this entry, and nobody loaded or set it."""
-    made = _MADE.get(key)
-    return made is not None and made() is entry

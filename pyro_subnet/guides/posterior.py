@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -44,7 +45,7 @@ from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
-from pyro_subnet.tracing.trace import Model
+from pyro_subnet.tracing.trace import Model, ModelAtMAP
 
 # What a guide's own set-up found out about the model's sites.
 _PROTOTYPE = (
@@ -141,6 +142,11 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         return self._facts.noise_factor
 
     @property
+    def scaled_at_map(self) -> ModelAtMAP:
+        """The user's model under the present factors, at the MAP."""
+        return replace(self.at_map, factors=self.state.factors)
+
+    @property
     def tuning(self) -> Tuning | None:
         """How the factor was chosen that was tuned last."""
         return self.state.tuning
@@ -231,20 +237,20 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
         A Pyro model with the user's signature and sites: observed sites have
         distribution parameters :math:`\eta(\hat\theta) + J (\theta - \hat\theta)`;
         deterministic sites and tensors that the model returns are expanded likewise.
-        Works in ``Predictive``, also with ``parallel=True``. Normal noise is multiplied
-        by ``noise_factor``.
+        Works in ``Predictive``, also with ``parallel=True``. Normal priors and normal
+        noise are under ``prior_factor`` and ``noise_factor``.
 
         Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
         """
-        return LinearizedModel(self.at_map, self.noise_factor)
+        return LinearizedModel(self.scaled_at_map)
 
     def hybrid_model(self, linearized: bool = False) -> HybridModel:
         """The hybrid model: the subnet one latent site, other weights parameters.
 
         For MCMC, importance sampling, or any inference of Pyro's over the subnet alone;
         its ``guide`` draws from this posterior. ``Predictive`` on it holds K draws of S
-        elements, not of D. The log density is that of the model as it is written:
-        ``prior_factor`` and ``noise_factor`` do not enter.
+        elements, not of D. The log density is that of the model under ``prior_factor``
+        and ``noise_factor``; a prior that is not normal keeps its own precision.
 
         Args:
             linearized: Whether outputs are expanded to first order about the MAP. For
@@ -254,7 +260,7 @@ class AutoSubnetMultivariateNormal(AutoAtMAP):
             A Pyro model with the user's signature and observed sites.
         """
         return HybridModel(
-            self.at_map, self.subnet, self.gaussian, linearized=linearized
+            self.scaled_at_map, self.subnet, self.gaussian, linearized=linearized
         )
 
     @full_precision()

@@ -6,6 +6,7 @@ Only what the fit has summed is read: no function here passes over the data.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -86,6 +87,40 @@ def scaled_log_prior(
     logs, excess = prior_factor.log(), (prior_factor - 1) * energy
     half = 0.5 * (logs.expand(size).sum() - excess.sum())
     return summary.log_prior + half
+
+
+def unscaled_summary(
+    scaled: FitSummary, prior: PriorPrecision, prior_factor: Tensor, noise_factor: float
+) -> FitSummary:
+    """Undoes both of the above: the summary of a model from that under its factors.
+
+    Args:
+        scaled: The summary under the factors.
+        prior: P0 of the model's own prior.
+        prior_factor: s, () or (S,), float64.
+        noise_factor: r.
+
+    Returns:
+        The summary, to which the factors give ``scaled``. What elements outside the
+        subnet add to the log prior is left as it is.
+    """
+    gradient = scaled.prior_gradient / prior_factor.to(scaled.prior_gradient.device)
+    energy = scaled.noise_energy * noise_factor**2
+    # What the factors add to either log density does not depend on it.
+    zero = replace(
+        scaled,
+        log_likelihood=0.0,
+        log_prior=0.0,
+        prior_gradient=gradient,
+        noise_energy=energy,
+    )
+    noise = torch.tensor(noise_factor, dtype=torch.float64)
+    return replace(
+        zero,
+        log_likelihood=scaled.log_likelihood
+        - float(scaled_log_likelihood(zero, noise)),
+        log_prior=scaled.log_prior - float(scaled_log_prior(zero, prior, prior_factor)),
+    )
 
 
 def prior_energy(

@@ -18,11 +18,18 @@ from pyro_subnet.laplace.evidence import (
     log_evidence,
     prior_traces,
     scaled_log_likelihood,
+    unscaled_summary,
 )
 from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.laplace.tuning import tune_noise, tune_prior, tune_site_priors
-from pyro_subnet.options import FitOptions, FormName, as_number, check_positive
+from pyro_subnet.options import (
+    FitOptions,
+    FormName,
+    ModelFactors,
+    as_number,
+    check_positive,
+)
 from pyro_subnet.subnet import Layout, Subnet
 
 # What a prior precision may be multiplied by: one number for all sites, or one a site.
@@ -155,6 +162,14 @@ class PosteriorState:
         return factor_of_each(self.prior_factor, self.subnet)
 
     @property
+    def factors(self) -> ModelFactors:
+        """What the model's own priors and noise are multiplied by, site by site."""
+        by_site = self.prior_factor
+        if not isinstance(by_site, Mapping):
+            by_site = dict.fromkeys(self.subnet.layout.names, float(by_site))
+        return ModelFactors(by_site, self.noise_factor)
+
+    @property
     def factor_for_form(self) -> PriorFactor:
         """The same as its form takes it: a number, or one a weight on its device."""
         return self._for_form(self.prior_factors)
@@ -190,6 +205,31 @@ class PosteriorState:
         )
         tunings = self._recorded("noise", tuning)
         return replace(self, form=form, noise_factor=factor, tunings=tunings)
+
+    def of_own_model(self, factors: ModelFactors) -> PosteriorState:
+        """The same posterior, fitted under factors, told in terms of the model's own.
+
+        Args:
+            factors: Those that the model was under.
+
+        Returns:
+            The posterior at these factors. Of elements outside the subnet, the log
+            prior is under them for good.
+        """
+        if factors.are_own:
+            return self
+        given = factors.over(self.subnet.layout.names)
+        each = factor_of_each(given, self.subnet)
+        prior = self.form.prior.scaled(1 / self._for_form(each))
+        tensors = {**self.form.tensors(), **prior.tensors()}
+        form = type(self.form).from_tensors(tensors, self.subnet.layout)
+        return replace(
+            self,
+            form=form.rescaled(self._for_form(each)),
+            summary=unscaled_summary(self.summary, prior, each, factors.noise),
+            prior_factor=given,
+            noise_factor=factors.noise,
+        )
 
     def with_data(
         self,

@@ -86,7 +86,7 @@ class HybridModel:
         self.linearized = linearized
         self.guide = HybridGuide(gaussian)
         self.at_map = at_map
-        self._program: Model = LinearizedModel(at_map) if linearized else at_map.model
+        self._program: Model = LinearizedModel(at_map) if linearized else at_map.program
         self._prefix = _take_prefix(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ class HybridModel:
         latents, estimates = self.at_map.latents, self._point_estimates()
         (args, kwargs), _ = as_tensors((args, kwargs), self.at_map.model, latents.loc)
         sites = SubnetSites(latents, self.subnet, estimates)
-        prior = SubnetPrior(self.at_map.model, sites, args, kwargs)
+        prior = SubnetPrior(self.at_map.program, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)
         # A linearized model widens its plates itself.
         wide = nullcontext() if self.linearized else WidePlates()

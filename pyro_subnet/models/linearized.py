@@ -2,7 +2,6 @@ r"""The user's model with its outputs expanded to first order about the MAP."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -44,14 +43,12 @@ class LinearizedModel:
 
     Args:
         at_map: The user's model and its latent sites.
-        noise_factor: What the scale of normal observed sites is multiplied by.
 
     Source: Daxberger et al. (2021), eq. 5, arXiv 2010.14689.
     """
 
-    def __init__(self, at_map: ModelAtMAP, noise_factor: float = 1.0):
+    def __init__(self, at_map: ModelAtMAP):
         self._at_map = at_map
-        self._noise_factor = noise_factor
         self._expander = Expander()
         # Parents of latent sites; found out in the first call.
         self._parents: dict[str, frozenset[str]] | None = None
@@ -64,7 +61,7 @@ class LinearizedModel:
         draws = Draws(call, self._parents)
         tangents = self._expander.tangents(call, draws)
         factors = _log_factors(call, draws)
-        sites = _LinearizedSites(call, draws, tangents, factors, self._noise_factor)
+        sites = _LinearizedSites(call, draws, tangents, factors)
         wanted = torch.is_grad_enabled()
         on = wanted or DIFFERENTIATES in call.trace.nodes["_RETURN"]
         with (
@@ -74,7 +71,7 @@ class LinearizedModel:
             WidePlates(),
             sites,
         ):
-            returned = self._at_map.model(*args, **kwargs)
+            returned = self._at_map.program(*args, **kwargs)
         if not wanted:
             returned = tree_map_only(Tensor, Tensor.detach, returned)
         leaves, spec = tree_flatten(returned)
@@ -98,7 +95,6 @@ class _LinearizedSites(Messenger):
         draws: Draws,
         tangents: Mapping[Key, Tensor],
         log_factors: Mapping[str, Tensor],
-        noise_factor: float,
     ):
         super().__init__()
         self.call = call
@@ -106,7 +102,6 @@ class _LinearizedSites(Messenger):
         self.draws = draws
         self.tangents = tangents
         self.log_factors = log_factors
-        self.log_noise = math.log(noise_factor)
         self.latent_values = call.latents.constrain(call.latents.values)
         self._own_values: dict[str, Tensor] = {}
 
@@ -159,8 +154,6 @@ class _LinearizedSites(Messenger):
             wide = (*shape, value.shape[-1])
             batch_dim = len(shape) - taken.event_dim
             outputs[part] = value + self.draws.spread(piece, wide, batch_dim)
-        if self.log_noise and site.family.distribution is torch.distributions.Normal:
-            outputs["log_scale"] = outputs["log_scale"] + self.log_noise
         msg["fn"] = taken.at(site.family, outputs)
 
     def _pyro_post_sample(self, msg: Message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -75,11 +76,11 @@ def tuned_prior(
     )
     low, high = how.bounds
     unasked = errors is None and low <= 1 <= high
-    return _with_own_prior(found) if unasked and found.is_deleted else found
+    return _with_prior_of(state, found) if unasked and found.is_deleted else found
 
 
-def _with_own_prior(found: PosteriorState) -> PosteriorState:
-    """The state under the model's own prior, where the chosen one leaves nothing."""
+def _with_prior_of(state: PosteriorState, found: PosteriorState) -> PosteriorState:
+    """The state under the prior it had, where the chosen one leaves nothing."""
     tuning = found.tunings["prior"]
     warn(
         f"The held-out data ask for {tuning.best:.1g} times the prior's precision, "
@@ -89,7 +90,11 @@ def _with_own_prior(found: PosteriorState) -> PosteriorState:
         "pass `standard_errors=2`.",
         TuningWarning,
     )
-    return found.with_prior_factor(1.0, replace(tuning, best=1.0, at_bound=False))
+    own, by_site = state.prior_factor, None
+    if isinstance(own, Mapping):
+        by_site, own = own, statistics.geometric_mean(own.values())
+    kept = replace(tuning, best=own, by_site=by_site, at_bound=False)
+    return found.with_prior_factor(by_site or own, kept)
 
 
 def tuned_noise(

@@ -104,7 +104,7 @@ class ModelCall:
         latents = at_map.latents
         check_finite_map(latents)
         values = latents.constrain(latents.values)
-        run = partial(_run_at, at_map.model, values)
+        run = partial(_run_at, at_map.program, values)
         with torch.no_grad(), preserved_rng(), refuse_training_mode():
             found = run_on(run, at_map.model, args, kwargs, latents.loc)
         trace, (args, kwargs) = found
@@ -175,7 +175,7 @@ class ModelCall:
             values = self.latents.constrain(self.latents.values)
             with torch.no_grad():
                 other = run_model(
-                    self.at_map.model, self.args, self.kwargs, values, fixed
+                    self.at_map.program, self.args, self.kwargs, values, fixed
                 )
             for site in self.sites:
                 node, again = site.node, other.nodes[site.name]
@@ -198,7 +198,7 @@ class ModelCall:
         if rows is not None:
             args, kwargs, fixed = self._with_rows(rows)
         values = self.latents.constrain(unconstrained)
-        return run_model(self.at_map.model, args, kwargs, values, fixed)
+        return run_model(self.at_map.program, args, kwargs, values, fixed)
 
     def map_of(
         self,

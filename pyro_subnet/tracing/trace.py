@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, final
 
@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_subnet.exceptions import ModelError
+from pyro_subnet.options import ModelFactors
 from pyro_subnet.subnet import Layout, Subnet
 from pyro_subnet.tensors.modes import (
     at_least_float32,
@@ -45,6 +46,7 @@ from pyro_subnet.tensors.modes import (
 from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tracing.one_thread import OneThread
 from pyro_subnet.tracing.plates import WidePlates
+from pyro_subnet.tracing.scaled_model import ScaledModel
 from pyro_subnet.tracing.without_graph import without_graph
 
 Model = Callable[..., Any]
@@ -131,10 +133,24 @@ class Latents:
 @final
 @dataclass(frozen=True, eq=False)
 class ModelAtMAP:
-    """A user's model, and its latent sites at the MAP."""
+    """A user's model, and its latent sites at the MAP.
+
+    Attributes:
+        model: The model, as the user wrote it.
+        latents: Its latent sites.
+        factors: What its own priors and noise are multiplied by.
+    """
 
     model: Model
     latents: Latents
+    factors: ModelFactors = field(default_factory=ModelFactors)
+
+    @property
+    def program(self) -> Model:
+        """The model under the factors: what is run."""
+        if self.factors.are_own:
+            return self.model
+        return ScaledModel(self.model, self.factors, self.latents.layout.names)
 
 
 @final

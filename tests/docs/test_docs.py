@@ -50,6 +50,19 @@ def nll(posterior: Any, x: Any, y: Any) -> float:
     return -float(posterior.predictive_distribution(x).log_prob(y).mean())
 
 
+def test_priors(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page's noise is 0.3, of 180 data; its model says 1.0."""
+    names: dict[str, Any] = {}
+    exec(compile(program("priors.md"), "priors.md", "exec"), names)
+    posterior = names["posterior"]
+    assert 0.2 < posterior.noise_factor < 0.45
+    for guide in (names["guide"], names["looped"]):
+        assert len(guide.evidence_history) > 3
+    assert 0.2 < names["looped"].noise_factor < 0.45
+    assert names["of_labels"].noise_factor == 1.0
+    assert "None" not in capsys.readouterr().out
+
+
 def test_diagnostics() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}

@@ -1,0 +1,1 @@
+"""Prior and noise learned by the evidence while training, against other ways."""

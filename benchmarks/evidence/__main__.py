@@ -1,0 +1,16 @@
+"""Measures ways to a prior and a noise, or makes the tables of what was measured."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.evidence.report import report
+
+from benchmarks.evidence.measure import NAME, tasks
+from benchmarks.harness.command import main
+from benchmarks.harness.task import Experiment
+
+EXPERIMENTS = {NAME: Experiment(tasks, report)}
+
+if __name__ == "__main__":
+    sys.exit(main("benchmarks.evidence", EXPERIMENTS))

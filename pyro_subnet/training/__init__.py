@@ -1,0 +1,4 @@
+"""Prior and noise learned by the evidence while a network trains.
+
+May import fit.
+"""

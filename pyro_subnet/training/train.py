@@ -1,0 +1,200 @@
+"""Trains a guide's MAP while the evidence learns its prior and its noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_subnet.exceptions import NonFiniteError, OptionError, shown
+from pyro_subnet.options import ModelFactors, as_number, is_count
+from pyro_subnet.tensors.modes import differentiable, full_precision
+from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import ModelAtMAP
+from pyro_subnet.training.evidence import Evidence, EvidenceStep, rows_of
+from pyro_subnet.training.loss import negative_log_joint
+
+# Looks at the evidence in one training, by default, and the share of it before them.
+_LOOKS, _BURN_IN = 25, 6
+# The learning rate ends at this share of where it begins.
+_DECAY = 0.01
+
+
+@runtime_checkable
+class Trainee(Protocol):
+    """A guide that is trained: where it stands, and under which factors."""
+
+    loc: Any
+    factors: ModelFactors
+
+    @property
+    def at_map(self) -> ModelAtMAP:
+        """The model under the present factors, at the present ``loc``."""
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and when to look at the evidence; counts are of epochs.
+
+    Attributes:
+        num_epochs: Passes over the data.
+        lr: Of Adam at the start; it falls to a hundredth, by the same factor a step.
+        burn_in: Before the first look; None for a sixth.
+        every: Between looks; None for 25 of them.
+    """
+
+    num_epochs: int
+    lr: float = 0.01
+    burn_in: int | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "burn_in", "every"):
+            value = getattr(self, name)
+            if value is None and name != "num_epochs":
+                continue
+            if not (is_count(value) or (name == "burn_in" and value == 0)):
+                raise OptionError(
+                    f"`{name}` must be a whole number of at least 1; got "
+                    f"{shown(value)}. Pass a number of passes over the data."
+                )
+        if not as_number(self.lr, "lr", "0.01") > 0:
+            raise OptionError(f"`lr` must be positive; got {self.lr}. Pass 0.01, say.")
+        if self.burn_in is not None and self.burn_in >= self.num_epochs:
+            raise OptionError(
+                f"`burn_in` must be below num_epochs={self.num_epochs}; got "
+                f"{self.burn_in}. Train longer, or leave it out for a sixth."
+            )
+
+    def looks_after(self, num_batches: int) -> Iterator[int]:
+        """After how many epochs the evidence is looked at; the last one is the end."""
+        first = self.num_epochs // _BURN_IN if self.burn_in is None else self.burn_in
+        every = self.every
+        if every is None:
+            # A look costs an epoch, or two: of batches, every other one is enough.
+            least = 1 if num_batches == 1 else 2
+            every = max(least, (self.num_epochs - first) // _LOOKS)
+        yield from range(max(first, 1), self.num_epochs, every)
+
+
+@final
+class Trainer:
+    """Trains a guide's ``loc`` by Adam, and its factors by the evidence.
+
+    Args:
+        trainee: The guide, which was set up.
+        data: The batches of an epoch.
+        evidence: How factors are learned.
+        history: Looks at the evidence are added here.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        data: Data,
+        evidence: Evidence,
+        history: list[EvidenceStep],
+    ):
+        self._trainee, self._data = trainee, data
+        self._evidence, self._history = evidence, history
+
+    def train(self, schedule: Schedule, *, progress: bool = False) -> None:
+        """Descends on the log joint; ends where the evidence was highest.
+
+        So it does where training is interrupted.
+
+        Args:
+            schedule: For how long.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            NonFiniteError: If the log joint is not finite.
+        """
+        loc, num_batches = self._trainee.loc, self._evidence.num_batches
+        optimizer = torch.optim.Adam([loc], lr=schedule.lr)
+        decay = _DECAY ** (1 / (schedule.num_epochs * num_batches))
+        falling = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
+        looks, best = set(schedule.looks_after(num_batches)), _Best(self._trainee)
+        epochs = tqdm(range(schedule.num_epochs), "Training", disable=not progress)
+        try:
+            for epoch in epochs:
+                if epoch in looks:
+                    best.see(self.look(epoch).log_evidence)
+                for loss in self._losses():
+                    if not bool(loss.isfinite()):
+                        raise NonFiniteError(
+                            "The log joint must be finite in training; got "
+                            f"{float(loss)} in epoch {epoch}. Lower "
+                            f"lr={schedule.lr:g}, or scale inputs and targets."
+                        )
+                    optimizer.step()
+                    falling.step()
+            last = self.look(schedule.num_epochs, moves=False)
+            best.see(last.log_evidence)
+        finally:
+            best.restore()
+            loc.grad = None
+
+    def _losses(self) -> Iterator[Tensor]:
+        """Each batch's loss, a datum, whose gradient ``loc`` holds."""
+        at_map, loc = self._trainee.at_map, self._trainee.loc
+        num_data, several = self._evidence.num_data, self._evidence.num_batches > 1
+        for batch in self._data.calls("Epoch"):
+            weight = num_data / rows_of(batch) if several else 1.0
+            loc.grad = None
+            with differentiable():
+                loss = negative_log_joint(at_map, loc, batch, weight) / num_data
+                loss.backward()
+            yield loss.detach()
+
+    @torch.inference_mode(False)
+    @full_precision()
+    def look(self, epoch: int | None = None, *, moves: bool = True) -> EvidenceStep:
+        """Looks at the evidence once, and writes down what it found.
+
+        Args:
+            epoch: After how many epochs.
+            moves: Whether the factors are moved.
+
+        Returns:
+            What it found.
+        """
+        trainee, turn, began = self._trainee, len(self._history), perf_counter()
+        if moves:
+            trainee.factors, found = self._evidence.step(trainee.at_map, turn)
+        else:
+            found = self._evidence.log_evidence(trainee.at_map, turn)
+        told = self._evidence.learnable.told(trainee.factors)
+        noise, seconds = trainee.factors.noise, perf_counter() - began
+        self._history.append(EvidenceStep(epoch, found, told, noise, seconds))
+        return self._history[-1]
+
+
+@final
+class _Best:
+    """The state of highest evidence so far; the present one before any look."""
+
+    def __init__(self, trainee: Trainee):
+        self._trainee, self._factors = trainee, trainee.factors
+        self._log_evidence = -math.inf
+        self._loc: Tensor | None = None
+
+    def see(self, log_evidence: float) -> None:
+        """Keeps the present state if its evidence is the highest."""
+        if log_evidence >= self._log_evidence:
+            self._log_evidence = log_evidence
+            self._loc = self._trainee.loc.detach().clone()
+            self._factors = self._trainee.factors
+
+    def restore(self) -> None:
+        """Puts the guide back where it was best."""
+        if self._loc is not None:
+            self._trainee.loc.data.copy_(self._loc)
+            self._trainee.factors = self._factors
