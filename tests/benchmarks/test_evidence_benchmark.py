@@ -35,6 +35,8 @@ def problem(name: str) -> Problem:
     return next(each for each in all_problems(None) if each.name == name)
 
 
+# Of so few steps a fit says that they are too few.
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 @pytest.mark.parametrize("name", ["gap, tanh", "moons"])
 def test_every_way_is_judged(name: str) -> None:
     found = problem(name)
@@ -47,6 +49,7 @@ def test_every_way_is_judged(name: str) -> None:
         assert {"nll, own", other, "seconds"} <= kinds
 
 
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 def test_the_map_by_evidence_is_the_guides_network() -> None:
     """Its NLL is that of the outputs at the MAP, under the noise that was set."""
     found = problem("gap, tanh")
