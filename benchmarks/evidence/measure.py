@@ -49,7 +49,7 @@ _MEMBERS, _LOOKS, _MOST = 5, 25, 2000
 class Plan:
     """Steps of a training; the held-out recipe has a third of them, three times."""
 
-    num_steps: int = 4000
+    num_steps: int = 3000
 
     @property
     def burn_in(self) -> int:
@@ -71,10 +71,6 @@ def tasks(settings: Settings) -> list[Task]:
 
 def all_problems(folder: Path | None) -> Iterator[Problem]:
     """Toys and classes as where selectors are measured; UCI sets whole."""
-    for problem in problems(folder):
-        if not any(problem.name.startswith(name) for name in UCI_SETS):
-            if problem.name.startswith(("gap", "moons", "digits")):
-                yield problem
     for name in UCI_SETS if folder is not None else ():
         yield Problem(name, partial(_uci, folder, name, "standard"), mlp)
         features = list(gap_features(folder, name))
@@ -84,6 +80,7 @@ def all_problems(folder: Path | None) -> Iterator[Problem]:
             mlp,
             lambda count, features=features: features[:count],
         )
+    yield from problems(None)
 
 
 def _uci(folder: Path, name: str, kind: Any, index: int) -> Split:

@@ -400,11 +400,12 @@ class AutoSubnetLaplace(AutoAtMAP):
         r"""Trains the MAP, and by the evidence the prior's precision and the noise.
 
         Adam descends on the log joint, under s times the precision of the model's own
-        normal priors and r times its normal noise. From the end of the burn-in on, a
-        look at Laplace's evidence of *all* weights moves both to where it is highest,
+        normal priors and r times its normal noise. In the burn-in the noise follows the
+        residuals, so that the network fits the data before anything holds it back. Then
+        looks at Laplace's evidence of *all* weights move both to where it is highest,
 
-        .. math:: \log p(D \mid s, r) pprox \log p(D, \hat	heta \mid s, r)
-            + 	frac D2 \log 2\pi - 	frac12 \log\det P(s, r)
+        .. math:: \log p(D \mid s, r) \approx \log p(D, \hat\theta \mid s, r)
+            + \tfrac D2 \log 2\pi - \tfrac12 \log\det P(s, r)
 
         by at most a factor e at a time. With ``val``, held-out residuals set the noise
         at every look, and at the end the posterior's predictions of them do: a network

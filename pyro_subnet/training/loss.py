@@ -1,6 +1,10 @@
-"""The negative log joint of a model under factors, estimated on one batch."""
+"""The negative log joint of a model under factors, and its residuals, on one batch."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -11,7 +15,9 @@ from pyro_subnet.tracing.data import Batch
 from pyro_subnet.tracing.data_factors import data_factors, data_terms
 from pyro_subnet.tracing.log_prior import log_prior_terms
 from pyro_subnet.tracing.plates import plate_scale
-from pyro_subnet.tracing.trace import ModelAtMAP, is_output, run_model
+from pyro_subnet.tracing.scaled_model import has_normal_noise
+from pyro_subnet.tracing.site_distribution import SiteDistribution
+from pyro_subnet.tracing.trace import ModelAtMAP, Node, is_output, run_model
 
 
 def negative_log_joint(
@@ -19,7 +25,7 @@ def negative_log_joint(
     loc: Tensor,
     batch: Batch,
     weight: float,
-) -> Tensor:
+) -> tuple[Tensor, float]:
     r"""Minus the log joint density, a scalar that is differentiable in ``loc``.
 
     .. math:: -\log p(\theta) - w \sum_{n \in \text{batch}} \log p(y_n \mid \theta)
@@ -31,7 +37,8 @@ def negative_log_joint(
         weight: w, N/B; the scales of the user's own subsampling plates are left out.
 
     Returns:
-        The sum, nats.
+        The sum, nats, and the mean of squared residuals over the noise's variance; NaN
+        of data without normal noise.
     """
     latents = at_map.latents
     given = tuple(batch[0]), dict(batch[1])
@@ -48,4 +55,23 @@ def negative_log_joint(
         density = node["fn"].log_prob(node["value"])
         parts.append(scale_and_mask(density, scale, node["mask"]).sum())
     prior = torch.stack([term.log_density for term in terms]).sum()
-    return -(prior + weight * torch.stack(parts).sum())
+    loss = -(prior + weight * torch.stack(parts).sum())
+    return loss, _mean_square(outputs.values())
+
+
+@torch.no_grad()
+def _mean_square(nodes: Iterable[Node]) -> float:
+    """Squared residuals over the noise's variance, a datum of normal sites."""
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    for node in nodes:
+        taken = SiteDistribution.of(node["fn"], node["value"])
+        if not has_normal_noise(node["fn"]):
+            continue
+        base: Any = taken.base
+        squares = ((node["value"] - base.loc) / base.scale).square()
+        live = torch.ones_like(squares, dtype=torch.bool)
+        for mask in (node["mask"], taken.mask):
+            live = live if mask is None else live & torch.as_tensor(mask)
+        total += squares.where(live, 0.0).sum().double().cpu()
+        count += float(live.sum())
+    return float(total) / count if count else math.nan

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -24,6 +25,8 @@ from pyro_subnet.training.loss import negative_log_joint
 _LOOKS, _BURN_IN = 25, 6
 # The learning rate ends at this share of where it begins.
 _DECAY = 0.01
+# Of the model's own noise, below which it does not follow residuals in the burn-in.
+_LEAST_NOISE = 1e-3
 
 
 @runtime_checkable
@@ -121,13 +124,16 @@ class Trainer:
         optimizer = torch.optim.Adam([loc], lr=schedule.lr)
         decay = _DECAY ** (1 / (schedule.num_epochs * num_batches))
         falling = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
-        looks, best = set(schedule.looks_after(num_batches)), _Best(self._trainee)
+        looks, best = list(schedule.looks_after(num_batches)), _Best(self._trainee)
+        first = looks[0] if looks else 0
         epochs = tqdm(range(schedule.num_epochs), "Training", disable=not progress)
         try:
             for epoch in epochs:
                 if epoch in looks:
                     best.see(self.look(epoch).log_evidence)
-                for loss in self._losses():
+                squares = []
+                for loss, square in self._losses():
+                    squares.append(square)
                     if not bool(loss.isfinite()):
                         raise NonFiniteError(
                             "The log joint must be finite in training; got "
@@ -136,23 +142,37 @@ class Trainer:
                         )
                     optimizer.step()
                     falling.step()
+                if epoch < first:
+                    self._follow_residuals(statistics.fmean(squares))
             last = self.look(schedule.num_epochs, moves=False)
             best.see(last.log_evidence)
         finally:
             best.restore()
             loc.grad = None
 
-    def _losses(self) -> Iterator[Tensor]:
-        """Each batch's loss, a datum, whose gradient ``loc`` holds."""
+    def _follow_residuals(self, mean_square: float) -> None:
+        """Sets the noise to the residuals on the training data.
+
+        In the burn-in alone: a network that starts under too large a noise fits a
+        smooth function, whose residuals then keep the noise too large for good.
+        """
+        if self._evidence.learnable.has_noise and mean_square > 0:
+            now = self._trainee.factors
+            noise = max(now.noise * math.sqrt(mean_square), _LEAST_NOISE)
+            self._trainee.factors = replace(now, noise=noise)
+
+    def _losses(self) -> Iterator[tuple[Tensor, float]]:
+        """Each batch's loss, a datum, whose gradient ``loc`` holds; mean square."""
         at_map, loc = self._trainee.at_map, self._trainee.loc
         num_data, several = self._evidence.num_data, self._evidence.num_batches > 1
         for batch in self._data.calls("Epoch"):
             weight = num_data / rows_of(batch) if several else 1.0
             loc.grad = None
             with differentiable():
-                loss = negative_log_joint(at_map, loc, batch, weight) / num_data
+                loss, square = negative_log_joint(at_map, loc, batch, weight)
+                loss = loss / num_data
                 loss.backward()
-            yield loss.detach()
+            yield loss.detach(), square
 
     @torch.inference_mode(False)
     @full_precision()

@@ -453,7 +453,7 @@ def test_minibatches_estimate_the_joint_of_all_data(make: Make) -> None:
     at_map, loc = guide.at_map, guide.loc.detach() + 0.1
     parts = zip(x.split([5, 7, 12]), y.split([5, 7, 12]), strict=True)
     estimates = [
-        len(part) / len(x) * negative_log_joint(at_map, loc, ((part, target), {}), w)
+        len(part) / len(x) * negative_log_joint(at_map, loc, ((part, target), {}), w)[0]
         for part, target in parts
         for w in [len(x) / len(part)]
     ]
@@ -667,3 +667,27 @@ def test_a_loss_that_runs_away_is_an_error() -> None:
     guide = AutoSubnetLaplace(of_bayesianized(network(torch.float32), 1.0, 1.0), 0.4)
     with pytest.raises(NonFiniteError, match="Lower lr=1e\\+30"):
         guide.train_by_evidence([data(torch.float32)], num_epochs=9, lr=1e30, burn_in=8)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_noise_follows_the_residuals_in_the_burn_in(way: str) -> None:
+    """In the epochs before the first look, up to the step that each epoch makes."""
+    model = WAYS[way](network(), 1.0, 1.0)
+    guide = AutoSubnetLaplace(model, 0.4)
+    noises = []
+
+    class Seen:
+        def __iter__(self) -> Iterator[Any]:
+            noises.append(guide.factors.noise * NOISE)
+            x, y = data()
+            if guide.prototype_trace is not None:
+                posterior = poutine.condition(model, guide.median())
+                mean = poutine.trace(posterior).get_trace(x).nodes["y"]["fn"].mean
+                residuals.append(float((mean - y).square().mean().sqrt()))
+            return iter([(x, y)])
+
+    residuals: list[float] = []
+    guide.train_by_evidence(Seen(), num_epochs=12, lr=1e-4, burn_in=8, every=8)
+    # Set up, counted and looked at five times; from the second epoch on the noise is
+    # that of the epoch before. The first of all knows no weights.
+    assert noises[6:13] == pytest.approx(residuals[5:12], rel=1e-2)
