@@ -112,6 +112,8 @@ def charge(
     for node in tracer.trace.nodes.values():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
+        if not node["is_observed"]:  # data that were not given
+            continue
         scaled = scales.of(node["name"], node["fn"])
         if scaled is not node["fn"]:
             value = node["value"]
