@@ -81,8 +81,8 @@ class Schedule:
         first = self.num_epochs // _BURN_IN if self.burn_in is None else self.burn_in
         every = self.every
         if every is None:
-            # A look costs an epoch, or two: of batches, every other one is enough.
-            least = 1 if num_batches == 1 else 2
+            # Of batches a look costs two epochs, and shall not outweigh the training.
+            least = 1 if num_batches == 1 else 3
             every = max(least, (self.num_epochs - first) // _LOOKS)
         yield from range(max(first, 1), self.num_epochs, every)
 
