@@ -62,7 +62,10 @@ class Beyond(Selector):
         else:
             others = x.mean(0) + _AROUND * (x - x.mean(0))
         inputs = torch.cat([x, others])
-        return PredictiveVariance(self.size, inputs, method="greedy")(guide, data)
+        selector = PredictiveVariance(
+            self.size, inputs, method="greedy", weighting="equal"
+        )
+        return selector(guide, data)
 
 
 @final
@@ -99,7 +102,8 @@ class WholeUnits(Selector):
 
 
 def _greedy(count: int) -> PredictiveVariance:
-    return PredictiveVariance(count, method="greedy")
+    # Classes as the default had them when these were measured.
+    return PredictiveVariance(count, method="greedy", weighting="equal")
 
 
 def _units(layout: Layout) -> Iterator[Tensor]:

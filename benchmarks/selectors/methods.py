@@ -24,6 +24,8 @@ MAP, TEMPERATURE = "MAP", "MAP, temperature"
 SIZES = (0.01, 0.05, 0.2)
 DEFAULT = "PredictiveVariance greedy"
 ALL, UNITS = "greedy, all in the pool", "whole units"
+# Of classes, what the default was.
+EQUAL = "sum of variances"
 # Where others take too long, have candidates enough, or no unit fits in the subnet.
 _SIZES = {"GreedyVariance": SIZES[:2], ALL: SIZES[:2], UNITS: SIZES[2:]}
 
@@ -56,10 +58,11 @@ SELECTORS: dict[str, Choose] = {
     "LargestMagnitude": lambda size, seed, moments: LargestMagnitude(size),
     "RandomSubnet": lambda size, seed, moments: RandomSubnet(size, seed),
 }
-# What might have done better than the default; not in the package, but for the first.
+# What might have done better than the default; not in the package, but for two.
 CANDIDATES: dict[str, Choose] = {
+    EQUAL: lambda size, seed, moments: PredictiveVariance(size, weighting="equal"),
     ALL: lambda size, seed, moments: PredictiveVariance(
-        size, method="greedy", pool=1 / size
+        size, method="greedy", weighting="equal", pool=1 / size
     ),
     "half LargestVariance": lambda size, seed, moments: HalfAndHalf(size),
     "inputs between": lambda size, seed, moments: Beyond(size, "between", seed),

@@ -83,8 +83,10 @@ def add_in_blocks(
     *,
     block_size: int,
     noise: float,
+    start: Int[Tensor, " start"] | None = None,
 ) -> Int[Tensor, " chosen"]:
     """Positions of S weights, a block at a time, those that add most variance first."""
+    # Those of `start` come before all others, as one block.
     # Interactions are counted exactly between blocks, not within one. A block B with
     # P_BB = L L^T leaves P - R^T R and A - H^T W - W^T H, where R = L^-1 P_B.,
     # W = L^-T R and H = A_B. - A_BB W / 2. Only diagonals and chosen rows of these are
@@ -99,6 +101,8 @@ def add_in_blocks(
         # |r_j|^2 / s_j; a gain within round-off is zero, and ties go by position.
         gains = _per_precision(alone, square, floor).where(is_left, -torch.inf)
         block = largest(gains, min(block_size, size - done), noise).sort().values
+        if start is not None and len(start) and not done:
+            block = start
         is_left[block] = False
         now = slice(done, done + len(block))
         chosen[now] = block
@@ -106,7 +110,7 @@ def add_in_blocks(
         cross = torch.addmm(precision[block], root[:, block].mT, root, alpha=-1.0)
         between = torch.addmm(gram[block], half[:, block].mT, weight, alpha=-1.0)
         between.addmm_(weight[:, block].mT, half, alpha=-1.0)
-        lower = _lower_factor(cross[:, block])
+        lower = lower_factor(cross[:, block])
         roots[now] = torch.linalg.solve_triangular(lower, cross, upper=False)
         weights[now] = torch.linalg.solve_triangular(lower.mT, roots[now], upper=True)
         halves[now] = torch.addmm(between, between[:, block], weights[now], alpha=-0.5)
@@ -160,7 +164,7 @@ def _per_precision(alone: Tensor, square: Tensor, floor: Tensor) -> Tensor:
     return (square / alone.abs()).where(square > floor, 0.0)
 
 
-def _lower_factor(precision: Tensor) -> Tensor:
+def lower_factor(precision: Tensor) -> Tensor:
     """The Cholesky factor of a block's precision, given all blocks before."""
     factor, info = torch.linalg.cholesky_ex(precision)
     if int(info):
@@ -176,7 +180,7 @@ def _lower_factor(precision: Tensor) -> Tensor:
 def _sweep_all_(tableau: Tensor, gram: Tensor, block: Tensor) -> None:
     """Sweeps a block of weights into the set, in place."""
     cross, between = tableau[block], gram[block]
-    factor = _lower_factor(cross[:, block])
+    factor = lower_factor(cross[:, block])
     weights = torch.cholesky_solve(cross, factor)  # W = P_BB^-1 P_B.
     inner = between[:, block]
     # P -> P - P_.B W, and A -> (I - W)^T A (I - W).

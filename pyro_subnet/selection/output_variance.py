@@ -20,6 +20,7 @@ from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_column
 from pyro_subnet.exceptions import OptionError, SelectionError
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.laplace.state import SiteFactors, factor_of_each
+from pyro_subnet.selection.classes import Chosen, is_of_classes
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.triangular import mirror_
@@ -110,15 +111,26 @@ def squared_gradients(
     return total
 
 
+def has_classes(at_map: ModelAtMAP, data: Data) -> bool:
+    """Whether the first call has a site of classes."""
+    calls = (ModelCall.read(at_map, *call) for call in data.calls("Reference inputs"))
+    return any(is_of_classes(site) for site in next(calls).sites)
+
+
 def output_gram(
-    at_map: ModelAtMAP, subnet: Subnet, data: Data, weighting: Weighting
+    at_map: ModelAtMAP,
+    subnet: Subnet,
+    data: Data,
+    weighting: Weighting,
+    chosen: Chosen | None = None,
 ) -> Float[Tensor, "subnet subnet"]:
     r"""Gram matrix :math:`A = \sum_n (R_n J_n)^\top R_n J_n`, (S, S), float64."""
     # A part T of the subnet keeps sum_n tr R_n J_T P_TT^-1 J_T^T R_n^T = tr P_TT^-1
-    # A_TT. One pass; 2 S^2 operations a row of J.
+    # A_TT. One pass; 2 S^2 operations a row of J. Given weights that are chosen, R of a
+    # site of classes is what they leave to gain.
     like = at_map.latents.loc
     gram = like.new_zeros(subnet.size, subnet.size, dtype=torch.float64)
-    for _, outputs, factors in _maps(at_map, subnet, data, weighting):
+    for _, outputs, factors in _maps(at_map, subnet, data, weighting, chosen):
         add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
     mirror_(gram)
     return gram
@@ -159,7 +171,11 @@ def dense_precision(
 
 
 def _maps(
-    at_map: ModelAtMAP, subnet: Subnet, data: Data, weighting: Weighting
+    at_map: ModelAtMAP,
+    subnet: Subnet,
+    data: Data,
+    weighting: Weighting,
+    chosen: Chosen | None = None,
 ) -> Iterator[tuple[SubnetCall, OutputMap, Factors]]:
     """Each call that the subnet moves, its outputs, and the factors R."""
     for args, kwargs in data.calls("Reference inputs"):
@@ -167,11 +183,16 @@ def _maps(
         graph = read.graph()
         check_forgotten(read, graph)
         call = SubnetCall.of(read, subnet, graph, without_plates=not data.whole)
+        own = None if chosen is None else SubnetCall.of(read, chosen.subnet, graph)
         del graph  # frees the activations before the Jacobian needs the room
         if call.is_moved:
             outputs = call.outputs()
             weighted = weighting == "fisher"
             factors = call.factors() if weighted else identity_factors(outputs)
+            if chosen is not None and own is not None:
+                left = chosen.left_to_gain(own)
+                sites = zip(call.sites, factors, strict=True)
+                factors = tuple(left.get(site.name, factor) for site, factor in sites)
             yield call, outputs, factors
 
 

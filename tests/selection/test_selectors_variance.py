@@ -49,7 +49,7 @@ from tests.cases import (
     regression_mlp,
     several_outputs,
 )
-from tests.reference import dense_jacobian
+from tests.reference import categorical_information, dense_jacobian
 from tests.tolerances import tolerance
 
 SUM = tolerance(torch.float64, "reordered")
@@ -242,9 +242,11 @@ def test_one_shot_training_batches_serve_where_they_are_not_read_twice() -> None
 # Greedy choices.
 
 
-def forward_greedy(p: Tensor, a: Tensor, size: int, block_size: int) -> list[int]:
+def forward_greedy(
+    p: Tensor, a: Tensor, size: int, block_size: int, start: list[int] | None = None
+) -> list[int]:
     """Tries every weight at every block, by inverses."""
-    chosen: list[int] = []
+    chosen = list(start or [])
     while len(chosen) < size:
         before = kept(p, a, chosen) if chosen else 0.0
         rest = [j for j in range(len(p)) if j not in chosen]
@@ -261,9 +263,10 @@ def test_greedy_is_forward_selection(name: str, block_size: int) -> None:
     p, a = precision(case), gram(case)
     most = float(case.num_params)
     for size in (1, 4, 7):
-        chosen = PredictiveVariance(
-            size, method="greedy", pool=most, block_size=block_size
-        )
+        options: dict[str, Any] = {"pool": most, "block_size": block_size}
+        if name == "two_sites":  # one of them of classes
+            options["weighting"] = "equal"
+        chosen = PredictiveVariance(size, method="greedy", **options)
         found = select(case, chosen)
         assert found.flat.tolist() == forward_greedy(p, a, size, block_size)
     everything = PredictiveVariance(case.num_params, method="greedy")
@@ -276,8 +279,71 @@ def test_greedy_chooses_among_the_best_by_the_diagonal() -> None:
     size, pool = 4, 2.5
     among = torch.tensor(top(a.diagonal() / p.diagonal(), 10))
     chosen = forward_greedy(p[among][:, among], a[among][:, among], size, 1)
-    found = select(case, PredictiveVariance(size, method="greedy", pool=pool))
+    selector = PredictiveVariance(size, method="greedy", weighting="equal", pool=pool)
+    found = select(case, selector)
     assert found.flat.tolist() == sorted(among[chosen].tolist())
+
+
+def kept_of_classes(covariance: Tensor) -> Tensor:
+    """Σ over inputs of tr V (I + V)⁻¹, which is at most C each."""
+    eye = torch.eye(covariance.shape[-1]).to(covariance)
+    share = covariance @ torch.linalg.inv(eye + covariance)
+    return share.diagonal(dim1=1, dim2=2).sum()
+
+
+def bounded_greedy(case: Case, size: int, block_size: int) -> list[int]:
+    """Greedy by the slope in V of what is kept, which is read anew in five rounds."""
+    p, chosen = precision(case), list[int]()
+    for end in sorted({round(size * eighths / 8) for eighths in (1, 2, 4, 6, 8)} - {0}):
+        a = torch.zeros_like(p)
+        for site, observed in enumerate(case.observed):
+            jac = case.jacobian(site).unflatten(0, (NUM_DATA, -1))
+            slope = torch.eye(jac.shape[1]).to(jac)
+            if observed.information is categorical_information:
+                own = jac[:, :, chosen]
+                covariance = own @ torch.linalg.inv(p[chosen][:, chosen]) @ own.mT
+                slope = torch.func.grad(kept_of_classes)(covariance)
+            a += (jac.mT @ slope @ jac).sum(0)
+        chosen = forward_greedy(p, a, end, block_size, chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("name", ["classification_mlp", "two_sites"])
+def test_classes_are_bounded_at_each_input(name: str, block_size: int) -> None:
+    case, differs = case_of(name), False
+    options: dict[str, Any] = {"pool": case.num_params, "block_size": block_size}
+    for size in (1, 9):
+        found = select(case, PredictiveVariance(size, **options))
+        assert found.flat.tolist() == sorted(bounded_greedy(case, size, block_size))
+        equal = select(case, PredictiveVariance(size, weighting="equal", **options))
+        differs |= equal.flat.tolist() != found.flat.tolist()
+    assert differs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_class_is_left_out_where_others_vary_more(dtype: torch.dtype) -> None:
+    """Two of four logits have ten times the size, and four weights each."""
+    x, size = 1 + draw(7, 6, 4).abs().to(dtype), torch.tensor([10.0, 10, 1, 1])
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        weight = pyro.sample("w", dist.Normal(x.new_zeros(4, 4), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            logits = size.to(x) * (x @ weight.T)
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    y = torch.arange(6) % 4
+    data = Data.single((x, y), {})
+
+    def classes(weighting: Any) -> set[int]:
+        selector = PredictiveVariance(6, weighting=weighting)
+        pyro.clear_param_store()
+        guide = AutoSubnetLaplace(model, selector)
+        guide(x, y)
+        return set((selector(guide, data).flat // 4).tolist())
+
+    assert classes("equal") == {0, 1}
+    assert classes("bounded") == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -623,7 +689,7 @@ def as_users_run_it() -> Iterator[None]:
         (
             lambda: PredictiveVariance(3, weighting="x"),  # type: ignore[arg-type]
             OptionError,
-            "`weighting` must be 'equal' or 'fisher'; got 'x'",
+            "`weighting` must be 'bounded', 'equal' or 'fisher'; got 'x'",
         ),
         (
             lambda: PredictiveVariance(3, pool=0.5),

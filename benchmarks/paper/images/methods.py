@@ -92,12 +92,14 @@ _POSTERIORS: dict[str, Posterior] = {
     ),
     "subnet LastLayer": Posterior(lambda size, case, shown: LastLayer()),
     "subnet PredictiveVariance": Posterior(
-        lambda size, case, shown: PredictiveVariance(size, (case.tune[shown][0],)),
+        lambda size, case, shown: PredictiveVariance(
+            size, (case.tune[shown][0],), weighting="equal"
+        ),
         looks=True,
     ),
     "subnet PredictiveVariance, greedy": Posterior(
         lambda size, case, shown: PredictiveVariance(
-            size, (case.tune[shown][0],), method="greedy"
+            size, (case.tune[shown][0],), method="greedy", weighting="equal"
         ),
         looks=True,
     ),
