@@ -25,6 +25,7 @@ Structure = Literal["auto", "full", "kron", "diag"]
 # Rows of the kernel, or weights, up to which the evidence is that of a full GGN.
 _MOST_ROWS = 2000
 _MOST_NUMBERS = 2**27  # of the kernel's rows times weights, 1 GiB
+_LEAST = 1e-24  # of residuals, over the noise's variance
 # How far factors may move in one step, in logarithms: the weights must follow.
 _STRIDE = 1.0
 
@@ -74,6 +75,7 @@ class Evidence:
     num_batches: int
 
     @classmethod
+    @torch.inference_mode(False)
     def of(
         cls,
         at_map: ModelAtMAP,
@@ -100,6 +102,8 @@ class Evidence:
                 "`val` must be for a model of normal noise that no latent site moves, "
                 "which is all that it sets; got none. Leave `val` out."
             )
+        if val is not None:
+            _held_out_noise(at_map, val)  # what cannot be read is told at once
         if learnable.left_alone:
             left = learnable.left_alone.items()
             warn(
@@ -172,7 +176,7 @@ def _held_out_noise(at_map: ModelAtMAP, val: Data) -> float:
     for _ in passed.calls(val.calls("Held-out")):
         pass
     _, weight, energy = passed.numbers.tolist()
-    return math.sqrt(energy / weight)
+    return math.sqrt(max(energy / weight, _LEAST))
 
 
 def rows_of(batch: Batch) -> int:

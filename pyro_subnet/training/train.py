@@ -108,6 +108,7 @@ class Trainer:
         self._trainee, self._data = trainee, data
         self._evidence, self._history = evidence, history
 
+    @torch.inference_mode(False)
     def train(self, schedule: Schedule, *, progress: bool = False) -> None:
         """Descends on the log joint; ends where the evidence was highest.
 

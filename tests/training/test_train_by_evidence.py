@@ -30,6 +30,7 @@ from pyro_subnet import (
     to_inference_data,
 )
 from pyro_subnet.exceptions import (
+    DataError,
     ModelError,
     NonFiniteError,
     OptionError,
@@ -661,6 +662,25 @@ def test_held_out_data_of_classes_set_nothing() -> None:
         guide.train_by_evidence(
             [(problem.x, problem.y)], num_epochs=4, val=(problem.x, problem.y)
         )
+
+
+def test_held_out_data_are_read_before_training() -> None:
+    guide = AutoSubnetLaplace(of_bayesianized(network(), 1.0, 1.0), 0.4)
+    x, y = held_out()
+    with pytest.raises(DataError, match=r"must be called|do not fit|shape"):
+        guide.train_by_evidence([data()], num_epochs=4, val=(x[:, :1], y))
+    assert not guide.evidence_history
+    start = guide.loc.detach().clone()
+    assert torch.equal(guide.loc, start)
+
+
+def test_training_inside_inference_mode() -> None:
+    guide = AutoSubnetLaplace(of_bayesianized(network(), 1.0, 1.0), 0.4)
+    guide(*data())
+    start = guide.loc.detach().clone()
+    with torch.inference_mode():
+        guide.train_by_evidence([data()], num_epochs=6, burn_in=2, every=2)
+    assert not torch.equal(guide.loc, start)
 
 
 def test_a_loss_that_runs_away_is_an_error() -> None:
