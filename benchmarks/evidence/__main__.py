@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.evidence.report import report
-
 from benchmarks.evidence.measure import NAME, tasks
+from benchmarks.evidence.report import report
 from benchmarks.harness.command import main
 from benchmarks.harness.task import Experiment
 
