@@ -7,6 +7,7 @@ from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import (
     ExpandedDistribution,
@@ -119,7 +120,8 @@ def charge(
             value = node["value"]
             density = node["fn"].log_prob(value) - scaled.log_prob(value)
             added.append(scale_and_mask(density, node["scale"], node["mask"]).sum())
-    pyro.factor("_factors", sum(added), has_rsample=True)
+    if added:  # a noise changes nothing where no data were given
+        pyro.factor("_factors", torch.stack(added).sum(), has_rsample=True)
 
 
 def has_normal_noise(fn: Any) -> bool:

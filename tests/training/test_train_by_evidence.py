@@ -631,6 +631,21 @@ def test_priors_and_noise_that_no_factor_scales_are_named() -> None:
     assert guide.prior_factor == posterior.prior_factor
 
 
+def only_noise(x: Tensor, y: Tensor | None = None) -> Tensor:
+    w = pyro.sample("w", dist.Laplace(x.new_zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def test_noise_is_learned_alone_and_guides_run_without_data() -> None:
+    guide = AutoSubnetLaplace(only_noise)
+    with pytest.warns(TuningWarning, match="'w', as its prior is not normal"):
+        guide.train_by_evidence([data()], num_epochs=20)
+    assert guide.prior_factor == 1.0
+    assert guide.noise_factor != 1.0
+    assert torch.equal(guide(data()[0])["w"], guide.median()["w"])
+
+
 def test_a_model_with_nothing_to_learn_is_refused() -> None:
     x, y = data()
     guide = AutoSubnetLaplace(hierarchy)
