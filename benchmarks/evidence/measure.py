@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.harness.task import Score, Settings, Task
-from benchmarks.selectors.data import Split, gap_features, uci_split
+from benchmarks.selectors.data import Split
 from benchmarks.selectors.measure import at_temperature, judged
 from benchmarks.selectors.measure import fit as fitted
 from benchmarks.selectors.network import Trained, pyro_model, train
-from benchmarks.selectors.problems import Problem, mlp, problems
+from benchmarks.selectors.problems import Problem, problems, uci_problems
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.nn import init_to_module
 
@@ -71,22 +71,9 @@ def tasks(settings: Settings) -> list[Task]:
 
 def all_problems(folder: Path | None) -> Iterator[Problem]:
     """Toys and classes as where selectors are measured; UCI sets whole."""
-    for name in UCI_SETS if folder is not None else ():
-        yield Problem(name, partial(_uci, folder, name, "standard"), mlp)
-        features = list(gap_features(folder, name))
-        yield Problem(
-            f"{name}, gaps",
-            partial(_uci, folder, name, "gap"),
-            mlp,
-            lambda count, features=features: features[:count],
-        )
+    if folder is not None:
+        yield from uci_problems(folder, UCI_SETS, _MOST)
     yield from problems(None)
-
-
-def _uci(folder: Path, name: str, kind: Any, index: int) -> Split:
-    split = uci_split(folder, name, kind, index, most=_MOST)
-    shift = "gap" if kind == "gap" else ""
-    return replace(split, tests={shift: split.tests["test"]})
 
 
 def _run(

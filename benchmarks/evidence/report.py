@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.evidence.measure import (
     ALONE,
@@ -28,22 +27,10 @@ from benchmarks.harness.reporting import (
     table,
 )
 from benchmarks.harness.task import Row
+from benchmarks.selectors.report import Place
 
 _ERRORS = 2.0  # standard errors that a difference must have to count
 _BASES = (SUBNET, TUNED, PEER, ENSEMBLE)
-
-
-class Place(NamedTuple):
-    """A problem, its data as they come or shifted."""
-
-    dataset: str
-    shift: str
-
-    def cell(self, method: str, metric: str) -> Cell:
-        return Cell(self.dataset, "", method, self.shift, metric)
-
-    def __str__(self) -> str:
-        return f"{self.dataset}: {self.shift}" if self.shift else self.dataset
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:

@@ -65,18 +65,29 @@ def problems(folder: Path | None) -> Iterator[Problem]:
     yield Problem("digits", digits_split, mlp, has_noise=False)
     if folder is None:
         return
-    for name in UCI_SETS:
-        yield Problem(name, partial(_uci, folder, name, "standard"), mlp)
-        found = list(gap_features(folder, name))
-        yield Problem(
-            f"{name}{_GAPS}",
-            partial(_uci, folder, name, "gap"),
-            mlp,
-            lambda count, found=found: found[:count],
-        )
+    yield from uci_problems(folder, UCI_SETS, _MOST)
     for name in ("mnist", "fashion"):
         split = partial(images_split, folder, name)
         yield Problem(f"CNN, {name}", split, cnn, has_noise=False)
+
+
+def uci_problems(folder: Path, names: Sequence[str], most: int) -> Iterator[Problem]:
+    """UCI sets, by standard splits and by those that leave a gap.
+
+    Args:
+        folder: Holds ``uci/`` and ``uci_gap/``.
+        names: The sets.
+        most: Data of each to train on, and to test on.
+    """
+    for name in names:
+        yield Problem(name, partial(_uci, folder, name, "standard", most=most), mlp)
+        found = list(gap_features(folder, name))
+        yield Problem(
+            f"{name}{_GAPS}",
+            partial(_uci, folder, name, "gap", most=most),
+            mlp,
+            lambda count, found=found: found[:count],
+        )
 
 
 def mlp(
@@ -139,7 +150,7 @@ def images_split(folder: Path, name: str, seed: int) -> Split:
     return Split(name, "rotated", seed, pairs(train), pairs(held_out), tests)
 
 
-def _uci(folder: Path, name: str, kind: Kind, index: int) -> Split:
-    split = uci_split(folder, name, kind, index, most=_MOST)
+def _uci(folder: Path, name: str, kind: Kind, index: int, *, most: int) -> Split:
+    split = uci_split(folder, name, kind, index, most=most)
     shift = "gap" if kind == "gap" else ""
     return replace(split, tests={shift: split.tests["test"]})

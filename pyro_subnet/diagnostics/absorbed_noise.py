@@ -26,9 +26,9 @@ def absorbed_noise(
     about :math:`\sqrt{N / (N - \gamma)}`, the ``factor`` of what is returned. Up to
     1.5 is no cause for concern; above 2 only held-out data tell what the noise is. A
     fit warns of that by itself where the model learns its noise and N is small; this
-    measures it for a noise that was learned elsewhere, under the model's own prior and
-    noise. It takes a pass over the data, R D numbers of memory, and :math:`R^2 D`
-    operations, of R data times outputs.
+    measures it for a noise that was learned elsewhere, under the posterior's
+    ``prior_factor`` and ``noise_factor``. It takes a pass over the data, R D numbers of
+    memory, and :math:`R^2 D` operations, of R data times outputs.
 
     Args:
         posterior: A posterior of any subnet; all weights of the network are looked at.
@@ -44,7 +44,8 @@ def absorbed_noise(
 
     Source: MacKay (1992), "Bayesian interpolation", doi 10.1162/neco.1992.4.3.415.
     """
-    call = ModelCall.read(posterior.at_map, args, kwargs)
+    at_map = posterior.scaled_at_map
+    call = ModelCall.read(at_map, args, kwargs)
     network = network_of(call, call.graph(with_prior=False))
     if network is None:
         raise ModelError(
@@ -52,4 +53,4 @@ def absorbed_noise(
             f"location latent sites move; got {[site.name for site in call.sites]}. "
             "It means nothing for other families."
         )
-    return measure(posterior.at_map, network, Data.single(args, kwargs))
+    return measure(at_map, network, Data.single(args, kwargs))

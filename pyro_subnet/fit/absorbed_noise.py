@@ -55,7 +55,7 @@ class AbsorbedNoise:
 def measure(at_map: ModelAtMAP, network: Subnet, data: Data) -> AbsorbedNoise:
     """Measures it by another pass: R D numbers, and R^2 D operations.
 
-    The prior and the noise are the model's own. R rows are N data times their outputs.
+    R rows are N data times their outputs.
 
     Args:
         at_map: The model at its MAP.

@@ -72,11 +72,15 @@ class Learnable:
         for site in call.sites:
             if not has_normal_noise(site.node["fn"]):
                 plain = False
+                if is_joint(site.node["fn"]):
+                    left[site.name] = "its noise is joint over several elements"
             elif "log_scale" in moved[site.name]:
                 plain, left[site.name] = False, "latent sites move its noise"
         shown = max(call.num_data, 1)
         outputs = sum(
-            site.outputs(site.node, moved[site.name]).numel() for site in call.sites
+            site.outputs(site.node, moved[site.name]).numel()
+            for site in call.sites
+            if moved[site.name]
         )
         if not normal and not plain:
             reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())

@@ -86,6 +86,19 @@ def test_the_effective_parameters_are_those_of_dense_algebra(
     assert found.factor == pytest.approx(math.sqrt(count / rest))
 
 
+def test_the_factors_of_a_posterior_are_those_it_is_measured_under() -> None:
+    x, y = data(torch.float64)
+    zero = init_to_value(values={"w": torch.zeros(INPUTS, dtype=x.dtype)})
+    guide = AutoSubnetLaplace(linear(fixed_noise), 3, init_loc_fn=zero)
+    posterior = guide.laplace_approximation(x, y)
+    scaled = posterior.with_prior_precision(4.0).with_noise_scale(30.0)
+    kernel = x @ x.T * PRIOR_SCALE**2 / 4 / (30 * 0.1) ** 2
+    inverse = torch.linalg.inv(kernel + torch.eye(N, dtype=x.dtype))
+    expected = float((kernel @ inverse).trace())
+    found = absorbed_noise(scaled, x, y)
+    assert found.effective_parameters == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize("subnet", [3, None])
 @pytest.mark.parametrize("noise", [latent_noise, param_noise])
 def test_a_learned_noise_that_the_weights_absorb_warns(noise: Any, subnet: Any) -> None:
