@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def fresh_state() -> Iterator[None]:
         pytest.fail(f"The default dtype was left at {leaked_dtype}; it was {dtype}.")
     if leaked_grad != grad:
         pytest.fail(f"Gradient mode was left at {leaked_grad}; it was {grad}.")
+
+
+@pytest.fixture
+def no_guides_of_other_tests() -> None:
+    """Those that wait for the collector still own keys of the store."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

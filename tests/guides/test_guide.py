@@ -180,6 +180,7 @@ def test_starts_where_auto_laplace_approximation_does(init: Any) -> None:
     assert_close(locs[0], locs[1], **EQUAL)
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 def test_loc_is_the_one_parameter() -> None:
     guide, _, x, y = fitted()
     guide(x, y)
@@ -947,6 +948,7 @@ def test_two_live_guides_of_different_sizes() -> None:
     assert small.laplace_approximation(x, y).subnet.num_params == small.loc.numel()
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 def test_a_dead_guides_parameter_is_taken_up() -> None:
     """As in Pyro: a guide made anew goes on from what the param store holds."""
     x, y = data()

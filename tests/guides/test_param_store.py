@@ -31,10 +31,7 @@ N, D = 7, 3
 KEY = "AutoSubnetLaplace.loc"
 
 
-@pytest.fixture(autouse=True)
-def no_guides_of_other_tests() -> None:
-    """Those that wait for the collector still own keys of the store."""
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("no_guides_of_other_tests")
 
 
 def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -440,6 +440,7 @@ def test_modes_are_copied_one_by_one() -> None:
     ]
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 def test_nothing_reaches_the_param_store(network: tuple[nn.Module, Tensor]) -> None:
     net, x = network
     model = observing(bayesianize(net))
