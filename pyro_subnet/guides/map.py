@@ -49,6 +49,7 @@ from pyro_subnet.options import (
     check_num_data,
     check_shares,
 )
+from pyro_subnet.predictions.held_out import HowToTune, tuned_noise
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.subnet import Subnet
@@ -62,6 +63,9 @@ from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 from pyro_subnet.training.evidence import Evidence, EvidenceStep, Structure
 from pyro_subnet.training.train import Schedule, Trainer
+
+# Of the model's own noise: no held-out data ask for more.
+_MOST_NOISE = 1e3
 
 
 @final
@@ -430,7 +434,9 @@ class AutoSubnetLaplace(AutoAtMAP):
                 ``"full"`` takes an R x R kernel where R is below D; ``"kron"``,
                 ``"diag"``; ``"auto"`` is full where R or D is at most 2,000, and
                 Kronecker-factored above.
-            val: Held-out data, one set of arguments or a loader, for normal noise.
+            val: Held-out data, one set of arguments or a loader, for normal noise. It
+                ends where they are predicted best, not below the residuals on the
+                training data.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -450,9 +456,13 @@ class AutoSubnetLaplace(AutoAtMAP):
         )
         trainer.train(schedule, progress=progress)
         if val is not None:
-            posterior = self.laplace_approximation_from(batches)
-            tuned = posterior.tune_noise_scale("nll", val=val)
-            self.factors = replace(self.factors, noise=tuned.noise_factor)
+            found = self.laplace_approximation_from(batches)
+            # Held-out data that the subnet's own variance covers ask for no noise at
+            # all, which the residuals on the training data contradict.
+            least = trainer.residual_noise()
+            how = HowToTune("nll", val, (least, _MOST_NOISE * max(least, 1.0)))
+            noise = tuned_noise(found.at_map, found.state, how).noise_factor
+            self.factors = replace(self.factors, noise=noise)
         return self
 
     def evidence_step(

@@ -103,7 +103,7 @@ class Evidence:
                 "which is all that it sets; got none. Leave `val` out."
             )
         if val is not None:
-            _held_out_noise(at_map, val)  # what cannot be read is told at once
+            residual_noise(at_map, val)  # what cannot be read is told at once
         if learnable.left_alone:
             left = learnable.left_alone.items()
             warn(
@@ -136,7 +136,7 @@ class Evidence:
         evidence = self._measured(at_map, turn)
         noise = None
         if self.val is not None:
-            noise = _held_out_noise(at_map, self.val) / now.noise
+            noise = residual_noise(at_map, self.val) / now.noise
         present = learnable.of_groups(now)
         found = evidence.best(noise=noise)
         moved = found.prior.log().clamp(-_STRIDE, _STRIDE).exp()
@@ -169,11 +169,11 @@ class Evidence:
         return FitOptions("ggn-mc" if many else "ggn", self.structure)
 
 
-def _held_out_noise(at_map: ModelAtMAP, val: Data) -> float:
-    """What the model's own noise must be multiplied by, for held-out residuals."""
+def residual_noise(at_map: ModelAtMAP, data: Data) -> float:
+    """What the model's own noise must be multiplied by, to be that of the residuals."""
     own = replace(at_map, factors=replace(at_map.factors, noise=1.0))
-    passed = DataPass(own, at_map.latents.everything, val, _nothing, _ignore)
-    for _ in passed.calls(val.calls("Held-out")):
+    passed = DataPass(own, at_map.latents.everything, data, _nothing, _ignore)
+    for _ in passed.calls(data.calls("Residuals")):
         pass
     _, weight, energy = passed.numbers.tolist()
     return math.sqrt(max(energy / weight, _LEAST))

@@ -18,7 +18,12 @@ from pyro_subnet.options import ModelFactors, as_number, is_count
 from pyro_subnet.tensors.modes import differentiable, full_precision
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import ModelAtMAP
-from pyro_subnet.training.evidence import Evidence, EvidenceStep, rows_of
+from pyro_subnet.training.evidence import (
+    Evidence,
+    EvidenceStep,
+    residual_noise,
+    rows_of,
+)
 from pyro_subnet.training.loss import negative_log_joint
 
 # Looks at the evidence in one training, by default, and the share of it before them.
@@ -161,6 +166,11 @@ class Trainer:
             now = self._trainee.factors
             noise = max(now.noise * math.sqrt(mean_square), _LEAST_NOISE)
             self._trainee.factors = replace(now, noise=noise)
+
+    def residual_noise(self) -> float:
+        """The noise's factor that residuals on the training data have."""
+        noise = residual_noise(self._trainee.at_map, self._data)
+        return max(noise, _LEAST_NOISE)
 
     def _losses(self) -> Iterator[tuple[Tensor, float]]:
         """Each batch's loss, a datum, whose gradient ``loc`` holds; mean square."""

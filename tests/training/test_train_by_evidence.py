@@ -402,6 +402,19 @@ def test_the_noise_ends_where_held_out_data_are_predicted_best() -> None:
     assert again.noise_factor == pytest.approx(guide.noise_factor, rel=1e-3)
 
 
+def test_the_noise_is_not_below_the_residuals_of_the_training_data() -> None:
+    """Held-out data without noise, beside training data with it, ask for none."""
+    x, y = data()
+    exact = x, torch.sin(2 * x[:, 0])
+    guide = trained(of_bayesianized, val=exact, num_epochs=300)
+    posterior = guide.laplace_approximation(x, y)
+    fitted = posterior.output_distribution(x).mean.squeeze(-1)
+    rmse = float((fitted - y).square().mean().sqrt())
+    alone = posterior.tune_noise_scale("nll", val=exact)
+    assert alone.noise_factor * NOISE < 0.8 * rmse
+    assert guide.noise_factor * NOISE == pytest.approx(rmse, rel=1e-6)
+
+
 def test_the_state_of_highest_evidence_is_kept() -> None:
     guide = trained(of_bayesianized)
     best = max(guide.evidence_history, key=lambda step: step.log_evidence)
