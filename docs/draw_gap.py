@@ -35,11 +35,14 @@ def example() -> dict[str, Any]:
 def main() -> None:
     """Runs, fits, draws and prints."""
     names = example()
-    model, guide, posterior, x, y = (
-        names[name] for name in ("model", "guide", "posterior", "x", "y")
+    model, guide, posterior, x, y, train = (
+        names[name] for name in ("model", "guide", "posterior", "x", "y", "train")
     )
     start = init_to_value(values=guide.median())
-    whole = AutoSubnetLaplace(model, init_loc_fn=start).laplace_approximation(x, y)
+    every = AutoSubnetLaplace(model, init_loc_fn=start)
+    whole = every.laplace_approximation(x[train], y[train])
+    whole = whole.with_prior_precision(guide.prior_factor)
+    whole = whole.with_noise_scale(guide.noise_factor)
     at = torch.linspace(-1.9, 1.9, 191).unsqueeze(-1)
     own, full = (each.output_distribution(at) for each in (posterior, whole))
     alone = dist.Normal(own.mean.squeeze(-1), 1e-3)
@@ -50,7 +53,7 @@ def main() -> None:
     for ax, title, found in zip(axes, titles, (alone, own, full), strict=True):
         plot_regression(at, found, data=(x, y), ax=ax)
         ax.plot(at, torch.cos(4 * at + 0.8), color="0.45", lw=1, ls=":", label="truth")
-        ax.set(title=title, ylim=(-3, 3.2))
+        ax.set(title=title, ylim=(-6, 6))
         ax.label_outer()
     for ax in axes[1:]:
         ax.get_legend().remove()

@@ -38,12 +38,20 @@ def test_the_first_example_shows_a_gap(capsys: pytest.CaptureFixture[str]) -> No
     assert [place for place, *_ in found] == [place for place, *_ in shown]
     for (_, _, sd), (_, _, shown_sd) in zip(found, shown, strict=True):
         assert float(sd) == pytest.approx(float(shown_sd), rel=0.1, abs=0.011)
+    # The data's noise, 0.1, of which the model knows nothing.
+    (noise,) = re.findall(r"^noise: ([\d.]+)$", printed, flags=re.MULTILINE)
+    assert f"\nnoise: {noise}\n" in README
+    assert float(noise) == pytest.approx(0.1, rel=0.25)
     on_data, between, beyond = (float(sd) for *_, sd in found)
     assert on_data < 0.05
     assert min(between, beyond) > 10 * on_data
-    start = init_to_value(values=names["guide"].median())
+    guide = names["guide"]
+    start = init_to_value(values=guide.median())
     whole = AutoSubnetLaplace(names["model"], init_loc_fn=start)
-    every = whole.laplace_approximation(names["x"], names["y"])
+    train = names["train"]
+    every = whole.laplace_approximation(names["x"][train], names["y"][train])
+    every = every.with_prior_precision(guide.prior_factor)
+    every = every.with_noise_scale(guide.noise_factor)
     full = every.output_distribution(torch.tensor([[-0.1], [1.6]])).stddev.squeeze(-1)
     kept = torch.tensor([between, beyond]) / full
     assert kept[0] > 0.75
