@@ -358,26 +358,6 @@ def test_squared_columns_are_dense_autograds(
 # What it does not serve.
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.out = nn.Linear(4, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.attend(x, x, x, need_weights=False)[0].mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(4, 5, batch_first=True)
-        self.out = nn.Linear(5, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lstm(x)[0][:, -1])
-
-
 class Squared(nn.Module):
     """A weight that enters a layer, and a penalty that no layer is."""
 
@@ -442,26 +422,6 @@ class Halved(nn.Module):
 
 
 ESCAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
-    "attention": (
-        Attention,
-        (N, 3, 4),
-        {
-            "attend.in_proj_weight",
-            "attend.in_proj_bias",
-            "attend.out_proj.weight",
-            "attend.out_proj.bias",
-        },
-    ),
-    "lstm": (
-        Recurrent,
-        (N, 3, 4),
-        {
-            "lstm.weight_ih_l0",
-            "lstm.weight_hh_l0",
-            "lstm.bias_ih_l0",
-            "lstm.bias_hh_l0",
-        },
-    ),
     "used-outside-its-layer": (Squared, (N, 4), {"out.weight"}),
     "vmapped": (Vmapped, (N, 4), {"inner.weight", "inner.bias"}),
     "other-precision": (Halved, (N, 4), {"inner.weight", "inner.bias"}),

@@ -48,15 +48,14 @@ def _linear(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
     x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
     if x.ndim < _MATRIX or weight.ndim != _MATRIX:
         return None
-    parts: dict[str, Part] = {"weight": ((x,), partial(_linear_entries, x, weight))}
+    parts: dict[str, Part] = {"weight": ((x,), partial(linear_entries, x, weight))}
     if bias is not None:
         parts["bias"] = ((), broadcast(bias, result.shape, None))
     return parts
 
 
-def _linear_entries(
-    x: Tensor, weight: Tensor, chosen: Tensor, num_data: int
-) -> Entries:
+def linear_entries(x: Tensor, weight: Tensor, chosen: Tensor, num_data: int) -> Entries:
+    """Entries of J at a matrix (out, in) that maps the last axis of ``x``."""
     # J_(o,i) = sum_t delta_to x_ti
     outs, p, ins, q = _matrix_plan(chosen, weight.shape[0], weight.shape[1])
     left = partial(_picked, channels=outs, num_data=num_data)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap, factors_of
 from pyro_subnet.curvature.jacobian.plain import at_chosen, plain_gradient
+from pyro_subnet.curvature.jacobian.structured.composite import COMPOSITES
 from pyro_subnet.curvature.jacobian.structured.convolution import CONVOLUTIONS
 from pyro_subnet.curvature.jacobian.structured.layers import LAYERS, REARRANGEMENTS
 from pyro_subnet.curvature.jacobian.structured.tape import Affine, Entries, Tape, Use
@@ -74,7 +75,7 @@ class Recording:
             site: value.detach().requires_grad_()
             for site, value in outputs.base.items()
         }
-        self.tape = Tape(self.leaves, _RULES, REARRANGEMENTS)
+        self.tape = Tape(self.leaves, _RULES, REARRANGEMENTS, COMPOSITES)
         try:
             with differentiable(), self.tape:
                 self.values = outputs.of_sites(self.leaves, None)

@@ -117,6 +117,11 @@ class Layer:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
 
+# A function that is written out in layers: with the tape and its arguments, its result,
+# or None for a form that is not.
+Composite = Callable[..., Any]
+
+
 @final
 class Tape(TorchFunctionMode):
     """Watches where sites' values, the ``leaves``, go while it is entered."""
@@ -126,12 +131,14 @@ class Tape(TorchFunctionMode):
         leaves: Mapping[str, Tensor],
         layers: Mapping[Any, Layer],
         rearrangements: frozenset[Any],
+        composites: Mapping[Any, Composite],
     ):
         super().__init__()
         self.uses: list[Use] = []
         self.escaped: set[str] = set()  # sites with a use that no rule describes
         self._layers = layers
         self._rearrangements = rearrangements  # functions that only move elements
+        self._composites = composites  # written out where a weight enters
         # By identity; the tensor is kept so that its identity stays its own.
         self._marked: dict[int, tuple[Tensor, Weight]] = {}
         for site, leaf in leaves.items():
@@ -149,17 +156,46 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """Runs a torch function, and notes what it did with marked tensors."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         weights = [
             self._marked[id(leaf)][1]
             for arg in (*args, *kwargs.values())
             for leaf in leaves_of(arg)
             if id(leaf) in self._marked
         ]
+        if weights and func in self._composites:
+            result = self._composites[func](self, *args, **kwargs)
+            if result is not None:
+                return result
+        result = func(*args, **kwargs)
         if weights and any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
             if not self._note(func, args, kwargs, result, len(weights)):
                 self.escaped.update(weight.site for weight in weights)
         return result
+
+    def note(
+        self,
+        weight: Tensor,
+        output: Tensor,
+        inputs: tuple[Tensor, ...],
+        entries: Callable[[Tensor, int], Entries],
+    ) -> None:
+        """Records a use in a layer that is written out, if the weight is marked.
+
+        Args:
+            weight: The weight.
+            output: At which the gradient of what it gives arrives.
+            inputs: What ``entries`` reads.
+            entries: As of :class:`Use`.
+        """
+        if id(weight) not in self._marked:
+            return
+        own = self._marked[id(weight)][1]
+        if weight.dtype != output.dtype:  # as under autocast
+            self.escaped.add(own.site)
+            return
+        versions = tuple((tensor, tensor._version) for tensor in inputs)
+        edge = get_gradient_edge(output)
+        self.uses.append(Use(own, edge, output.shape, versions, entries, "layer"))
 
     def settle(self) -> None:
         """Lets sites escape whose recorded inputs were changed in place afterwards."""
