@@ -23,6 +23,7 @@ from pyro_subnet.nn.weight_site import Drawn, weight_site
 from pyro_subnet.tensors.plain_calls import plain_calls
 
 Prior = Callable[[str, Tensor], Distribution]
+Version = tuple[int, int]  # of a tensor: which one, and how often it was changed
 
 
 @final
@@ -106,11 +107,22 @@ class BayesianModule(PyroModule):
                 "on for those that should have a prior."
             )
         self._padding_rows = _padding_rows(self.net)
-        _parameters_to_buffers(self.net)
+        # Names of frozen parameters, whose values are the network's own.
+        self._frozen = _parameters_to_buffers(self.net)
+        self.register_load_state_dict_pre_hook(_copy_frozen)
         self._priors = self._make_priors()
         self._source: weakref.ref[nn.Module] | None = weakref.ref(net)
         self._source_as_copied = _versions(net)
-        self._own_as_copied = _versions(self.net)
+        self._own_as_copied = self._own_versions()
+
+    def _own_versions(self) -> dict[str, Version]:
+        """Versions of what is a copy."""
+        found = _versions(self.net)
+        return {name: found[name] for name in found.keys() - self._frozen}
+
+    def _set_frozen(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        self.net.get_submodule(path).register_buffer(leaf, value)
 
     def _make_priors(self) -> dict[str, Distribution]:
         return {
@@ -120,11 +132,11 @@ class BayesianModule(PyroModule):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BayesianModule:
         """Moves the priors with the buffers, as ``.to`` and similar methods do."""
-        unchanged = self._own_as_copied == _versions(self.net)
+        unchanged = self._own_as_copied == self._own_versions()
         super()._apply(fn, recurse)
         self._priors = self._make_priors()
         if unchanged:
-            self._own_as_copied = _versions(self.net)
+            self._own_as_copied = self._own_versions()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,8 +195,8 @@ class BayesianModule(PyroModule):
         source = self.source
         if (
             source is None
-            or self._own_as_copied != _versions(self.net)
-            or self._source_as_copied == _versions(source)
+            or self._own_as_copied != self._own_versions()
+            or self._source_as_copied == (now := _versions(source))
         ):
             return
         own = dict(self.net.named_buffers(remove_duplicate=False))
@@ -193,6 +205,11 @@ class BayesianModule(PyroModule):
             name
             for name, value in own.items()
             if name in found and not same_numbers(found[name], value)
+        ]
+        changed += [
+            name
+            for name in self._frozen - set(changed)
+            if now.get(name) != self._source_as_copied.get(name)
         ]
         fits = all(
             name in found and found[name].shape == value.shape
@@ -207,10 +224,13 @@ class BayesianModule(PyroModule):
             )
         with torch.no_grad():
             for name in changed:
-                own[name].copy_(found[name])
+                if name in self._frozen:
+                    self._set_frozen(name, _not_copied(found[name]))
+                else:
+                    own[name].copy_(found[name])
         self._priors = self._make_priors()
-        self._source_as_copied = _versions(source)
-        self._own_as_copied = _versions(self.net)
+        self._source_as_copied = now
+        self._own_as_copied = self._own_versions()
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
@@ -242,9 +262,10 @@ def bayesianize(
 
     Args:
         net: Any ``torch.nn`` network; it is copied with its buffers and its mode, and
-            not changed. Parameters with ``requires_grad=False`` stay constants. A copy
-            that a guide starts at before it was ever called takes up what training
-            made of the network since; after that it is an error.
+            not changed. Parameters with ``requires_grad=False`` stay constants, and are
+            not copied: a frozen backbone is held once. A copy that a guide starts at
+            before it was ever called takes up what training made of the network since;
+            after that it is an error.
         prior_scale: Standard deviation of the independent normal priors.
         prior: In place of normal priors, a function from a parameter's name and value
             to a distribution over values of its shape.
@@ -256,7 +277,8 @@ def bayesianize(
         OptionError: If ``prior_scale`` is not positive and finite, or a prior is not of
             its parameter's shape.
         ModelError: If no parameter of the network has ``requires_grad=True``, a part
-            with such parameters is TorchScript, or there is no deep copy.
+            with such parameters is TorchScript, a lazy layer has not been called, or
+            there is no deep copy.
     """
     if not isinstance(net, nn.Module) or isinstance(net, BayesianModule):
         raise OptionError(
@@ -328,21 +350,43 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
     return dict(chain(parameters, net.named_buffers(remove_duplicate=False)))
 
 
-def _versions(net: nn.Module) -> list[tuple[int, int]]:
+def _versions(net: nn.Module) -> dict[str, Version]:
     """What tells whether any tensor of a network was changed or replaced since."""
     # Tensors made in inference mode count no versions.
-    return [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        for tensor in _tensors(net).values()
-    ]
+    return {
+        name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        for name, tensor in _tensors(net).items()
+    }
 
 
-def _parameters_to_buffers(net: nn.Module) -> None:
-    """Keeps a network's values, but no parameters for Pyro to register or train."""
+def _parameters_to_buffers(net: nn.Module) -> frozenset[str]:
+    """Keeps a network's values, but no parameters for Pyro to register or train.
+
+    Returns:
+        Names of the frozen ones, which are not copied.
+    """
+    everywhere = net.named_parameters(remove_duplicate=False)
+    frozen = frozenset(name for name, value in everywhere if not value.requires_grad)
     for module in net.modules():
         if isinstance(module, torch.jit.ScriptModule):  # frozen, or there is no copy
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 del module._parameters[name]
-                module.register_buffer(name, parameter.detach().clone())
+                if parameter.requires_grad:
+                    module.register_buffer(name, parameter.detach().clone())
+                else:
+                    module.register_buffer(name, _not_copied(parameter))
+    return frozen
+
+
+def _copy_frozen(module: BayesianModule, *_: Any) -> None:
+    """Before values are loaded in place: the network's own stay as they are."""
+    for name in module._frozen:
+        module._set_frozen(name, module.net.get_buffer(name).clone())
+
+
+def _not_copied(parameter: Tensor) -> Tensor:
+    """A frozen parameter's values, where they are."""
+    # A quantized one is what it is by more than its numbers.
+    return parameter.detach() if type(parameter) is nn.Parameter else parameter

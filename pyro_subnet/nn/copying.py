@@ -7,13 +7,16 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from pyro_subnet.exceptions import ModelError
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A deep copy of a network; tensors that a call kept on it become plain values.
+    """A deep copy of a network but for its frozen parameters, which are the network's.
+
+    Tensors that a call kept on it become plain values.
 
     Args:
         net: The network; it is not changed.
@@ -22,8 +25,15 @@ def copied(net: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        ModelError: If a scripted part has weights to train, or a part has no copy.
+        ModelError: If a layer has no shapes yet, a scripted part has weights to train,
+            or a part has no copy.
     """
+    for name, parameter in net.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(
+                f"A network must know its shapes; got lazy parameter {name!r}. Call it "
+                "once, on a few data, and bayesianize it then."
+            )
     for path, module in net.named_modules():
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(module, torch.jit.ScriptModule) and trained:
@@ -32,9 +42,11 @@ def copied(net: nn.Module) -> nn.Module:
                 f"TorchScript module {path or type(net).__name__!r}. Pass the network "
                 "that was scripted or traced."
             )
+    # A backbone may be large, quantized, or shared with others: it stays where it is.
+    frozen = {id(p): p for p in net.parameters() if not p.requires_grad}
     with _WithoutGraphs():
         try:
-            return copy.deepcopy(net)
+            return copy.deepcopy(net, memo=frozen)
         # Whatever a network holds may refuse, with any error.
         except Exception as error:
             raise ModelError(

@@ -580,6 +580,74 @@ def test_frozen_parameters_stay_constants() -> None:
     assert_untouched(net, before)
 
 
+def half_frozen() -> tuple[nn.Module, Tensor]:
+    net, x = make("mlp")
+    net[0].requires_grad_(False)
+    return net, x
+
+
+def test_frozen_parameters_are_held_once() -> None:
+    net, _ = half_frozen()
+    bnn = bayesianize(net)
+    for name, parameter in net.named_parameters():
+        own = bnn.net.get_buffer(name)
+        assert (own.data_ptr() == parameter.data_ptr()) != parameter.requires_grad
+
+
+def test_the_network_stays_where_it_is_when_its_copy_moves() -> None:
+    net, _ = half_frozen()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    bnn = bayesianize(net)
+    other, _ = half_frozen()
+    loaded = bayesianize(other).state_dict()
+    bnn.load_state_dict({name: value + 1 for name, value in loaded.items()})
+    bnn.float()
+    for name, value in net.state_dict().items():
+        assert value.dtype == torch.float64
+        assert_close(value, before[name], **EQUAL)
+        assert_close(
+            bnn.net.get_buffer(name), (other.state_dict()[name] + 1).float(), **EQUAL
+        )
+
+
+def test_a_frozen_parameter_that_changes_after_the_first_call_is_noticed() -> None:
+    net, x = half_frozen()
+    bnn = bayesianize(net)
+    bnn(x)
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    guide = AutoSubnetLaplace(observing(bnn), init_loc_fn=init_to_module(net))
+    with pytest.raises(ModelError, match=r"must stay as it was copied.*0\.weight"):
+        guide(x, double(N, C))
+
+
+def test_a_frozen_parameter_that_is_replaced_before_is_taken_up() -> None:
+    net, x = half_frozen()
+    bnn = bayesianize(net)
+    net[0].weight = nn.Parameter(double(*net[0].weight.shape), requires_grad=False)
+    guide = AutoSubnetLaplace(observing(bnn), init_loc_fn=init_to_module(net))
+    guide(x, double(N, C))
+    output = poutine.condition(bnn, data=guide.median())(x)
+    assert_close(output, net(x), **CLOSED)
+
+
+class Quantized(nn.Parameter):
+    """A parameter that is more than its numbers."""
+
+    step = 0.5
+
+
+def test_a_parameter_of_another_class_is_not_touched() -> None:
+    net, x = half_frozen()
+    value = Quantized(net[0].weight.detach(), requires_grad=False)
+    net[0].weight = value
+    bnn = bayesianize(net)
+    assert bnn.net.get_buffer("0.weight") is value
+    assert net[0].weight is value
+    weights = bnn.pretrained_values()
+    assert_close(poutine.condition(bnn, data=weights)(x), net(x), **CLOSED)
+
+
 def test_a_frozen_layer_does_not_shift_positions() -> None:
     net, x = make("mlp")
     net[0].weight.requires_grad_(False)
