@@ -15,11 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_subnet.exceptions import (
-    ModelError,
-    OptionError,
-    SelectionError,
-)
+from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
 from pyro_subnet.files.resume import FitCheckpoint
 from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.guides.approximation import fitted_state
@@ -49,23 +45,17 @@ from pyro_subnet.options import (
     check_num_data,
     check_shares,
 )
-from pyro_subnet.predictions.held_out import HowToTune, tuned_noise
+from pyro_subnet.predictions.held_out import held_out_noise
 from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.modes import (
-    full_precision,
-    outside_inference_mode,
-)
+from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.scaled_model import charge
 from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
 from pyro_subnet.training.evidence import Evidence, EvidenceStep, Structure
 from pyro_subnet.training.train import Schedule, Trainer
-
-# Of the model's own noise: no held-out data ask for more.
-_MOST_NOISE = 1e3
 
 
 @final
@@ -457,11 +447,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         trainer.train(schedule, progress=progress)
         if val is not None:
             found = self.laplace_approximation_from(batches)
-            # Held-out data that the subnet's own variance covers ask for no noise at
-            # all, which the residuals on the training data contradict.
             least = trainer.residual_noise()
-            how = HowToTune("nll", val, (least, _MOST_NOISE * max(least, 1.0)))
-            noise = tuned_noise(found.at_map, found.state, how).noise_factor
+            noise = held_out_noise(found.at_map, found.state, val, least)
             self.factors = replace(self.factors, noise=noise)
         return self
 

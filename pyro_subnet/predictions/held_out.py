@@ -42,6 +42,8 @@ from pyro_subnet.tracing.trace import ModelAtMAP
 _SHARE = 0.25
 # By how many standard errors held-out data must argue against the model's own prior.
 _STANDARD_ERRORS = 2
+# Times the model's own noise: more is no noise of a trained network.
+_MOST_NOISE = 1e3
 
 
 @final
@@ -104,6 +106,27 @@ def tuned_noise(
     if how.method == "evidence":
         return state.tuned_noise(how.bounds)
     return _tuned_by_nll(at_map, state, state.with_noise_factor, how.val, how.bounds)
+
+
+def held_out_noise(
+    at_map: ModelAtMAP, state: PosteriorState, val: Any, least: float
+) -> float:
+    """The factor of the noise under which held-out data are predicted best.
+
+    Data that the posterior's own variance covers ask for no noise at all, which
+    residuals on the training data contradict.
+
+    Args:
+        at_map: The model at the MAP.
+        state: The posterior.
+        val: Held-out data.
+        least: The least factor, that of the residuals on the training data.
+
+    Returns:
+        The factor.
+    """
+    how = HowToTune("nll", val, (least, _MOST_NOISE * max(least, 1.0)))
+    return tuned_noise(at_map, state, how).noise_factor
 
 
 @torch.no_grad()

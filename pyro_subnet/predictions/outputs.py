@@ -116,6 +116,20 @@ class OutputGaussian:
             shifts = torch.cat([rows @ steps.mT for rows in self.outputs.rows(like)])
             return self.loc() + shifts.movedim(-1, 0)
 
+    def variances(
+        self, num_samples: int | None, generator: torch.Generator | None
+    ) -> Float[Tensor, "data ..."]:
+        """Variances of the outputs, in their own shape, exact or from draws."""
+        if num_samples is None:
+            found = self.marginals()[1].square()
+        else:
+            noise = standard_normal(
+                (num_samples, self.gaussian.size), self.gaussian.loc, generator
+            )
+            steps = self.gaussian.draw(noise) - self.gaussian.loc
+            found = self.outputs.mean_squares(steps, self.gaussian.loc)
+        return found.unflatten(1, self.outputs.shape_of_datum)
+
     def _whitened(self) -> Iterator[Tensor]:
         """Rows :math:`L^{-1} j`, (data points, C, S), in groups of data points."""
         for rows in self.outputs.rows(self.gaussian.loc):

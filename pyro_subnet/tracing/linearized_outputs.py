@@ -13,6 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_subnet.curvature.jacobian.directional import (
+    directional_derivative,
+    forward_mode_agrees,
+)
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
     OutputMap,
@@ -143,6 +147,34 @@ class LinearizedOutputs:
         if parts is None:
             parts = self._dense_scales(of_rows, like)
         return _cat([self._by_datum(site, part) for site, part in enumerate(parts)], 1)
+
+    @torch.no_grad()
+    def mean_squares(
+        self, steps: Float[Tensor, "num_steps subnet"], like: Tensor
+    ) -> Float[Tensor, "data out"]:
+        r"""Means of :math:`(J d)^2` over steps d from the MAP, (N, C), step by step."""
+        function, point = self.outputs.outputs, self.outputs.loc
+        forward_mode = forward_mode_agrees(function, point)
+        totals = [like.new_zeros(shape) for shape in self.outputs.shapes]
+        for step in steps.to(point):
+            tangents = directional_derivative(function, point, step, forward_mode)[1]
+            for total, tangent in zip(totals, tangents, strict=True):
+                total.add_(tangent.to(like).square_(), alpha=1 / len(steps))
+        return _cat([self._by_datum(i, total) for i, total in enumerate(totals)], 1)
+
+    @property
+    def shape_of_datum(self) -> tuple[int, ...]:
+        """Axes of the outputs of one datum; one of them all where sites are several."""
+        names = len(self.names)
+        if len(self.sites) > 1:
+            return (names,)
+        (site,) = self.sites
+        parts = self.subnet_call.moved[site.name]
+        widths = site.widths(parts)
+        axes = site.distribution.element_shape[1:]
+        if len(parts) > 1 or not axes:
+            return (names,)
+        return axes if widths == [1] else (*axes, *widths)
 
     def _reached_scales(self, of_rows: RowScales, like: Tensor) -> list[Tensor] | None:
         """The scales (M, c) of every site, if a place of a layer reaches one output."""

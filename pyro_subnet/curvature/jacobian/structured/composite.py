@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_subnet.curvature.jacobian.structured.entries import broadcast
-from pyro_subnet.curvature.jacobian.structured.layers import linear_entries
+from pyro_subnet.curvature.jacobian.structured.entries import (
+    broadcast,
+    linear_entries,
+)
 from pyro_subnet.curvature.jacobian.structured.tape import Composite, Tape
 
 # From what the inputs and the last output give to all gates, side by side, and the

@@ -368,3 +368,28 @@ def _of_broadcast(
         wide = factor.detach().expand(shape).reshape(num_data, -1)
         picked = wide.index_select(1, features)
     return Broadcast(num_data, features, of_datum[features], len(chosen), picked)
+
+
+def picked(tensor: Tensor, channels: Tensor, num_data: int) -> Tensor:
+    """Some channels, the last axis: (B * k, ..., C) to (B, picked, positions)."""
+    by_data = tensor.unflatten(0, (num_data, -1))
+    return by_data.flatten(1, -2).index_select(2, channels).mT
+
+
+def linear_entries(x: Tensor, weight: Tensor, chosen: Tensor, num_data: int) -> Entries:
+    """Entries of J at a matrix (out, in) that maps the last axis of ``x``."""
+    # J_(o,i) = sum_t delta_to x_ti
+    outs, p, ins, q = matrix_plan(chosen, weight.shape[0], weight.shape[1])
+    left = partial(picked, channels=outs, num_data=num_data)
+    return Contraction(left, picked(x.detach(), ins, num_data), p, q, len(outs))
+
+
+def matrix_plan(
+    chosen: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of a matrix that hold a chosen entry, its place in them; then columns."""
+    return planned(
+        chosen,
+        (height, width),
+        lambda: (*compact(chosen // width, height), *compact(chosen % width, width)),
+    )

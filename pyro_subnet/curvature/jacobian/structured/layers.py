@@ -19,19 +19,15 @@ from pyro_subnet.curvature.jacobian.structured.entries import (
     Contraction,
     broadcast,
     compact,
-    planned,
+    linear_entries,
+    matrix_plan,
+    picked,
 )
 from pyro_subnet.curvature.jacobian.structured.tape import Entries, Layer, Part
 
 Bound = Mapping[str, Any]
 # Axes of a batch of vectors, and of a weight that maps vectors to vectors.
 _MATRIX = 2
-
-
-def _picked(tensor: Tensor, channels: Tensor, num_data: int) -> Tensor:
-    """Some channels, the last axis: (B * k, ..., C) to (B, picked, positions)."""
-    by_data = tensor.unflatten(0, (num_data, -1))
-    return by_data.flatten(1, -2).index_select(2, channels).mT
 
 
 def _broadcasts(weight: Any, result: Tensor) -> bool:
@@ -54,25 +50,6 @@ def _linear(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
     return parts
 
 
-def linear_entries(x: Tensor, weight: Tensor, chosen: Tensor, num_data: int) -> Entries:
-    """Entries of J at a matrix (out, in) that maps the last axis of ``x``."""
-    # J_(o,i) = sum_t delta_to x_ti
-    outs, p, ins, q = _matrix_plan(chosen, weight.shape[0], weight.shape[1])
-    left = partial(_picked, channels=outs, num_data=num_data)
-    return Contraction(left, _picked(x.detach(), ins, num_data), p, q, len(outs))
-
-
-def _matrix_plan(
-    chosen: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of a matrix that hold a chosen entry, its place in them; then columns."""
-    return planned(
-        chosen,
-        (height, width),
-        lambda: (*compact(chosen // width, height), *compact(chosen % width, width)),
-    )
-
-
 def _matmul(bound: Bound, result: Tensor) -> Mapping[str, Part] | None:
     x, weight = bound["input"], bound["weight"]
     if not isinstance(x, Tensor) or x.ndim < _MATRIX or weight.ndim > _MATRIX:
@@ -85,13 +62,13 @@ def _matmul_entries(
 ) -> Entries:
     # The weight is transposed beside `F.linear`: J_(i,o) = sum_t x_ti delta_to
     width = 1 if weight.ndim == 1 else weight.shape[1]
-    ins, q, outs, p = _matrix_plan(chosen, weight.shape[0], width)
+    ins, q, outs, p = matrix_plan(chosen, weight.shape[0], width)
 
     def left(delta: Tensor) -> Tensor:
         wide = delta.unsqueeze(-1) if weight.ndim == 1 else delta
-        return _picked(wide, outs, num_data)
+        return picked(wide, outs, num_data)
 
-    return Contraction(left, _picked(x.detach(), ins, num_data), p, q, len(outs))
+    return Contraction(left, picked(x.detach(), ins, num_data), p, q, len(outs))
 
 
 def _add(bound: Bound, result: Tensor, sign: float = 1.0) -> Mapping[str, Part] | None:
@@ -211,7 +188,7 @@ def _embedding_entries(
     found = words.reshape(num_data, 1, -1) == rows[:, None]
     if padding is not None:
         found = found & (rows != padding)[:, None]
-    left = partial(_picked, channels=outs, num_data=num_data)
+    left = partial(picked, channels=outs, num_data=num_data)
     return Contraction(left, found.to(weight.dtype), p, q, len(outs))
 
 
