@@ -407,7 +407,8 @@ class AutoSubnetLaplace(AutoAtMAP):
 
         What was learned stands in ``factors`` and ``evidence_history``. The guide is
         under them from then on: its loss in SVI, and all that its posteriors are. It
-        ends where the evidence was highest, also when it is interrupted. Of the model's
+        ends where the evidence was highest in the second half of the epochs; where it is
+        interrupted, where it was highest so far. Of the model's
         ``pyro.param``\ s none is trained.
 
         Args:

@@ -91,6 +91,10 @@ class Schedule:
             every = max(least, (self.num_epochs - first) // _LOOKS)
         yield from range(max(first, 1), self.num_epochs, every)
 
+    def is_late(self, epoch: int) -> bool:
+        """Whether the learning rate has fallen to a tenth of what it was."""
+        return 2 * epoch >= self.num_epochs
+
 
 @final
 class Trainer:
@@ -115,9 +119,9 @@ class Trainer:
 
     @torch.inference_mode(False)
     def train(self, schedule: Schedule, *, progress: bool = False) -> None:
-        """Descends on the log joint; ends where the evidence was highest.
+        """Descends on the log joint; ends where the evidence was highest, late on.
 
-        So it does where training is interrupted.
+        Where training is interrupted before, it ends where it was highest so far.
 
         Args:
             schedule: For how long.
@@ -136,7 +140,7 @@ class Trainer:
         try:
             for epoch in epochs:
                 if epoch in looks:
-                    best.see(self.look(epoch).log_evidence)
+                    best.see(self.look(epoch).log_evidence, schedule.is_late(epoch))
                 squares = []
                 for loss, square in self._losses():
                     squares.append(square)
@@ -151,7 +155,7 @@ class Trainer:
                 if epoch < first:
                     self._follow_residuals(statistics.fmean(squares))
             last = self.look(schedule.num_epochs, moves=False)
-            best.see(last.log_evidence)
+            best.see(last.log_evidence, late=True)
         finally:
             best.restore()
             loc.grad = None
@@ -210,15 +214,20 @@ class Trainer:
 
 @final
 class _Best:
-    """The state of highest evidence so far; the present one before any look."""
+    """The state of highest evidence so far; the present one before any look.
+
+    Laplace's evidence is that of a mode. Early states are none, and often have more.
+    """
 
     def __init__(self, trainee: Trainee):
         self._trainee, self._factors = trainee, trainee.factors
-        self._log_evidence = -math.inf
+        self._log_evidence, self._is_late = -math.inf, False
         self._loc: Tensor | None = None
 
-    def see(self, log_evidence: float) -> None:
-        """Keeps the present state if its evidence is the highest."""
+    def see(self, log_evidence: float, late: bool) -> None:
+        """Keeps the present state if its evidence is the highest, early ones aside."""
+        if late and not self._is_late:
+            self._log_evidence, self._is_late = -math.inf, True
         if log_evidence >= self._log_evidence:
             self._log_evidence = log_evidence
             self._loc = self._trainee.loc.detach().clone()
