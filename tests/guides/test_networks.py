@@ -6,6 +6,7 @@ torchvision is a stand-in: it has no build for every CPU build of torch.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +16,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 import tyxe
+from peft import LoraConfig, get_peft_model
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyro_subnet import AutoSubnetLaplace
@@ -295,3 +298,61 @@ def test_hugging_face_classifier(
     assert distribution.batch_shape == (10,)
     draws = Predictive(posterior.linearized_model, guide=posterior, num_samples=4)
     assert draws(**batch)["label"].shape == (4, 10)
+
+
+def adapted(dtype: torch.dtype) -> nn.Module:
+    """A classifier whose attention has adapters of rank 2, moved from their start."""
+    torch.manual_seed(0)
+    adapters = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS"
+    )
+    net = get_peft_model(bert(), adapters).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+# peft reads what transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_adapters_of_a_frozen_transformer(dtype: torch.dtype, share: Any) -> None:
+    """D counts what is trained; the backbone is held once; dictionaries are batches."""
+    net = adapted(dtype)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    bnn = bayesianize(net)
+    for name, parameter in net.named_parameters():
+        own = bnn.net.get_buffer(name)
+        assert (own.data_ptr() == parameter.data_ptr()) == (name not in trained)
+
+    def model(
+        input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> None:
+        outputs = bnn(input_ids=input_ids, attention_mask=attention_mask)
+        with pyro.plate("data", len(input_ids)):
+            pyro.sample("label", dist.Categorical(logits=outputs.logits), obs=labels)
+
+    words = torch.randint(1, 11, (10, 7))
+    inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    inputs["attention_mask"][::2, 5:] = 0
+    rows = [
+        {key: value[i] for key, value in inputs.items()} | {"labels": i % CLASSES}
+        for i in range(10)
+    ]
+    subnet = None if share is None else RandomSubnet(share, seed=1)
+    guide = AutoSubnetLaplace(model, subnet, init_loc_fn=init_to_module(net))
+    posterior = guide.laplace_approximation_from(DataLoader(rows, batch_size=4))
+    assert posterior.subnet.num_params == sum(p.numel() for p in trained.values())
+
+    exact = copy.deepcopy(net).double()
+
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(exact, values, (), dict(inputs)).logits
+
+    values = {site: value.double() for site, value in posterior.median().items()}
+    expected = categorical_precision(logits, values, dict(posterior.subnet.indices))
+    found = posterior.get_posterior().precision_matrix
+    assert_close(found, expected.to(dtype), **tolerance(dtype, "autograd"))
+    assert posterior.predictive_distribution(**inputs).probs.shape == (10, CLASSES)
