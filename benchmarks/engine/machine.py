@@ -46,11 +46,17 @@ def passes_seconds(net: nn.Module, x: Tensor) -> float:
 def _run_passes(net: nn.Module, x: Tensor) -> None:
     first = next(m for m in net.modules() if m._parameters)
     starts: list[Tensor] = []
-    handle = first.register_forward_hook(
-        lambda module, inputs, output: starts.append(output.requires_grad_())
-    )
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):  # no tuple, as of attention
+            starts.append(output.requires_grad_())
+
+    handle = first.register_forward_hook(note)
     outputs = net(x)
     handle.remove()
+    if not starts:
+        starts.append(x.requires_grad_())
+        outputs = net(x)
     for total in outputs.sum(0):
         torch.autograd.grad(total, starts, retain_graph=True)
 

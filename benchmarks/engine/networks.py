@@ -120,3 +120,58 @@ def resnet18_batchnorm() -> nn.Module:
 def resnet18_groupnorm() -> nn.Module:
     """D = 11,173,962."""
     return _resnet18(lambda channels: nn.GroupNorm(32, channels))
+
+
+class MeanOfTokens(nn.Module):
+    """What layers make of a sequence, averaged over its positions, to classes."""
+
+    def __init__(self, layers: nn.Module, width: int):
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(x).mean(1))
+        return logits
+
+
+class LastOfSequence(nn.Module):
+    """A recurrent network's output at the last position, to classes."""
+
+    def __init__(self, layers: nn.RNNBase):
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(layers.hidden_size, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(x)[0][:, -1])
+        return logits
+
+
+def _encoder(width: int, num_heads: int, depth: int) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        width, num_heads, 4 * width, activation="gelu", batch_first=True
+    )
+    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+
+def transformer() -> nn.Module:
+    """Four encoder layers of 128, on embedded tokens: D = 794,378."""
+    return MeanOfTokens(_encoder(128, 4, 4), 128)
+
+
+def lstm() -> nn.Module:
+    """Two layers of 128 on 64 features: D = 232,714."""
+    return LastOfSequence(nn.LSTM(64, 128, num_layers=2, batch_first=True))
+
+
+def vit_small() -> nn.Module:
+    """Twelve encoder layers of 384, on 8 x 8 patches of 4 x 4: D = 21,316,234."""
+    patches = nn.Conv2d(3, 384, 4, stride=4)
+    tokens = nn.Sequential(patches, nn.Flatten(2), Transposed())
+    return MeanOfTokens(nn.Sequential(tokens, _encoder(384, 6, 12)), 384)
+
+
+class Transposed(nn.Module):
+    """Swaps channels and positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

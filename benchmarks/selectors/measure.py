@@ -200,12 +200,19 @@ def at_temperature(trained: Trained, temperature: float) -> Callable[[Tensor], A
     return predict
 
 
-def _tempered(trained: Trained, split: Split) -> list[Score]:
+def best_temperature(trained: Trained, split: Split) -> float:
+    """That under which the MAP predicts the held-out data best."""
     x, y = split.held_out
+
+    def log_density(temperature: float) -> float:
+        return float(at_temperature(trained, temperature)(x).log_prob(y).mean())
+
+    return max(TEMPERATURES, key=log_density)
+
+
+def _tempered(trained: Trained, split: Split) -> list[Score]:
+    best = best_temperature(trained, split)
     predict = {value: at_temperature(trained, value) for value in TEMPERATURES}
-    best = max(
-        TEMPERATURES, key=lambda each: float(predict[each](x).log_prob(y).mean())
-    )
     found = [Score("", "temperature", best), *judged(split, predict[best], "own")]
     for step, value in enumerate(TEMPERATURES):
         along = judged(split, predict[value], f"step {step}")

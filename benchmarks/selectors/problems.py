@@ -66,6 +66,11 @@ def problems(folder: Path | None) -> Iterator[Problem]:
     if folder is None:
         return
     yield from uci_problems(folder, UCI_SETS, _MOST)
+    yield from image_problems(folder)
+
+
+def image_problems(folder: Path) -> Iterator[Problem]:
+    """Small convolutional networks on images of MNIST and FashionMNIST."""
     for name in ("mnist", "fashion"):
         split = partial(images_split, folder, name)
         yield Problem(f"CNN, {name}", split, cnn, has_noise=False)
@@ -107,6 +112,11 @@ def mlp(
 
 
 def cnn(split: Split) -> nn.Sequential:
+    """That of images, whatever the split."""
+    return small_cnn()
+
+
+def small_cnn() -> nn.Sequential:
     """Two convolutions of 5 x 5 at a stride of 2, of 8 and 16 channels; D = 5,994."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 5, stride=2),

@@ -101,10 +101,11 @@ class LinearizedPredictions(AutoAtMAP):
             \quad \theta_k \sim N(\hat\theta, P^{-1})
 
         For many outputs: classes, tokens, pixels. Exact, it takes a backward pass for
-        each output of a datum, in bounded memory, and few where the chosen weights are
-        a last layer's. From draws it takes three forward passes for each, however many
-        outputs there are, and each variance has the relative standard error
-        :math:`\sqrt{2 / K}`.
+        each output of a datum, in bounded memory; a few in all where the chosen weights
+        are a last layer's and outputs are numbers. (Of classes, outputs are
+        log-probabilities, to which all logits add.) From draws it takes three forward
+        passes for each, however many outputs there are, and each variance has the
+        relative standard error :math:`\sqrt{2 / K}`.
 
         Args:
             args: As for :meth:`output_distribution`.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.evidence import looks
 from benchmarks.evidence.__main__ import EXPERIMENTS
 from benchmarks.evidence.measure import (
     BY_EVIDENCE,
@@ -25,7 +26,7 @@ from benchmarks.evidence.measure import (
 )
 from benchmarks.harness import digest
 from benchmarks.harness.task import Row
-from benchmarks.selectors.problems import Problem
+from benchmarks.selectors.problems import Problem, small_cnn
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "evidence" / "results"
@@ -116,3 +117,14 @@ def test_all_data_are_what_is_trained_on_and_held_out() -> None:
     x, y = runs.all_data
     assert len(x) == len(y) == len(runs.split.train[0]) + len(runs.split.held_out[0])
     assert torch.equal(x[-1], runs.split.held_out[0][-1])
+
+
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
+def test_looks_are_timed_apart_from_training() -> None:
+    x, y = torch.randn(30, 1, 28, 28), torch.arange(30) % 10
+    epoch, look, share = (
+        score.value for score in looks.measured(small_cnn, (x, y), 10, 4)
+    )
+    # Two looks: after one epoch of four, and at the end.
+    assert share == pytest.approx(2 * look / (4 * epoch), rel=1e-9)
+    assert min(epoch, look) > 0
