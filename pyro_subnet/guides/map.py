@@ -407,9 +407,9 @@ class AutoSubnetLaplace(AutoAtMAP):
 
         What was learned stands in ``factors`` and ``evidence_history``. The guide is
         under them from then on: its loss in SVI, and all that its posteriors are. It
-        ends where the evidence was highest in the second half of the epochs; where it is
-        interrupted, where it was highest so far. Of the model's
-        ``pyro.param``\ s none is trained.
+        ends where the evidence was highest in the second half of the epochs; when it is
+        interrupted, where it was highest so far. Of the model's ``pyro.param``\ s none
+        is trained.
 
         Args:
             batches: As for :meth:`laplace_approximation_from`; passed over in every
