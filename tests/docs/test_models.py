@@ -81,6 +81,8 @@ def fitted(code: str) -> Names:
     names = run(code, names)
     # Where a section needs a subnet of its own it says so.
     use = USE if "subnet" not in names else USE.replace("subnet=0.5", "subnet=subnet")
+    if torch.get_default_dtype() == torch.float32:  # once trained is enough
+        use = use.replace("range(200)", "range(80)")
     return run(use, names)
 
 
