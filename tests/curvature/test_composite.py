@@ -285,3 +285,62 @@ def test_what_is_not_written_out_takes_another_route(
     assert escaped == {site for site in outputs.chosen if site.startswith(layer)}
     found = rows_of(outputs, factors, None, LARGE)
     assert_close(found, dense_rows(outputs, factors), **CLOSE)
+
+
+class Started(nn.Module):
+    """A recurrent layer, or cell, that starts at a learned state."""
+
+    def __init__(self, cells: nn.Module, num_states: int) -> None:
+        super().__init__()
+        self.cells, self.out = cells, nn.Linear(5, C)
+        self.start = nn.ParameterList([torch.randn(1, 1, 5) for _ in range(num_states)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = [each.expand(1, len(x), 5) for each in self.start]
+        if not isinstance(self.cells, nn.RNNBase):
+            start = [each[0] for each in start]
+            x = x[:, 0]
+        state = start[0] if len(start) == 1 else tuple(start)
+        outputs = self.cells(x, state)
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        found: Tensor = self.out(outputs[:, -1] if outputs.ndim > 2 else outputs)
+        return found
+
+
+class Biased(nn.Module):
+    """Attention with a learned score for each pair of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.scores = nn.Parameter(torch.randn(POSITIONS, POSITIONS))
+        self.out = nn.Linear(WIDTH, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self.attend(x, x, x, attn_mask=self.scores)[0]
+        found: Tensor = self.out(attended.mean(1))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "escaped"),
+    [
+        (lambda: Started(nn.GRU(WIDTH, 5, batch_first=True), 1), {"start.0"}),
+        (
+            lambda: Started(nn.LSTM(WIDTH, 5, batch_first=True), 2),
+            {"start.0", "start.1"},
+        ),
+        (lambda: Started(nn.RNNCell(WIDTH, 5), 1), {"start.0"}),
+        (lambda: Started(nn.LSTMCell(WIDTH, 5), 2), {"start.0", "start.1"}),
+        (Biased, {"scores"}),
+    ],
+    ids=["GRU", "LSTM", "RNNCell", "LSTMCell", "attention"],
+)
+def test_what_a_layer_takes_as_it_is_escapes_by_itself(
+    make: Callable[[], nn.Module], escaped: set[str]
+) -> None:
+    outputs = output_map(*made(make), share=0.7)
+    factors = random_factors(outputs)
+    assert recording(outputs).tape.escaped == escaped
+    found = rows_of(outputs, factors, None, LARGE)
+    assert_close(found, dense_rows(outputs, factors), **CLOSE)

@@ -40,6 +40,7 @@ def _attention(tape: Tape, *args: Any, **kwargs: Any) -> Any:
     other = any(given[name] is not None for name in _NOT_WRITTEN_OUT)
     if drops or other or given["add_zero_attn"] or given["query"].ndim != _BATCHED:
         return None
+    tape.let_escape(given["attn_mask"], given["key_padding_mask"])
     with tape:
         projected = _projected(given)
     q, k, v = (
@@ -208,6 +209,7 @@ def _recurrent(
     if x.ndim != _BATCHED or (trains and dropout > 0):
         return None
     states = start if isinstance(start, tuple) else (start,)
+    tape.let_escape(*states)
     num_ways = 2 if both_ways else 1
     count = len(weights) // (num_layers * num_ways)
     rows = x if batch_first else x.transpose(0, 1)
@@ -230,6 +232,8 @@ def _one_step(cell: Cell, tape: Tape, x: Tensor, start: Any, *weights: Any) -> A
     """``torch.lstm_cell`` and its like."""
     w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
     state = (start,) if isinstance(start, Tensor) else tuple(start)
+    tape.let_escape(*state)
+    state = tuple(each.view_as(each) for each in state)
     with tape:
         given, kept = F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh)
     found = cell(given, kept, state)

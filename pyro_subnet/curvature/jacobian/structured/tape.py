@@ -172,6 +172,11 @@ class Tape(TorchFunctionMode):
                 self.escaped.update(weight.site for weight in weights)
         return result
 
+    def let_escape(self, *tensors: Tensor | None) -> None:
+        """Lets sites escape that a layer which is written out takes as they are."""
+        found = (self._marked.get(id(tensor)) for tensor in tensors)
+        self.escaped.update(marked[1].site for marked in found if marked is not None)
+
     def note(
         self,
         weight: Tensor,
