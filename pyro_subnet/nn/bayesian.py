@@ -110,6 +110,8 @@ class BayesianModule(PyroModule):
         # Names of frozen parameters, whose values are the network's own.
         self._frozen = _parameters_to_buffers(self.net)
         self.register_load_state_dict_pre_hook(_copy_frozen)
+        # They, and how often each had been changed, at the first call.
+        self._seen: list[tuple[str, Tensor, Version]] | None = None
         self._priors = self._make_priors()
         self._source: weakref.ref[nn.Module] | None = weakref.ref(net)
         self._source_as_copied = _versions(net)
@@ -123,6 +125,21 @@ class BayesianModule(PyroModule):
     def _set_frozen(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         self.net.get_submodule(path).register_buffer(leaf, value)
+        self._seen = None
+
+    def _check_frozen(self) -> None:
+        """Refuses to run on what has become of frozen parameters since the first call.
+
+        Raises:
+            ModelError: If one was changed in place.
+        """
+        if self._seen is None:
+            buffers = dict(self.net.named_buffers(remove_duplicate=False))
+            frozen = [(name, buffers[name]) for name in sorted(self._frozen)]
+            self._seen = [(name, value, _version(value)) for name, value in frozen]
+        changed = [name for name, value, seen in self._seen if _version(value) != seen]
+        if changed:
+            raise ModelError(_trained_on(changed))
 
     def _make_priors(self) -> dict[str, Distribution]:
         return {
@@ -134,6 +151,7 @@ class BayesianModule(PyroModule):
         """Moves the priors with the buffers, as ``.to`` and similar methods do."""
         unchanged = self._own_as_copied == self._own_versions()
         super()._apply(fn, recurse)
+        self._seen = None
         self._priors = self._make_priors()
         if unchanged:
             self._own_as_copied = self._own_versions()
@@ -141,10 +159,12 @@ class BayesianModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no longer a copy of the network, but of this module."""
-        return {**super().__getstate__(), "_source": None, "_drawn": {}}
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_source": None, "_drawn": {}, "_seen": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Samples the weights, and runs the network with them."""
+        self._check_frozen()
         weights = {}
         call = object()
         for site, names in self._names.items():
@@ -216,12 +236,7 @@ class BayesianModule(PyroModule):
             for name, value in own.items()
         )
         if (changed and self._used) or not fits:
-            raise ModelError(
-                "A network must stay as it was copied once its copy has been called; "
-                f"got other values of {changed[:3] or 'other tensors'}. Call "
-                "`bayesianize(net)` after the last step of training, or keep the old "
-                "values with `copy.deepcopy(bnn)`."
-            )
+            raise ModelError(_trained_on(changed))
         with torch.no_grad():
             for name in changed:
                 if name in self._frozen:
@@ -231,6 +246,15 @@ class BayesianModule(PyroModule):
         self._priors = self._make_priors()
         self._source_as_copied = now
         self._own_as_copied = self._own_versions()
+
+
+def _trained_on(changed: list[str]) -> str:
+    return (
+        "A network must stay as it was copied once its copy has been called, frozen "
+        "parameters too, which are not copied; got other values of "
+        f"{changed[:3] or 'other tensors'}. Call `bayesianize(net)` after the last "
+        "step of training, or keep the old values with `copy.deepcopy(bnn)`."
+    )
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
@@ -352,11 +376,12 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 
 def _versions(net: nn.Module) -> dict[str, Version]:
     """What tells whether any tensor of a network was changed or replaced since."""
+    return {name: _version(tensor) for name, tensor in _tensors(net).items()}
+
+
+def _version(tensor: Tensor) -> Version:
     # Tensors made in inference mode count no versions.
-    return {
-        name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        for name, tensor in _tensors(net).items()
-    }
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _parameters_to_buffers(net: nn.Module) -> frozenset[str]:
@@ -377,7 +402,8 @@ def _parameters_to_buffers(net: nn.Module) -> frozenset[str]:
                     module.register_buffer(name, parameter.detach().clone())
                 else:
                     module.register_buffer(name, _not_copied(parameter))
-    return frozen
+    # A scripted part has a copy of its own.
+    return frozen.intersection(dict(net.named_buffers(remove_duplicate=False)))
 
 
 def _copy_frozen(module: BayesianModule, *_: Any) -> None:

@@ -621,6 +621,24 @@ def test_a_frozen_parameter_that_changes_after_the_first_call_is_noticed() -> No
         guide(x, double(N, C))
 
 
+def test_a_frozen_parameter_that_is_trained_later_is_refused() -> None:
+    """Else a posterior would predict with another backbone than it was fitted to."""
+    net, x = half_frozen()
+    posterior = fit(net, x, RandomSubnet(3, seed=0))
+    again = pickle.loads(pickle.dumps(bayesianize(net)))
+    expected = posterior.output_distribution(x).loc
+    assert_close(posterior.output_distribution(x).loc, expected, **EQUAL)
+    net.requires_grad_(True)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).square().sum().backward()
+    sgd.step()
+    with pytest.raises(ModelError, match=r"must stay as it was copied.*0\.bias"):
+        posterior.output_distribution(x)
+    # A copy has its own.
+    before = again(x)
+    assert before.shape == (N, C)
+
+
 def test_a_frozen_parameter_that_is_replaced_before_is_taken_up() -> None:
     net, x = half_frozen()
     bnn = bayesianize(net)
