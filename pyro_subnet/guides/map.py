@@ -418,7 +418,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             lr: Of Adam, at the start.
             burn_in: Epochs before the first look; by default a sixth.
             every: Epochs between looks; by default what makes 25 of them, but with
-                several batches at least 3. A look costs a pass over the data, and
+                several batches at least 6. A look costs a pass over the data, and
                 :math:`R^2 D` operations of R = N C rows.
             per_site: Whether each site's prior has a factor of its own.
             covariance: Of the Laplace approximation that the evidence is of.

@@ -86,8 +86,8 @@ class Schedule:
         first = self.num_epochs // _BURN_IN if self.burn_in is None else self.burn_in
         every = self.every
         if every is None:
-            # Of batches a look costs two epochs, and shall not outweigh the training.
-            least = 1 if num_batches == 1 else 3
+            # Of batches a look costs four epochs, and shall not outweigh the training.
+            least = 1 if num_batches == 1 else 6
             every = max(least, (self.num_epochs - first) // _LOOKS)
         yield from range(max(first, 1), self.num_epochs, every)
 
