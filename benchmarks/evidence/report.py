@@ -13,6 +13,7 @@ from benchmarks.evidence.measure import (
     METHODS,
     PEER,
     SUBNET,
+    TEMPERATURE,
     TUNED,
 )
 from benchmarks.harness.reporting import (
@@ -30,7 +31,7 @@ from benchmarks.harness.task import Row
 from benchmarks.selectors.report import Place
 
 _ERRORS = 2.0  # standard errors that a difference must have to count
-_BASES = (SUBNET, TUNED, PEER, ENSEMBLE)
+_BASES = (SUBNET, TUNED, TEMPERATURE, PEER, ENSEMBLE)
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
