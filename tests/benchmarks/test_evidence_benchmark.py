@@ -41,7 +41,7 @@ def problem(name: str) -> Problem:
 @pytest.mark.parametrize("name", ["gap, tanh", "moons"])
 def test_every_way_is_judged(name: str) -> None:
     found = problem(name)
-    runs = Runs(found, found.split(0), Plan(24))
+    runs = Runs(found, found.split(0), Plan(12))
     for method in METHODS:
         scores = runs.scores(method)
         assert all(math.isfinite(score.value) for score in scores)

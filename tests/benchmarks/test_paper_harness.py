@@ -280,6 +280,7 @@ def test_differences_are_of_seeds_that_both_have() -> None:
     assert counts([0.02, 0.005, -0.005, -0.02, -1.0]) == "1 / 2 / 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "uci"])
 def test_all_methods_run_at_smoke_size(tmp_path: Path, name: str) -> None:
     data, out = uci_folder(tmp_path / "data"), tmp_path / "out"

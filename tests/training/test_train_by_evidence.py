@@ -407,7 +407,7 @@ def test_the_noise_is_not_below_the_residuals_of_the_training_data() -> None:
     """Held-out data without noise, beside training data with it, ask for none."""
     x, y = data()
     exact = x, torch.sin(2 * x[:, 0])
-    guide = trained(of_bayesianized, val=exact, num_epochs=300)
+    guide = trained(of_bayesianized, val=exact, num_epochs=300, every=20)
     posterior = guide.laplace_approximation(x, y)
     fitted = posterior.output_distribution(x).mean.squeeze(-1)
     rmse = float((fitted - y).square().mean().sqrt())
@@ -425,7 +425,7 @@ def late_best(guide: AutoSubnetLaplace, num_epochs: int) -> EvidenceStep:
 
 def test_the_state_of_highest_evidence_is_kept() -> None:
     """Not an early one, whose weights are at no mode, though it has more."""
-    guide = trained(of_bayesianized, num_epochs=500)
+    guide = trained(of_bayesianized, num_epochs=500, every=20)
     best = late_best(guide, 500)
     first = max(guide.evidence_history, key=lambda step: step.log_evidence)
     assert first.epoch < 250
