@@ -173,8 +173,7 @@ class Trainer:
 
     def residual_noise(self) -> float:
         """The noise's factor that residuals on the training data have."""
-        noise = residual_noise(self._trainee.at_map, self._data)
-        return max(noise, _LEAST_NOISE)
+        return residual_noise(self._trainee.at_map, self._data)
 
     def _losses(self) -> Iterator[tuple[Tensor, float]]:
         """Each batch's loss, a datum, whose gradient ``loc`` holds; mean square."""

@@ -416,6 +416,18 @@ def test_the_noise_is_not_below_the_residuals_of_the_training_data() -> None:
     assert guide.noise_factor * NOISE == pytest.approx(rmse, rel=1e-6)
 
 
+def test_the_noise_may_end_far_below_the_models_own() -> None:
+    """A model that says 5,000, beside residuals of a half: what the data show counts."""
+    guide = AutoSubnetLaplace(of_bayesianized(network(), 1.0, 1e4), 0.4)
+    options = {"num_epochs": 300, "lr": 0.05, "burn_in": 20, "every": 20}
+    guide.train_by_evidence([data()], val=held_out(), **options)
+    x, y = held_out()
+    mean = guide.laplace_approximation(*data()).output_distribution(x).mean.squeeze(-1)
+    rmse = float((mean - y).square().mean().sqrt())
+    assert rmse < 1
+    assert guide.noise_factor * 1e4 * NOISE < 1.5 * rmse
+
+
 def late_best(guide: AutoSubnetLaplace, num_epochs: int) -> EvidenceStep:
     """The look of highest evidence in the second half, where rates are small."""
     history = guide.evidence_history
