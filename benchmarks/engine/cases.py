@@ -120,6 +120,18 @@ _RESNET = Case(
     batch_sizes=(1, 4, 16),
     trial_size=8,
 )
+_TRANSFORMER = Case(
+    name="transformer",
+    network=networks.transformer,
+    input_shape=(32, 128),
+    num_outputs=10,
+    subnet_size=2000,
+    num_data=128,
+    num_predict=128,
+    backends=("CurvlinopsGGN",),
+    batch_sizes=(8, 32),
+    trial_size=32,
+)
 
 _ALL = (
     Case(
@@ -164,39 +176,15 @@ _ALL = (
         target=Target(25, 25, 1.5),
         batch_sizes=(1, 4),
     ),
-    Case(
-        name="transformer",
-        network=networks.transformer,
-        input_shape=(32, 128),
-        num_outputs=10,
-        subnet_size=2000,
-        num_data=128,
-        num_predict=128,
-        backends=("CurvlinopsGGN",),
-        batch_sizes=(8, 32),
-        trial_size=32,
-    ),
-    Case(
-        name="lstm",
-        network=networks.lstm,
-        input_shape=(50, 64),
-        num_outputs=10,
-        subnet_size=2000,
-        num_data=128,
-        num_predict=128,
-        backends=("CurvlinopsGGN",),
-        batch_sizes=(8, 32),
-        trial_size=32,
-    ),
-    Case(
+    _TRANSFORMER,
+    replace(_TRANSFORMER, name="lstm", network=networks.lstm, input_shape=(50, 64)),
+    replace(
+        _TRANSFORMER,
         name="vit-small",
         network=networks.vit_small,
         input_shape=_CIFAR,
-        num_outputs=10,
-        subnet_size=2000,
         num_data=8,
         num_predict=8,
-        backends=("CurvlinopsGGN",),
         batch_sizes=(1, 4),
         trial_size=4,
     ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engine.networks import resnet18_batchnorm
-from benchmarks.harness.reporting import Cell, collected, mean_and_error, table
+from benchmarks.harness.reporting import by_dataset, collected, table
 from benchmarks.harness.task import Row, Score, Settings, Task
 from benchmarks.paper.images.readers import read_images, to_unit
 from benchmarks.selectors.network import pyro_model
@@ -110,13 +110,5 @@ def measured(
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """A line a network."""
-    found = collected(rows)
-    lines = [
-        [name]
-        + [
-            mean_and_error(found[Cell(name, "", _METHOD, "", metric)].values())
-            for metric in _METRICS
-        ]
-        for name in dict.fromkeys(cell.dataset for cell in found)
-    ]
+    lines = by_dataset(collected(rows), _METHOD, _METRICS)
     return table("Looks", ["network", *_METRICS], lines)

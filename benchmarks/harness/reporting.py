@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +109,16 @@ def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> s
     """In Markdown."""
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def by_dataset(
+    found: Found, method: str, metrics: Iterable[str]
+) -> Iterator[list[str]]:
+    """A line for each data set: its name, and each metric of one method."""
+    columns = list(metrics)
+    for name in dict.fromkeys(cell.dataset for cell in found):
+        cells = (found[Cell(name, "", method, "", metric)] for metric in columns)
+        yield [name, *(mean_and_error(cell.values()) for cell in cells)]
 
 
 def saved(panels: Sequence[Axes], path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness.reporting import Cell, collected, mean_and_error, table
+from benchmarks.harness.reporting import by_dataset, collected, table
 from benchmarks.harness.task import Row, Score, Settings, Task
 from benchmarks.selectors.measure import fit, plan_of
 from benchmarks.selectors.network import held_out_rmse, train
@@ -59,13 +59,5 @@ def _run(
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """The table, a line a problem."""
-    found = collected(rows)
-    lines = [
-        [name]
-        + [
-            mean_and_error(found[Cell(name, "", _METHOD, "", metric)].values())
-            for metric in _METRICS.values()
-        ]
-        for name in dict.fromkeys(cell.dataset for cell in found)
-    ]
+    lines = by_dataset(collected(rows), _METHOD, _METRICS.values())
     return table("Noise learned with the weights", ["targets' units", *_METRICS], lines)
