@@ -417,7 +417,7 @@ def test_the_noise_is_not_below_the_residuals_of_the_training_data() -> None:
 
 
 def test_the_noise_may_end_far_below_the_models_own() -> None:
-    """A model that says 5,000, beside residuals of a half: what the data show counts."""
+    """A model that says 5,000, beside residuals of a half: the data count."""
     guide = AutoSubnetLaplace(of_bayesianized(network(), 1.0, 1e4), 0.4)
     options = {"num_epochs": 300, "lr": 0.05, "burn_in": 20, "every": 20}
     guide.train_by_evidence([data()], val=held_out(), **options)
