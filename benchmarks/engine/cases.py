@@ -189,6 +189,16 @@ _ALL = (
         trial_size=4,
     ),
     replace(
+        _TRANSFORMER,
+        name="adapters",
+        network=networks.vit_adapters,
+        input_shape=_CIFAR,
+        subnet_size=6144,
+        num_data=32,
+        num_predict=32,
+        backends=(),
+    ),
+    replace(
         _CNN,
         name="cnn-predict",
         work="predict",

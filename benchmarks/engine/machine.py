@@ -25,6 +25,15 @@ def product_rate() -> float:
     return 2 * _PRODUCT_SIZE**3 / min(seconds)
 
 
+@torch.no_grad()
+def forward_seconds(net: nn.Module, x: Tensor) -> float:
+    """One forward pass."""
+    net(x[:2])
+    start = time.perf_counter()
+    net(x)
+    return time.perf_counter() - start
+
+
 def passes_seconds(net: nn.Module, x: Tensor) -> float:
     """One forward and C backward passes to the outputs of the layers, at best.
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
+Activation = Callable[[Tensor], Tensor]
 
 NUM_CLASSES = 10
 
@@ -146,9 +149,11 @@ class LastOfSequence(nn.Module):
         return logits
 
 
-def _encoder(width: int, num_heads: int, depth: int) -> nn.TransformerEncoder:
+def _encoder(
+    width: int, num_heads: int, depth: int, activation: Activation = F.gelu
+) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(
-        width, num_heads, 4 * width, activation="gelu", batch_first=True
+        width, num_heads, 4 * width, activation=activation, batch_first=True
     )
     return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
@@ -163,11 +168,47 @@ def lstm() -> nn.Module:
     return LastOfSequence(nn.LSTM(64, 128, num_layers=2, batch_first=True))
 
 
-def vit_small() -> nn.Module:
+def vit_small(activation: Activation = F.gelu) -> nn.Module:
     """Twelve encoder layers of 384, on 8 x 8 patches of 4 x 4: D = 21,316,234."""
     patches = nn.Conv2d(3, 384, 4, stride=4)
     tokens = nn.Sequential(patches, nn.Flatten(2), Transposed())
-    return MeanOfTokens(nn.Sequential(tokens, _encoder(384, 6, 12)), 384)
+    return MeanOfTokens(nn.Sequential(tokens, _encoder(384, 6, 12, activation)), 384)
+
+
+class Adapter(nn.Module):
+    """A frozen layer beside which a square of weights is trained.
+
+    Source: Balazy et al. (2024), LoRA-XS, arXiv 2405.17604: the square stands between
+    the layer's leading singular vectors.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__()
+        left, values, right = torch.linalg.svd(layer.weight.detach(), False)
+        self.layer = layer.requires_grad_(False)
+        self.register_buffer("up", left[:, :rank] * values[:rank])
+        self.register_buffer("down", right[:rank])
+        self.square = nn.Linear(rank, rank, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, which torch's encoder asks for."""
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.square(x @ self.down.mT) @ self.up.mT
+        return self.layer(x) + adapted
+
+
+def vit_adapters() -> nn.Module:
+    """The same, frozen, with 24 adapters of 16 x 16: D = 6,144 of 21,322,378."""
+    # With its activation torch's fast path would leave the adapters out.
+    net = vit_small(F.silu).requires_grad_(False)
+    for layer in net.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.linear1 = Adapter(layer.linear1, 16)
+            layer.linear2 = Adapter(layer.linear2, 16)
+    return net
 
 
 class Transposed(nn.Module):

@@ -24,7 +24,7 @@ from benchmarks.engine.cases import (
     WARM_UP_SUBNET,
     Case,
 )
-from benchmarks.engine.machine import passes_seconds, product_rate
+from benchmarks.engine.machine import forward_seconds, passes_seconds, product_rate
 from benchmarks.engine.process import Answer, Meter, Task, Works, main
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal, Subnet
 from pyro_subnet.nn import bayesianize, init_to_module
@@ -55,9 +55,11 @@ def make_model(task: Task) -> Model:
 
 
 def chosen(net: nn.Module, positions: Tensor) -> dict[str, Tensor]:
-    """Positions in the flattened weights as positions within each parameter."""
+    """Positions in the flattened trained weights as positions within each parameter."""
     found, start = {}, 0
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         stop = start + parameter.numel()
         inside = positions[(positions >= start) & (positions < stop)] - start
         if len(inside):
@@ -68,7 +70,8 @@ def chosen(net: nn.Module, positions: Tensor) -> dict[str, Tensor]:
 
 def subnet_positions(task: Task) -> Tensor:
     """The case's subnet."""
-    return task.case.subnet(sum(p.numel() for p in task.prepared.net.parameters()))
+    weights = task.prepared.net.parameters()
+    return task.case.subnet(sum(p.numel() for p in weights if p.requires_grad))
 
 
 def make_guide(
@@ -121,6 +124,7 @@ def fit_and_predict(task: Task, meter: Meter) -> Answer:
     guide = make_guide(task, model, subnet, data)
     values = _timed_values(task, meter, guide)  # the posterior ends with the call
     figures = {
+        "forward": forward_seconds(task.prepared.net, data[0]),
         "rate": product_rate(),
         "passes": passes_seconds(task.prepared.net, data[0]),
     }

@@ -109,6 +109,7 @@ def alone(case: Case, ours: Result) -> Iterator[str]:
             f"GGN {share:.0%}"
         )
     yield (
+        f"forward pass {_seconds(figures['forward'])} s; "
         f"floor: passes {_seconds(figures['passes'])} s + products "
         f"{_seconds(products / rate)} s; the fit takes {fit / floor:.1f} times that"
     )

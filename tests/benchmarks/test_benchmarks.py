@@ -36,7 +36,7 @@ def result(fit: float = 1.0, predict: float = 1.0, **values: float) -> dict[str,
         "memory": 0.5,
         "whole_memory": 0.7,
         "values": {name: torch.tensor([value]) for name, value in values.items()},
-        "figures": {"fixed": 0.1, "rate": 1e9, "passes": 0.01},
+        "figures": {"fixed": 0.1, "rate": 1e9, "forward": 0.002, "passes": 0.01},
     }
 
 
