@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyro_subnet.diagnostics.probabilities import tensors_of
 from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError, shown
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
-from pyro_subnet.models.hybrid import SITE
+from pyro_subnet.models.subnet_prior import SITE
 from pyro_subnet.options import is_count
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.trace import apart

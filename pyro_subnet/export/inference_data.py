@@ -32,7 +32,8 @@ from pyro_subnet.export.labels import (
 from pyro_subnet.export.prior_draws import log_prior_at
 from pyro_subnet.gaussians.base import standard_normal
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
-from pyro_subnet.models.hybrid import SITE, HybridModel
+from pyro_subnet.models.hybrid import HybridModel
+from pyro_subnet.models.subnet_prior import SITE
 from pyro_subnet.options import check_num_samples, is_count
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode

@@ -19,22 +19,28 @@ from weakref import WeakValueDictionary, finalize
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import NUTS
-from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.gaussians.base import Gaussian
+from pyro_subnet.models.held_density import HeldDensity, hold
+from pyro_subnet.models.laplace_nuts import LaplaceNUTS
 from pyro_subnet.models.linearized import LinearizedModel
 from pyro_subnet.models.subnet_normal import SubnetNormal
-from pyro_subnet.models.subnet_prior import GivenSites, SubnetPrior, SubnetSites
+from pyro_subnet.models.subnet_prior import (
+    SITE,
+    GivenSites,
+    SubnetPrior,
+    SubnetSites,
+)
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.arguments import as_tensors
+from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.plates import WidePlates
 from pyro_subnet.tracing.trace import Model, ModelAtMAP, apart
 
-# The one latent site.
-SITE = "subnet"
 # Live models by the prefix of their entries in the param store.
 _OWNERS: WeakValueDictionary[str, HybridModel] = WeakValueDictionary()
 
@@ -91,9 +97,7 @@ class HybridModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, with the arguments and the return value of the user's."""
-        latents, estimates = self.at_map.latents, self._point_estimates()
-        (args, kwargs), _ = as_tensors((args, kwargs), self.at_map.model, latents.loc)
-        sites = SubnetSites(latents, self.subnet, estimates)
+        args, kwargs, sites = self._read(args, kwargs)
         prior = SubnetPrior(self.at_map.program, sites, args, kwargs)
         theta = pyro.sample(SITE, prior)
         # A linearized model widens its plates itself.
@@ -104,6 +108,35 @@ class HybridModel:
         if theta.ndim == 1:
             prior.remember(theta, given.log_prior)
         return returned
+
+    def hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeldDensity | None:
+        """The density of one call of a linearized model, whose data will not change.
+
+        Args:
+            args: Positional arguments of the user's model.
+            kwargs: Keyword arguments.
+
+        Returns:
+            The density; None where it takes runs of the model.
+        """
+        if not self.linearized:
+            return None
+
+        def own(theta: Tensor) -> Tensor:
+            given = pyro.condition(self, {SITE: theta})
+            return poutine.trace(given).get_trace(*args, **kwargs).log_prob_sum()
+
+        read, by_name, sites = self._read(args, kwargs)
+        call = ModelCall.read(self.at_map, read, by_name)
+        return hold(call, sites, self.guide.gaussian, own)
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], SubnetSites]:
+        """A call's arguments as tensors, and the latent sites at the parameters."""
+        latents, estimates = self.at_map.latents, self._point_estimates()
+        (args, kwargs), _ = as_tensors((args, kwargs), self.at_map.model, latents.loc)
+        return args, kwargs, SubnetSites(latents, self.subnet, estimates)
 
     def initial_params(self, num_chains: int = 1) -> dict[str, Tensor]:
         """Where MCMC may start, for ``MCMC(initial_params=...)``: one chain at the MAP.
@@ -130,8 +163,9 @@ class HybridModel:
         """A NUTS kernel whose mass matrix is the precision of the Laplace posterior.
 
         As far as that posterior is right, all directions are then alike: a draw takes
-        few steps, and warming up need not adapt the matrix. A plain
-        ``NUTS(hybrid_model)`` works too.
+        few steps, and warming up need not adapt the matrix. Of a linearized model J is
+        formed once for each run, and a gradient is two products with it. A plain
+        ``NUTS(hybrid_model)`` works too; it runs the network for each gradient.
 
         Args:
             options: Passed on to ``pyro.infer.NUTS``.
@@ -139,12 +173,8 @@ class HybridModel:
         Returns:
             The kernel, for ``MCMC``.
         """
-        kernel = NUTS(
-            self, **{"full_mass": True, "adapt_mass_matrix": False, **options}
-        )
         covariance = self.guide.get_posterior().covariance_matrix
-        kernel.mass_matrix_adapter = _LaplaceMassMatrix(covariance)
-        return kernel
+        return LaplaceNUTS(self, covariance, options)
 
     def at_parameters(self) -> ModelAtMAP:
         """The user's model with its latent sites at the present parameters.
@@ -194,7 +224,7 @@ class HybridGuide:
     """
 
     def __init__(self, gaussian: Gaussian):
-        self._gaussian = gaussian
+        self.gaussian = gaussian
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples ``"subnet"``; arguments are not read."""
@@ -206,7 +236,7 @@ class HybridGuide:
         Returns:
             A normal distribution over (S,).
         """
-        return SubnetNormal(self._gaussian)
+        return SubnetNormal(self.gaussian)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The MAP of the subnet, unconstrained; arguments are not read.
@@ -214,7 +244,7 @@ class HybridGuide:
         Returns:
             ``{"subnet": shape (S,)}``.
         """
-        return {SITE: self._gaussian.loc.clone()}
+        return {SITE: self.gaussian.loc.clone()}
 
     def quantiles(
         self, quantiles: Iterable[float], *args: Any, **kwargs: Any
@@ -229,24 +259,10 @@ class HybridGuide:
         Returns:
             ``{"subnet": shape (number of quantiles, S)}``.
         """
-        loc, scale = self._gaussian.loc, self._gaussian.variance().sqrt()
+        loc, scale = self.gaussian.loc, self.gaussian.variance().sqrt()
         levels = torch.tensor(list(quantiles), dtype=loc.dtype, device=loc.device)
         levels = levels.unsqueeze(-1)
         return {SITE: dist.Normal(loc, scale).icdf(levels)}
-
-
-@final
-class _LaplaceMassMatrix(BlockMassMatrix):
-    """Starts at the posterior's covariance as inverse mass matrix."""
-
-    def __init__(self, covariance: Tensor):
-        super().__init__()
-        self._covariance = covariance
-
-    def configure(self, *args: Any, **kwargs: Any) -> None:
-        """See ``BlockMassMatrix.configure``."""
-        super().configure(*args, **kwargs)
-        self.inverse_mass_matrix = {(SITE,): self._covariance}
 
 
 def _take_prefix(owner: HybridModel) -> str:

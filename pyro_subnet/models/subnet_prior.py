@@ -16,6 +16,9 @@ from pyro_subnet.subnet import Subnet, place_elements
 from pyro_subnet.tracing.log_prior import prior_term
 from pyro_subnet.tracing.trace import Latents, Model, Node, run_model
 
+# The one latent site of a hybrid model.
+SITE = "subnet"
+
 
 @final
 class SubnetSites:

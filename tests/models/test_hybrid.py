@@ -216,6 +216,7 @@ def test_linearized_log_density(name: str) -> None:
     assert_close(log_density(hybrid, theta, x, y), expected, **AUTOGRAD)
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 @pytest.mark.parametrize("linearized", [False, True])
 def test_one_latent_site_and_the_rest_parameters(linearized: bool) -> None:
     fit = fitted()
@@ -313,6 +314,7 @@ def test_log_density_has_the_shape_of_the_batch(
 # The param store, copies and pickles.
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 def test_two_live_models_do_not_share_parameters() -> None:
     first, second = fitted(), fitted()
     a, b = first.posterior.hybrid_model(), second.posterior.hybrid_model()
@@ -323,6 +325,7 @@ def test_two_live_models_do_not_share_parameters() -> None:
     assert_close(store["hybrid_1.w1"], second.posterior.median()["w1"], **EQUAL)
 
 
+@pytest.mark.usefixtures("no_guides_of_other_tests")
 def test_a_dead_models_parameters_are_not_taken_up() -> None:
     first, second = fitted(), fitted()
     hybrid = first.posterior.hybrid_model()
