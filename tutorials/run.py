@@ -32,6 +32,7 @@ NOTEBOOKS = (
     "5-arviz-workflow",
     "6-when-to-trust-it",
     "7-coming-from",
+    "8-fine-tuned-transformer",
 )
 # Seconds of a notebook; an idle machine takes a fifth, a busy one should not fail.
 SMOKE_LIMIT = 300
