@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -289,7 +290,8 @@ def place_elements(
     value = wide.scatter(-1, within.expand_as(values), values.to(wide))
     # As in Pyro, batch dimensions stand left of the event's, in place of dimensions of
     # length 1 of the site's own.
-    shape = torch.broadcast_shapes(base.shape, batch_shape + (1,) * event_dim)
+    # Torch's own function imports a computer algebra system, for half a second.
+    shape = np.broadcast_shapes(base.shape, batch_shape + (1,) * event_dim)
     return value.reshape(shape)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backends", nargs="+", help="only these")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--cold", action="store_true", help="time the first fit of a process, too"
+    )
     parser.add_argument("--num-data", type=int, help="at most, to try it out")
     parser.add_argument("--timeout", type=float, default=900.0, help="of a process, s")
     parser.add_argument(
@@ -54,15 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table.HEADER, flush=True)
     problems = []
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Launcher(Path(folder), options.timeout)
+        warm = Launcher(Path(folder), options.timeout)
+        ways = {"": warm}
+        if options.cold:
+            ways["cold, "] = replace(warm, cold=True)
         for name in options.cases:
             case = CASES[name]
             if options.num_data is not None:
                 case = case.smaller(options.num_data)
-            launcher.prepare(case)
-            report = run_case(case, options.backends, options.pairs, launcher)
-            print(table.block(report), flush=True)
-            problems.append(problem(case, report.rows))
+            warm.prepare(case)
+            for way, launcher in ways.items():
+                report = run_case(case, options.backends, options.pairs, launcher)
+                print(way + table.block(report), flush=True)
+                problems.append(problem(case, report.rows))
     found = [text for text in problems if text is not None]
     if found:
         raise SystemExit("\n".join(found))

@@ -85,7 +85,8 @@ def comparable(task: Task, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def fit_and_predict(task: Task, meter: Meter) -> Answer:
-    warm_up(task, task.side)
+    if not task.cold:
+        warm_up(task, task.side)
     x, y = task.prepared.train
     theirs = make_posterior(task, task.prepared.net, task.side)
     loader = batches(x, y, task.fit_batch)

@@ -119,9 +119,14 @@ def fitted(task: Task, model: Model) -> AutoSubnetMultivariateNormal:
 
 def fit_and_predict(task: Task, meter: Meter) -> Answer:
     case, model, data = task.case, make_model(task), task.prepared.train
-    warm_up(task, model)
+    if not task.cold:
+        warm_up(task, model)
     subnet = chosen(task.prepared.net, subnet_positions(task))
-    guide = make_guide(task, model, subnet, data)
+    guide = AutoSubnetLaplace(
+        model, subnet, init_loc_fn=init_to_module(task.prepared.net)
+    )
+    if not task.cold:
+        guide(*data)  # sets it up
     values = _timed_values(task, meter, guide)  # the posterior ends with the call
     figures = {
         "forward": forward_seconds(task.prepared.net, data[0]),

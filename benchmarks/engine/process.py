@@ -59,6 +59,7 @@ class Task:
         prepared: Network and data.
         fit_batch: Batch size of the fit, for sides that must be told.
         predict_batch: Batch size of the prediction, likewise.
+        cold: Whether what a first fit costs once is timed: nothing runs before it.
     """
 
     case: Case
@@ -66,6 +67,7 @@ class Task:
     prepared: Prepared
     fit_batch: int
     predict_batch: int
+    cold: bool = False
 
 
 # The numbers that the two sides are compared by, and further figures of ours.
@@ -130,6 +132,7 @@ def main(works: Works, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-data", type=int)
     parser.add_argument("--fit-batch", type=int, default=32)
     parser.add_argument("--predict-batch", type=int, default=32)
+    parser.add_argument("--cold", action="store_true", help="without a warm-up")
     options = parser.parse_args(arguments)
     case = CASES[options.case]
     if options.num_data is not None:
@@ -140,7 +143,8 @@ def main(works: Works, arguments: Sequence[str] | None = None) -> None:
         prepared = prepare.prepare(case)
     else:
         prepared = prepare.load(case, options.prepared)
-    task = Task(case, options.side, prepared, options.fit_batch, options.predict_batch)
+    batches = options.fit_batch, options.predict_batch
+    task = Task(case, options.side, prepared, *batches, cold=options.cold)
     try:
         result = measure(works, task, meter)
     except Exception as error:  # any failure of a library is a result

@@ -44,10 +44,12 @@ class Launcher:
     Attributes:
         folder: Where networks and results are kept.
         timeout: Seconds after which a process is ended.
+        cold: Whether first fits are timed, with nothing run before them.
     """
 
     folder: Path
     timeout: float
+    cold: bool = False
 
     def prepare(self, case: Case) -> None:
         """Makes the network and the data of a case's requests."""
@@ -70,6 +72,8 @@ class Launcher:
         command = ["-W", "ignore", "-m", f"benchmarks.engine.{module}"]
         for option, value in options.items():
             command += [option, str(value)]
+        if self.cold:
+            command.append("--cold")
         reason = failure([sys.executable, *command], self.timeout)
         return torch.load(out) if reason is None else reason
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import (
@@ -295,8 +296,8 @@ def _part(d: Distribution, name: str, value: Tensor, constraint: Constraint) -> 
     transform = _transform(d, name, constraint)
     batch = value.shape[: value.ndim - transform.codomain.event_dim]
     try:
-        fits = torch.broadcast_shapes(batch, d.batch_shape) == d.batch_shape
-    except RuntimeError:
+        fits = np.broadcast_shapes(batch, d.batch_shape) == d.batch_shape
+    except ValueError:
         fits = False
     if not fits:
         shape = tuple(value.shape)

@@ -290,9 +290,8 @@ class _Gradients:
             gradient = self.total[site]
             curvature = None
             if site not in self.coupled and gradient.requires_grad:
-                ones = torch.ones_like(gradient)
                 (curvature,) = torch.autograd.grad(
-                    gradient, leaf, ones, retain_graph=True, allow_unused=True
+                    gradient.sum(), leaf, retain_graph=True, allow_unused=True
                 )
             zero = torch.zeros_like(leaf)
             parts.append((zero if curvature is None else -curvature).flatten())

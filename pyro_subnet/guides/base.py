@@ -7,10 +7,12 @@ these guides stay alive.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
@@ -77,7 +79,16 @@ class AutoAtMAP(AutoContinuous):
 
     def _unpack_elements(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The same in the type of the packed vector."""
-        yield from super()._unpack_latent(latent)
+        # As `AutoContinuous` does, whose `torch.broadcast_shapes` imports a computer
+        # algebra system when it is first called: half a second of a first fit.
+        first, batch = 0, latent.shape[:-1]
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            event_dim = site["fn"].event_dim + len(shape) - site["value"].ndim
+            wide = np.broadcast_shapes(shape, batch + (1,) * event_dim)
+            last = first + math.prod(shape)
+            yield site, latent[..., first:last].view(wide)
+            first = last
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The MAP of every latent site, constrained, in tensors of their own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -134,7 +135,7 @@ class _LinearizedSites(Messenger):
         shape = (1,) * missing + own.shape if self.draws.count else own.shape
         value = own + self.draws.spread(tangent, shape, len(fn.batch_shape))
         delta = dist.Delta(value, event_dim=fn.event_dim).mask(False)
-        batch_shape = torch.broadcast_shapes(fn.batch_shape, delta.batch_shape)
+        batch_shape = np.broadcast_shapes(fn.batch_shape, delta.batch_shape)
         msg["value"] = value
         msg["fn"] = delta.expand(batch_shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -115,7 +116,7 @@ class SubnetPrior(dist.TorchDistribution):
         # `Predictive(parallel=True)` passes K draws without the axes of inner plates.
         if self.batch_shape and found.numel() == self.batch_shape.numel():
             return found.reshape(self.batch_shape)
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        return found.expand(np.broadcast_shapes(found.shape, self.batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws as the user's model does, by one run each."""

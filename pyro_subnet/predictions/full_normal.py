@@ -8,6 +8,7 @@ from typing import Any, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.distributions.utils import lazy_property
 
 from pyro_subnet.tensors.modes import full_precision
@@ -26,6 +27,29 @@ class FullNormal(dist.MultivariateNormal):
     """
 
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, loc: Tensor, scale_tril: Tensor, *, validate_args: bool | None = None
+    ) -> FullNormal:
+        """The distribution of a mean and a lower factor of one batch shape.
+
+        Args:
+            loc: Mean, shape (..., C).
+            scale_tril: Lower factor of the covariance, shape (..., C, C).
+            validate_args: As of torch's class.
+
+        Returns:
+            The distribution.
+        """
+        # As torch constructs it, but for the comparison of batch shapes, whose first
+        # use imports a computer algebra system: half a second.
+        new: FullNormal = object.__new__(cls)
+        new.loc, new.scale_tril = loc, scale_tril
+        new._unbroadcasted_scale_tril = scale_tril
+        shapes = loc.shape[:-1], loc.shape[-1:]
+        Distribution.__init__(new, *shapes, validate_args=validate_args)
+        return new
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FullNormal:
         """The same for each element of a larger batch."""

@@ -82,7 +82,7 @@ class OutputGaussian:
         loc, factor = self.moments(joint=joint)
         # A singular covariance has zeros on the factor's diagonal, which torch's check
         # of the argument, though not its arithmetic, refuses.
-        found = FullNormal(loc, scale_tril=factor, validate_args=False)
+        found = FullNormal.of(loc, factor, validate_args=False)
         names = self.outputs.names
         found.names = names * (loc.shape[-1] // len(names))
         return found

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.tensors.agreement import agree, random_direction
+from pyro_subnet.tensors.pullback import weighted_sum
 
 Cotangents = Float[Tensor, "rows *shape"]
 
@@ -70,9 +71,8 @@ class RowGradients:
 
     def _pull(self, cotangent: Tensor) -> Sequence[Tensor]:
         return torch.autograd.grad(
-            self._value,
+            weighted_sum([self._value], [cotangent]),
             self._points,
-            cotangent,
             retain_graph=True,
             create_graph=self._create_graph,
             materialize_grads=True,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.util import check_site_shape
-from torch import Tensor, broadcast_shapes
+from torch import Tensor
 
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tracing.trace import Node
@@ -36,8 +37,8 @@ def check_shape(node: Node) -> None:
     for weight in (node["scale"], node["mask"]):  # which broadcast as the data do
         parts += [weight.shape] if isinstance(weight, Tensor) else []
     try:
-        shape = broadcast_shapes(*parts)
-    except RuntimeError as err:
+        shape = np.broadcast_shapes(*parts)
+    except ValueError as err:
         raise ModelError(_does_not_fit(name, fn, value)) from err
     if shape == batch and not any(f.vectorized for f in node["cond_indep_stack"]):
         return  # no plate, but every datum counts once

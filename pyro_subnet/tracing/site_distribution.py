@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import (
@@ -69,8 +70,8 @@ class SiteDistribution:
         # The value may have more batch dimensions than the distribution.
         sampled = value.shape[: value.ndim - own]
         shape = torch.Size((*fn.batch_shape, *event))  # a tuple, of some of Pyro's
-        if shape != sampled:  # torch's function takes long
-            shape = torch.broadcast_shapes(shape, sampled)
+        if shape != sampled:
+            shape = torch.Size(np.broadcast_shapes(shape, sampled))
         mask = kind = None
         if type(base) in _LEAVE_OUT_NAN:
             kind, seen = type(base), value.isfinite()

@@ -19,6 +19,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
 )
 from pyro_subnet.tensors.agreement import agree, random_direction, random_stream
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.pullback import weighted_sum
 
 
 class WrongRows(Exception):
@@ -37,9 +38,8 @@ def plain_gradient(
     if not live:
         return outputs.loc.new_zeros(outputs.size)
     gradients = torch.autograd.grad(
-        [value for value, _ in live],
+        weighted_sum(*zip(*live, strict=True)),
         list(leaves.values()),
-        [u for _, u in live],
         materialize_grads=True,
     )
     return at_chosen(dict(zip(leaves, gradients, strict=True)), outputs.chosen)

@@ -35,4 +35,4 @@ def multivariate(
 ) -> dist.MultivariateNormal:
     """The same as a multivariate normal, also for a single output."""
     scale_tril = lower_factor(torch.cat([factor, noise], dim=-1))
-    return FullNormal(loc, scale_tril=scale_tril)
+    return FullNormal.of(loc, scale_tril)

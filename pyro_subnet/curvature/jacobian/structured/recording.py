@@ -20,6 +20,7 @@ from pyro_subnet.curvature.jacobian.structured.tape import Affine, Entries, Tape
 from pyro_subnet.exceptions import SubnetError
 from pyro_subnet.tensors.agreement import agree, random_direction
 from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.pullback import weighted_sum
 
 _RULES = {**LAYERS, **CONVOLUTIONS}
 # How many data are differentiated together and apart. Odd, so that a pattern over the
@@ -27,8 +28,9 @@ _RULES = {**LAYERS, **CONVOLUTIONS}
 _FEW = 7
 COUPLED = "the layers couple data, or have them on another axis than the first"
 # Below this many bytes of activations a backward pass mostly takes the time of its
-# calls, so several rows share one.
-_BATCHED_BYTES = 2**21
+# calls, so that more than a few rows share one. (Of few, the import that torch's
+# batched passes begin with takes longer: see `weighted_sum`.)
+_BATCHED_BYTES, _FEW_ROWS = 2**21, 16
 
 # One tensor for every recorded edge; None where no output depends on it.
 Gradients = Sequence[Tensor | None]
@@ -158,9 +160,9 @@ class Recording:
         """Yields the gradients of all layers' outputs, cotangent by cotangent."""
         value = self.values[site]
         small = self.outputs.activation_bytes * len(cotangents) <= _BATCHED_BYTES
-        if small and len(cotangents) > 1 and not self._serial:
+        if small and len(cotangents) > _FEW_ROWS and not self._serial:
             try:
-                batched = self._pull(value, cotangents, is_grads_batched=True)
+                batched = self._pull_all(value, cotangents)
             except RuntimeError:  # an operation has no batching rule
                 self._serial = True
             else:
@@ -176,9 +178,8 @@ class Recording:
         if not live:
             return [None] * len(self.edges)
         return torch.autograd.grad(
-            [value for value, _ in live],
+            weighted_sum(*zip(*live, strict=True)),
             self.edges,
-            [u for _, u in live],
             retain_graph=True,
             allow_unused=True,
         )
@@ -191,9 +192,8 @@ class Recording:
         gradients: Sequence[Tensor] = [torch.zeros_like(self.leaves[s]) for s in sites]
         if live:
             gradients = torch.autograd.grad(
-                [value for value, _ in live],
+                weighted_sum(*zip(*live, strict=True)),
                 [self.leaves[site] for site in sites],
-                [u for _, u in live],
                 materialize_grads=True,
             )
         by_site = dict(zip(sites, gradients, strict=True))
@@ -211,16 +211,25 @@ class Recording:
         pairs = zip(self.values, cotangents, strict=True)
         return [(value, u.to(value)) for value, u in pairs if value.requires_grad]
 
-    def _pull(self, value: Tensor, cotangent: Tensor, **options: bool) -> Gradients:
+    def _pull(self, value: Tensor, cotangent: Tensor) -> Gradients:
+        if not value.requires_grad:
+            return [None] * len(self.edges)
+        total = weighted_sum([value], [cotangent.to(value)])
+        return torch.autograd.grad(
+            total, self.edges, retain_graph=True, allow_unused=True
+        )
+
+    def _pull_all(self, value: Tensor, cotangents: Tensor) -> Gradients:
+        """Gradients of many cotangents by one pass, led by their number."""
         if not value.requires_grad:
             return [None] * len(self.edges)
         return torch.autograd.grad(
             value,
             self.edges,
-            cotangent.to(value),
+            cotangents.to(value),
             retain_graph=True,
             allow_unused=True,
-            **options,
+            is_grads_batched=True,
         )
 
 
