@@ -4,6 +4,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is written when a module is first imported: most of these never are.
+INSTALL = $(PIP) install -q --no-compile
 # A stamp is the time of the last installation; a changed input makes it stale.
 TUTORIALS = $(VENV)/.stamp-tutorials
 DEV = $(VENV)/.stamp-dev
@@ -43,11 +45,10 @@ docs: $(DOCS)  ## Write the documentation site to build/docs; a warning is an er
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 
-lint: $(DEV)  ## Check style, formatting, types and the conventions of the code
+lint: $(DEV)  ## Check style, formatting and types (`make test`: our own conventions)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -q tests/test_conventions.py
 
 format: $(DEV)  ## Rewrite the files in the project's format
 	$(BIN)/python -m ruff check --fix-only .
@@ -61,15 +62,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv "$(VENV)"
 
 $(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e ".[tutorials]"
+	$(INSTALL) -c constraints.txt -e ".[tutorials]"
 	@touch $@
 
 # The reference imports every module, so what they import is needed, too.
 $(DOCS): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e ".[docs,arviz,tutorials]"
+	$(INSTALL) -c constraints.txt -e ".[docs,arviz,tutorials]"
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e ".[dev,notebooks,tutorials]"
-	$(PIP) install -q --no-deps -r tests/requirements-peers.txt
+	$(INSTALL) -c constraints.txt -e ".[dev,notebooks,tutorials]"
+	$(INSTALL) --no-deps -r tests/requirements-peers.txt
 	@touch $(TUTORIALS) $@

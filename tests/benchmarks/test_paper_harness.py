@@ -195,8 +195,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     data, out = uci_folder(tmp_path / "data"), tmp_path / "out"
     path = out / "uci.jsonl"
     arguments = ["uci", "--data-dir", str(data), "--out", str(out), "--seeds", "1"]
-    arguments += ["--scale", "smoke", "--methods", "MAP", "deep ensemble"]
-    arguments += ["subnet RandomSubnet", "diagonal Laplace"]
+    arguments += ["--scale", "smoke", "--methods", "MAP", "subnet RandomSubnet"]
     program = [sys.executable, "-m", "benchmarks.paper", *arguments, "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -213,8 +212,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     rows = read(path)
     assert path.read_bytes()[: len(before)].startswith(before[: before.rfind(b"\n")])
     found = {key(row) for row in rows}
-    # Four networks on a standard and on a gap split; four methods each.
-    assert len(found) == 32
+    # Four networks on a standard and on a gap split; two methods each.
+    assert len(found) == 16
     assert len({(*key(row), row["shift"], row["metric"]) for row in rows}) == len(rows)
     assert 0 < kept <= len(rows)
 

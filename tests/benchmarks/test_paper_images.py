@@ -498,6 +498,7 @@ class TestExperiments:
             found[f"subnet LastLayer{end}"] = points
         assert widths == [80 * (1 + 4.2 * count) // 1 for count in (1, 2, 3)]
 
+    @pytest.mark.slow
     def test_a_run_and_its_report(self, tmp_path):
         write_sets(tmp_path, num_train=60)
         settings = Settings(tmp_path, tmp_path / "out", "smoke", 1)

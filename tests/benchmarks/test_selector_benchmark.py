@@ -122,10 +122,12 @@ def test_each_problem_has_a_network_for_its_data() -> None:
         assert problem.has_noise == (split.target_scale is not None)
 
 
-def test_every_method_is_judged_under_every_prior(folder: Path) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_method_is_judged_under_every_prior(folder: Path, step: int) -> None:
     split, trained = small(folder)
     unsized = [name for name in names() if not name.endswith("%")]
-    for name in [*unsized, *(f"{selector} 20%" for selector in SELECTORS)]:
+    of_a_size = [f"{selector} 20%" for selector in SELECTORS]
+    for name in [*unsized, *of_a_size][::step]:
         found = scores(trained, split, PLAN, name)
         assert all(math.isfinite(score.value) for score in found)
         metrics = {score.metric for score in found}
@@ -245,6 +247,7 @@ def test_sgd_leaves_the_map_where_it_is(folder: Path) -> None:
         torch.testing.assert_close(new, old, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_tables(tmp_path: Path) -> None:
     few = ["--methods", MAP, TEMPERATURE, "PredictiveVariance greedy 5%"]
     arguments = [NAME, "--out", str(tmp_path), "--scale", "smoke", "--seeds", "1"]
