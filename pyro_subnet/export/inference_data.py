@@ -13,7 +13,7 @@ from typing import Any
 
 import arviz
 import torch
-from pyro.infer import MCMC
+from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_subnet.exceptions import (
@@ -241,7 +241,7 @@ def from_hybrid_mcmc(
             groups.add_prior(len(theta))
     return groups.joined(
         arviz,
-        sampler=type(mcmc.kernel).__name__,
+        sampler=_name_of(mcmc.kernel),
         seed="global random state" if seed is None else int(seed),
     )
 
@@ -304,6 +304,11 @@ def _subnet_draws(mcmc: MCMC, subnet: Subnet) -> Tensor:
             f"{came}. Run it on this posterior's `hybrid_model()`."
         )
     return draws
+
+
+def _name_of(kernel: Any) -> str:
+    """The sampler's name: a kernel made of Pyro's NUTS is one."""
+    return NUTS.__name__ if isinstance(kernel, NUTS) else type(kernel).__name__
 
 
 def _diagnostics(
