@@ -109,27 +109,6 @@ class HybridModel:
             prior.remember(theta, given.log_prior)
         return returned
 
-    def hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeldDensity | None:
-        """The density of one call of a linearized model, whose data will not change.
-
-        Args:
-            args: Positional arguments of the user's model.
-            kwargs: Keyword arguments.
-
-        Returns:
-            The density; None where it takes runs of the model.
-        """
-        if not self.linearized:
-            return None
-
-        def own(theta: Tensor) -> Tensor:
-            given = pyro.condition(self, {SITE: theta})
-            return poutine.trace(given).get_trace(*args, **kwargs).log_prob_sum()
-
-        read, by_name, sites = self._read(args, kwargs)
-        call = ModelCall.read(self.at_map, read, by_name)
-        return hold(call, sites, self.guide.gaussian, own)
-
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], SubnetSites]:
@@ -174,7 +153,7 @@ class HybridModel:
             The kernel, for ``MCMC``.
         """
         covariance = self.guide.get_posterior().covariance_matrix
-        return LaplaceNUTS(self, covariance, options)
+        return LaplaceNUTS(self, self._hold, covariance, options)
 
     def at_parameters(self) -> ModelAtMAP:
         """The user's model with its latent sites at the present parameters.
@@ -193,6 +172,21 @@ class HybridModel:
                 values[name] = u
         loc = torch.cat([u.flatten() for u in values.values()])
         return replace(self.at_map, latents=replace(latents, loc=loc))
+
+    def _hold(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HeldDensity | None:
+        """The density of a call whose data will not change; None if it is not held."""
+        if not self.linearized:
+            return None
+
+        def own(theta: Tensor) -> Tensor:
+            given = pyro.condition(self, {SITE: theta})
+            return poutine.trace(given).get_trace(*args, **kwargs).log_prob_sum()
+
+        read, by_name, sites = self._read(args, kwargs)
+        call = ModelCall.read(self.at_map, read, by_name)
+        return hold(call, sites, self.guide.gaussian, own)
 
     def _point_estimates(self) -> dict[str, Tensor]:
         """Constrained values of the sites that are not chosen whole."""

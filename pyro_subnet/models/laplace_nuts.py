@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 from jaxtyping import Float
 from pyro.infer import NUTS
@@ -13,17 +13,10 @@ from torch import Tensor
 
 from pyro_subnet.models.held_density import HeldDensity
 from pyro_subnet.models.subnet_prior import SITE
+from pyro_subnet.tracing.trace import Model
 
-
-@runtime_checkable
-class Hybrid(Protocol):
-    """A hybrid model, as the kernel sees it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs it."""
-
-    def hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeldDensity | None:
-        """The density of a call whose data will not change; None if it is not held."""
+# From a call's arguments, which will not change: its density, None if it is not held.
+Hold = Callable[[tuple[Any, ...], dict[str, Any]], HeldDensity | None]
 
 
 @final
@@ -35,24 +28,27 @@ class LaplaceNUTS(NUTS):
 
     Args:
         hybrid: The hybrid model.
+        hold: Finds the density of a call.
         covariance: Of the Laplace posterior, shape (S, S).
         options: Of ``pyro.infer.NUTS``.
     """
 
     def __init__(
         self,
-        hybrid: Hybrid,
+        hybrid: Model,
+        hold: Hold,
         covariance: Float[Tensor, "subnet subnet"],
         options: Mapping[str, Any],
     ):
         defaults = {"full_mass": True, "adapt_mass_matrix": False}
         super().__init__(hybrid, **{**defaults, **options})
+        self._hold = hold
         self.mass_matrix_adapter = _LaplaceMassMatrix(covariance)
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """See ``NUTS.setup``: a run begins, and holds its data's density."""
         super().setup(warmup_steps, *args, **kwargs)
-        held = self.model.hold(args, kwargs)
+        held = self._hold(args, kwargs)
         if held is not None:
             self.potential_fn = partial(_potential, held)
 
