@@ -30,7 +30,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="CASE",
         help=f"of: {', '.join(CASES)}",
     )
-    parser.add_argument("--backends", nargs="+", help="only these")
+    backends = sorted({name for case in CASES.values() for name in case.backends})
+    parser.add_argument(
+        "--backends",
+        nargs="*",
+        choices=backends,
+        metavar="BACKEND",
+        help=f"only these; ours alone if none is named; of: {', '.join(backends)}",
+    )
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument(
         "--cold", action="store_true", help="time the first fit of a process, too"

@@ -162,12 +162,12 @@ def best(rows: Iterable[Row | Failure], part: str) -> Row | None:
 def problem(case: Case, rows: Sequence[Row | Failure]) -> str | None:
     """What is wrong with a case as a whole; None if it can be relied on.
 
-    One backend that is wrong or fails is its own fault. If none agrees with ours, or
-    ours itself fails, nothing vouches for our numbers.
+    One backend that is wrong or fails is its own fault. If none of those that were run
+    agrees with ours, or ours itself fails, nothing vouches for our numbers.
     """
     for row in rows:
         if isinstance(row, Failure) and row.backend == "ours":
             return f"{case.name}: ours fails: {row.reason}"
-    if not case.backends or any(isinstance(row, Row) and row.right for row in rows):
+    if not rows or any(isinstance(row, Row) and row.right for row in rows):
         return None
     return f"{case.name}: no backend agrees with ours"

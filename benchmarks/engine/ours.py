@@ -75,13 +75,14 @@ def subnet_positions(task: Task) -> Tensor:
 
 
 def make_guide(
-    task: Task, model: Model, subnet: Any, data: tuple[Tensor, ...]
+    task: Task, model: Model, subnet: Any, data: tuple[Tensor, ...] | None
 ) -> AutoSubnetLaplace:
-    """A guide at the network's weights, set up."""
+    """A guide at the network's weights, set up if there are data."""
     guide = AutoSubnetLaplace(
         model, subnet, init_loc_fn=init_to_module(task.prepared.net)
     )
-    guide(*data)
+    if data is not None:
+        guide(*data)
     return guide
 
 
@@ -122,11 +123,7 @@ def fit_and_predict(task: Task, meter: Meter) -> Answer:
     if not task.cold:
         warm_up(task, model)
     subnet = chosen(task.prepared.net, subnet_positions(task))
-    guide = AutoSubnetLaplace(
-        model, subnet, init_loc_fn=init_to_module(task.prepared.net)
-    )
-    if not task.cold:
-        guide(*data)  # sets it up
+    guide = make_guide(task, model, subnet, None if task.cold else data)
     values = _timed_values(task, meter, guide)  # the posterior ends with the call
     figures = {
         "forward": forward_seconds(task.prepared.net, data[0]),
