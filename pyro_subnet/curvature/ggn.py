@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
 from pyro_subnet.curvature.prior import (
-    DensityTerm,
     PriorPrecision,
     prior_diagonal,
     prior_precision,

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.jacobian.route import squared_columns
 from pyro_subnet.curvature.jacobian.structured.grids import (
@@ -45,7 +46,7 @@ from pyro_subnet.curvature.jacobian.structured.squares import (
     checked_gradients,
     group_size,
 )
-from pyro_subnet.curvature.prior import DensityTerm, PriorPrecision, prior_diagonal
+from pyro_subnet.curvature.prior import PriorPrecision, prior_diagonal
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import (
     CheckpointError,

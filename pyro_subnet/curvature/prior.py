@@ -1,8 +1,9 @@
 r"""Negative Hessian of the log prior, restricted to the chosen elements.
 
-Most priors factorize over elements, so their Hessian is a diagonal. Hierarchical
-scales, correlated priors and factors add a few dense columns: only those are computed
-by Hessian-vector products, and only those are stored.
+Most priors factorize over elements, so their Hessian is a diagonal: of normal ones by
+its closed form, at the chosen elements alone. Hierarchical scales, correlated priors
+and factors add a few dense columns: only those are computed by Hessian-vector products,
+and only those are stored.
 """
 
 from __future__ import annotations
@@ -15,24 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm, NormalPrior
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tensors.row_gradients import RowGradients
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class DensityTerm:
-    """One term of the log prior, a differentiable scalar."""
-
-    # Sum over the site's elements, with its scale, mask and the transform's Jacobian,
-    # as a function of the unconstrained leaves.
-    log_density: Float[Tensor, ""]
-    # The latent site that it is the prior of, or a factor of the data; None for one of
-    # the prior.
-    site: str | None
-    elementwise: bool  # whether the site's elements are independent given other sites
 
 
 @final
@@ -199,9 +187,11 @@ def prior_precision(
     r"""P0 = :math:`-\nabla^2_S \log p(\theta)` at the values of the leaves."""
     with differentiable():
         gradients = _Gradients.of(terms, leaves)
-    diagonal = subnet.gather(gradients.elementwise_curvature(leaves))
     chosen = subnet.indices
     sites = [site for site in subnet.layout.names if site in chosen]
+    diagonal = torch.cat(
+        [gradients.curvature(site, leaves[site], chosen[site]) for site in sites]
+    )
     flags = [torch.full(chosen[s].shape, s in gradients.coupled) for s in sites]
     coupled = torch.cat(flags).to(diagonal.device).nonzero().squeeze(-1)
     columns = diagonal.new_empty(subnet.size, coupled.numel())
@@ -222,7 +212,9 @@ def prior_diagonal(
     """Diagonal of P0 over all D elements; the leaves stand in packing order."""
     with differentiable():
         gradients = _Gradients.of(terms, leaves)
-    packed = gradients.elementwise_curvature(leaves)
+    packed = torch.cat(
+        [gradients.curvature(site, leaf, None) for site, leaf in leaves.items()]
+    )
     # Views of `packed`, so that writing to a piece fills its part of the diagonal.
     split = packed.split([leaf.numel() for leaf in leaves.values()])
     pieces = dict(zip(leaves, split, strict=True))
@@ -241,61 +233,105 @@ def prior_gradient(
     terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor], subnet: Subnet
 ) -> Float[Tensor, " subnet"]:
     r""":math:`\nabla_S \log p(\theta)` at the leaves in packing order, detached."""
-    live = [term.log_density for term in terms if term.log_density.requires_grad]
-    points = list(leaves.values())
-    packed: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in points]
+    others = [term for term in terms if term.normal is None]
+    live = [term.log_density for term in others if term.log_density.requires_grad]
+    chosen = subnet.indices
+    found = {
+        site: leaves[site].new_zeros(within.shape) for site, within in chosen.items()
+    }
     if live:
         with differentiable():
             total = torch.stack([density.sum() for density in live]).sum()
-            packed = torch.autograd.grad(
-                total, points, retain_graph=True, materialize_grads=True
+            gradients = torch.autograd.grad(
+                total,
+                [leaves[site] for site in chosen],
+                retain_graph=True,
+                allow_unused=True,
             )
-    return subnet.gather(torch.cat([part.flatten() for part in packed])).detach()
+        for (site, within), gradient in zip(chosen.items(), gradients, strict=True):
+            if gradient is not None:
+                found[site] = gradient.flatten()[within]
+    for term in terms:
+        if term.normal is not None and term.site in chosen:
+            site = term.site
+            found[site] = found[site] + term.normal.gradient(chosen[site])
+    parts = [found[site] for site in subnet.layout.names if site in chosen]
+    return torch.cat(parts).detach()
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _Gradients:
-    """First derivatives of the log prior with their graph, and the coupled sites."""
+    """First derivatives of the log prior, and what has a second one.
+
+    Attributes:
+        total: By site, with their graph; without those of normal priors that no other
+            term couples.
+        coupled: Sites whose curvature is no diagonal.
+        normals: Normal priors of the other sites, in closed form.
+    """
 
     total: Mapping[str, Tensor]
     coupled: frozenset[str]
+    normals: Mapping[str, NormalPrior]
 
     @classmethod
     def of(
         cls, terms: Sequence[DensityTerm], leaves: Mapping[str, Tensor]
     ) -> _Gradients:
-        total = {site: torch.zeros_like(leaf) for site, leaf in leaves.items()}
-        coupled, points = set(), list(leaves.values())
-        for term in terms:
+        total, coupled = dict[str, Tensor](), set[str]()
+
+        def add(term: DensityTerm) -> None:
             if not term.log_density.requires_grad:
-                continue
+                return
             found = torch.autograd.grad(
-                term.log_density, points, create_graph=True, allow_unused=True
+                term.log_density,
+                list(leaves.values()),
+                create_graph=True,
+                allow_unused=True,
             )
             for site, gradient in zip(leaves, found, strict=True):
                 if gradient is None:
                     continue
-                total[site] = total[site] + gradient
+                total[site] = total[site] + gradient if site in total else gradient
                 # A hyperparameter couples to the site whose prior it enters.
                 if not term.elementwise or site != term.site:
                     coupled.add(site)
-        return cls(total, frozenset(coupled))
 
-    def elementwise_curvature(self, leaves: Mapping[str, Tensor]) -> Tensor:
-        """Packed diagonal of P0, detached; 0 at sites that couple."""
+        closed = [term for term in terms if term.normal is not None]
+        for term in terms:
+            if term.normal is None:
+                add(term)
+        # What couples a site takes rows of its whole Hessian.
+        for term in closed:
+            if term.site in coupled:
+                add(term)
+        normals = {
+            term.site: term.normal
+            for term in closed
+            if term.normal is not None
+            and term.site is not None
+            and term.site not in coupled
+        }
+        return cls(total, frozenset(coupled), normals)
+
+    def curvature(self, site: str, leaf: Tensor, within: Tensor | None) -> Tensor:
+        """Diagonal of P0 at elements of a site (None: all); 0 where it couples."""
+        count = leaf.numel() if within is None else len(within)
+        found = leaf.new_zeros(count)
+        if site in self.normals:
+            found = found + self.normals[site].curvature(within)
+        gradient = self.total.get(site)
+        if site in self.coupled or gradient is None or not gradient.requires_grad:
+            return found
         # A diagonal Hessian has its row sums for a diagonal: one backward pass a site.
-        parts = []
-        for site, leaf in leaves.items():
-            gradient = self.total[site]
-            curvature = None
-            if site not in self.coupled and gradient.requires_grad:
-                (curvature,) = torch.autograd.grad(
-                    gradient.sum(), leaf, retain_graph=True, allow_unused=True
-                )
-            zero = torch.zeros_like(leaf)
-            parts.append((zero if curvature is None else -curvature).flatten())
-        return torch.cat(parts).detach()
+        (hessian,) = torch.autograd.grad(
+            gradient.sum(), leaf, retain_graph=True, allow_unused=True
+        )
+        if hessian is None:
+            return found
+        flat = hessian.detach().flatten()
+        return found - (flat if within is None else flat[within])
 
 
 def _hessian_rows(

@@ -10,8 +10,9 @@ from typing import Any, final
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
-from pyro_subnet.curvature.prior import DensityTerm, PriorPrecision, prior_precision
+from pyro_subnet.curvature.prior import PriorPrecision, prior_precision
 from pyro_subnet.options import Curvature, FormName, HeldAs
 from pyro_subnet.subnet import Subnet
 

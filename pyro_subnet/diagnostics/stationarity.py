@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.jacobian.output_map import OutputMap
-from pyro_subnet.curvature.prior import DensityTerm, prior_gradient
+from pyro_subnet.curvature.prior import prior_gradient
 from pyro_subnet.exceptions import NonFiniteError
 from pyro_subnet.fit.passes import DataPass
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.exceptions import CheckpointError, DataError, ModelError
 from pyro_subnet.fit.counts import DataCounts
 from pyro_subnet.laplace.summary import FitSummary
@@ -245,7 +245,7 @@ class DataPass(Generic[Prior]):
 
 
 def _total(terms: Sequence[DensityTerm]) -> float:
-    return float(sum(term.log_density.item() for term in terms))
+    return float(sum(term.value for term in terms))
 
 
 def _log_likelihood(site: OutputSite, weight: Tensor) -> Tensor:

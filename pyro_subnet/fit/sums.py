@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.ggn import GGNSum
 from pyro_subnet.curvature.hessian import subtract_hessian_
 from pyro_subnet.curvature.jacobian.output_map import Factors
 from pyro_subnet.curvature.jacobian.route import squared_columns
 from pyro_subnet.curvature.prior import (
-    DensityTerm,
     PriorPrecision,
     prior_diagonal,
     prior_gradient,

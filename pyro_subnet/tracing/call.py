@@ -13,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.jacobian.output_map import OutputMap
-from pyro_subnet.curvature.prior import DensityTerm
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.kept_bytes import counting_kept_bytes
 from pyro_subnet.tensors.modes import differentiable
@@ -291,7 +291,8 @@ class ModelCall:
             values = self.latents.values
             ours = log_prior_terms(self.trace, self.latents, values, self.factors)
             return all(
-                torch.allclose(a.log_density, b.log_density.to(a.log_density))
+                a.has_numbers_of(b)
+                or torch.allclose(a.log_density, b.log_density.to(a.log_density))
                 for a, b in zip(ours, graph.prior_terms, strict=True)
             )
 
@@ -339,7 +340,7 @@ class ModelCall:
     def _leaves(self) -> dict[str, Tensor]:
         """The MAP of every latent site, as leaves that need gradients."""
         return {
-            site: value.detach().clone().requires_grad_()
+            site: value.detach().requires_grad_()
             for site, value in self.latents.values.items()
         }
 

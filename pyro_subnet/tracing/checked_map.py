@@ -10,7 +10,8 @@ from pyro_subnet.tracing.trace import Latents
 
 def check_finite_map(latents: Latents) -> None:
     """Raises a NonFiniteError if the MAP holds NaN or infinity."""
-    if bool(latents.loc.isfinite().all()):
+    # A sum is finite only if all are; it takes a tenth of a look at each.
+    if bool(latents.loc.sum().isfinite()) or bool(latents.loc.isfinite().all()):
         return
     for site, value in latents.values.items():
         bad = int((~value.isfinite()).sum())

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.tracing.plates import plate_scale
 from pyro_subnet.tracing.trace import Latents, Node, is_factor
 
@@ -46,7 +46,7 @@ def data_terms(
         node = trace.nodes[name]
         scale = node["scale"] / plate_scale(node) if without_plates else node["scale"]
         total = scale_and_mask(factor_density(node), scale, node["mask"]).sum()
-        terms.append(DensityTerm(total, name, elementwise=False))
+        terms.append(DensityTerm.of_factor(total, name))
     return terms
 
 

@@ -51,7 +51,10 @@ def _is_leaf(call: ModelCall, graph: Graph, name: str) -> bool:
     others = {site: u for site, u in graph.leaves.items() if site != name}
     with differentiable():
         for term in graph.prior_terms + graph.data_terms(without_plates=False):
-            if term.site == name:
+            if term.normal is not None:  # of its own site alone
+                if term.site == name:
+                    return False
+            elif term.site == name:
                 if not _reaches(term.log_density, others):
                     return False
             elif _reaches(term.log_density, {name: leaf}):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Normal, Transform
 from torch.distributions.transforms import IndependentTransform
 
-from pyro_subnet.curvature.prior import DensityTerm
+from pyro_subnet.curvature.density_term import DensityTerm, NormalPrior
 from pyro_subnet.tracing.plates import plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import Latents, Node, is_factor
+
+# Pyro's and torch's own; a class that a user derives may be anything.
+_NORMALS = (dist.Normal, Normal)
 
 
 def log_prior_terms(
@@ -38,21 +44,53 @@ def log_prior_terms(
 def _factor_term(node: Node) -> DensityTerm:
     density = node["fn"].log_prob(node["value"])
     total = scale_and_mask(density, node["scale"], node["mask"]).sum()
-    return DensityTerm(total, None, elementwise=False)
+    return DensityTerm.of_factor(total, None)
 
 
 def prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
     """Log density of one latent site whose unconstrained value is ``leaf``."""
-    fn, value = node["fn"], node["value"]
-    # log p(u) = log p(theta) + log |d theta / d u|
-    density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
-    # As in a Pyro guide, the change of volume takes the plates' scale alone.
-    volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
-    base = SiteDistribution.of(fn, value).base
+    taken = SiteDistribution.of(node["fn"], node["value"])
     while isinstance(transform, IndependentTransform):  # what `to_event` makes of one
         transform = transform.base_transform
-    plain = base.event_shape == () and transform.domain.event_dim == 0
-    return DensityTerm(density + volume, node["name"], elementwise=plain)
+    plain = taken.base.event_shape == () and transform.domain.event_dim == 0
+    return DensityTerm(
+        partial(_log_prior, node, transform, leaf, torch.is_grad_enabled()),
+        node["name"],
+        elementwise=plain,
+        normal=_normal(node, taken, transform, leaf),
+    )
+
+
+def _log_prior(node: Node, transform: Transform, leaf: Tensor, graph: bool) -> Tensor:
+    fn, value = node["fn"], node["value"]
+    with torch.set_grad_enabled(graph):
+        # log p(u) = log p(theta) + log |d theta / d u|
+        density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
+        # As in a Pyro guide, the change of volume takes the plates' scale alone.
+        volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
+        return density + volume
+
+
+def _normal(
+    node: Node, taken: SiteDistribution, transform: Transform, leaf: Tensor
+) -> NormalPrior | None:
+    """A site's prior if it is normal and known, with nothing left out; else None."""
+    base: Any = taken.base
+    weight = node["scale"]
+    is_identity = isinstance(transform, ComposeTransform) and not transform.parts
+    if (
+        type(base) not in _NORMALS
+        or not is_identity
+        or taken.element_shape != leaf.shape
+        or taken.mask is not None
+        or node["mask"] is not None
+        or isinstance(weight, Tensor)
+        or base.loc.requires_grad  # as where it is another latent site
+        or base.scale.requires_grad
+    ):
+        return None
+    loc, scale = (part.expand(leaf.shape) for part in (base.loc, base.scale))
+    return NormalPrior(leaf, loc, scale, float(weight))
 
 
 def latent_parents(
@@ -62,7 +100,9 @@ def latent_parents(
     found = {}
     for term in terms:
         others = {site: u for site, u in leaves.items() if site != term.site}
-        if term.site is None or not term.log_density.requires_grad or not others:
+        if term.site is None or term.normal is not None or not others:
+            continue
+        if not term.log_density.requires_grad:
             continue
         # A graph from the prior to another site's leaf makes that site a parent.
         gradients = torch.autograd.grad(

@@ -146,10 +146,12 @@ class OutputSite:
 
     def moved_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
         """Names of the parameters whose graph, in ``node``'s run, reaches any leaf."""
+        # One leaf tells, and the gradient of a small one costs least.
+        ascending = sorted(leaves, key=Tensor.numel)
         return tuple(
             part
             for part, value in self.own(node).items()
-            if value.requires_grad and _reached(value, leaves)
+            if value.requires_grad and any(_reached(value, [u]) for u in ascending)
         )
 
     def parts_like_the_first(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from pyro_subnet.tensors.modes import (
     at_least_float32,
     differentiable,
     one_thread_at_a_time,
+    outside_inference_mode,
     without_autocast,
 )
 from pyro_subnet.tensors.plain_calls import plain_calls
@@ -91,7 +92,11 @@ class Latents:
         }
         shapes = guide._unconstrained_shapes
         layout = Layout(tuple(shapes), tuple(shapes.values()))
-        return cls(layout, transforms, loc.detach())
+        loc = loc.detach()
+        if loc.is_inference():  # as of a guide that was copied in inference mode
+            with outside_inference_mode():
+                loc = loc.clone()
+        return cls(layout, transforms, loc)
 
     @property
     def values(self) -> dict[str, Tensor]:

@@ -133,10 +133,10 @@ class Recording:
     def _column(
         self, use: Use, within: Tensor, start: int, first: bool
     ) -> Column | None:
-        if use.weight.as_is:
+        if use.weight.rearranged is None:
             at, columns = within, torch.arange(len(within), device=within.device)
         else:
-            index = use.weight.index.flatten()
+            index = use.weight.rearranged.flatten()
             size = self.outputs.base[use.weight.site].numel()
             # The chosen element at each place that the layer sees, -1 for no element.
             where = torch.full((size,), -1, device=index.device)
@@ -189,13 +189,14 @@ class Recording:
         # It frees the run's activations, so it comes last.
         live = self._live(cotangents)
         sites = self.layered_sites
-        gradients: Sequence[Tensor] = [torch.zeros_like(self.leaves[s]) for s in sites]
-        if live:
-            gradients = torch.autograd.grad(
-                weighted_sum(*zip(*live, strict=True)),
-                [self.leaves[site] for site in sites],
-                materialize_grads=True,
-            )
+        if not live:
+            sizes = [self.outputs.chosen[site].numel() for site in sites]
+            return self.outputs.loc.new_zeros(sum(sizes))
+        gradients = torch.autograd.grad(
+            weighted_sum(*zip(*live, strict=True)),
+            [self.leaves[site] for site in sites],
+            materialize_grads=True,
+        )
         by_site = dict(zip(sites, gradients, strict=True))
         return at_chosen(by_site, self.outputs.chosen)
 

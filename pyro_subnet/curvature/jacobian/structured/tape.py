@@ -79,8 +79,17 @@ class Weight:
     """A site's value, or a rearrangement of it, as a layer sees it."""
 
     site: str
-    index: Tensor  # flat positions within the site, in the shape that the layer sees
-    as_is: bool = False  # whether it is the site's value, not a rearrangement
+    value: Tensor  # what the layer sees
+    rearranged: Tensor | None = None  # flat positions within the site; None: as it is
+
+    @property
+    def index(self) -> Tensor:
+        """Flat positions within the site, in the shape that the layer sees."""
+        if self.rearranged is not None:
+            return self.rearranged
+        # Made where it is asked for: it takes twice the memory of the weights.
+        value = self.value
+        return torch.arange(value.numel(), device=value.device).view(value.shape)
 
 
 @final
@@ -140,10 +149,9 @@ class Tape(TorchFunctionMode):
         self._rearrangements = rearrangements  # functions that only move elements
         self._composites = composites  # written out where a weight enters
         # By identity; the tensor is kept so that its identity stays its own.
-        self._marked: dict[int, tuple[Tensor, Weight]] = {}
+        self._marked: dict[int, Weight] = {}
         for site, leaf in leaves.items():
-            index = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
-            self._marked[id(leaf)] = (leaf, Weight(site, index, as_is=True))
+            self._marked[id(leaf)] = Weight(site, leaf)
 
     # Called for each torch function of a run: checks at run time would take longer.
     @no_type_check
@@ -157,7 +165,7 @@ class Tape(TorchFunctionMode):
         """Runs a torch function, and notes what it did with marked tensors."""
         kwargs = kwargs or {}
         weights = [
-            self._marked[id(leaf)][1]
+            self._marked[id(leaf)]
             for arg in (*args, *kwargs.values())
             for leaf in leaves_of(arg)
             if id(leaf) in self._marked
@@ -175,7 +183,7 @@ class Tape(TorchFunctionMode):
     def let_escape(self, *tensors: Tensor | None) -> None:
         """Lets sites escape that a layer which is written out takes as they are."""
         found = (self._marked.get(id(tensor)) for tensor in tensors)
-        self.escaped.update(marked[1].site for marked in found if marked is not None)
+        self.escaped.update(weight.site for weight in found if weight is not None)
 
     def note(
         self,
@@ -194,7 +202,7 @@ class Tape(TorchFunctionMode):
         """
         if id(weight) not in self._marked:
             return
-        own = self._marked[id(weight)][1]
+        own = self._marked[id(weight)]
         if weight.dtype != output.dtype:  # as under autocast
             self.escaped.add(own.site)
             return
@@ -215,11 +223,11 @@ class Tape(TorchFunctionMode):
         """Records a call that takes ``count`` marked tensors; False if it cannot."""
         if func in self._rearrangements and count == 1 and id(args[0]) in self._marked:
             # The same function moves the positions as it moved the values.
-            weight = self._marked[id(args[0])][1]
+            weight = self._marked[id(args[0])]
             index = func(weight.index, *args[1:], **kwargs)
             if not isinstance(result, Tensor) or index.shape != result.shape:
                 return False
-            self._marked[id(result)] = (result, Weight(weight.site, index))
+            self._marked[id(result)] = Weight(weight.site, result, index)
             return True
         layer = self._layers.get(func)
         if layer is None or not _differentiable(result):
@@ -232,7 +240,7 @@ class Tape(TorchFunctionMode):
         edge = get_gradient_edge(result)
         for name in names:
             inputs, entries = parts[name]
-            weight = self._marked[id(bound[name])][1]
+            weight = self._marked[id(bound[name])]
             if bound[name].dtype != result.dtype:  # as under autocast
                 return False
             versions = tuple((tensor, tensor._version) for tensor in inputs)
