@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pyro_subnet.predictions.raw_logits import with_raw_logits
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 
 
@@ -182,6 +184,51 @@ class LinearizedPredictions(AutoAtMAP):
             link, joint, site, num_samples, self.noise_factor, generator
         )
         return self._predictive(args, kwargs, options).distribution
+
+    def predictive_distributions_from(
+        self,
+        batches: Iterable[Any],
+        *,
+        link: str | None = None,
+        site: str | None = None,
+        num_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Iterator[Any]:
+        """:meth:`predictive_distribution` of one batch of inputs after another.
+
+        For more inputs than the network can run on at once: one batch is predicted
+        when it is asked for, and nothing is kept of those before.
+
+        Args:
+            batches: One set of the model's arguments each, as for
+                ``laplace_approximation_from``.
+            link: As for :meth:`predictive_distribution`.
+            site: As there.
+            num_samples: As there.
+            generator: As there.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            An iterator over one distribution a batch.
+
+        Raises:
+            DataError: If ``batches`` are no batches, or there is none.
+            OptionError: As for :meth:`predictive_distribution`.
+        """
+        check_num_samples(num_samples)
+        data = Data(batches, whole=False, progress=progress)
+        return (
+            self.predictive_distribution(
+                *args,
+                link=link,
+                site=site,
+                num_samples=num_samples,
+                generator=generator,
+                **kwargs,
+            )
+            for args, kwargs in data.calls("Predictions")
+        )
 
     def predictive_error(
         self,

@@ -10,7 +10,7 @@ import torch
 from pyro.infer import Predictive
 from torch.testing import assert_close
 
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import DataError, OptionError
 from tests.cases import CASES, DOUBLE
 from tests.tolerances import num_standard_errors, tolerance
 
@@ -115,3 +115,60 @@ def test_a_link_that_means_nothing() -> None:
     message = r"`link` must be one of 'exact', 'mc' for Normal; got 'bridge'"
     with pytest.raises(OptionError, match=message):
         posterior.predictive_distribution(x, link="bridge")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("regression_mlp", ("mean", "variance")), ("classification_mlp", ("probs",))],
+)
+def test_batches_are_predicted_as_all_inputs_at_once(
+    name: str, parts: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """Batches that do not divide the data, in every form that a fit takes them."""
+    case = CASES[name](torch.empty(0, dtype=dtype))
+    posterior = case.guide(case.scattered()).laplace_approximation(*case.args)
+    x = case.args[0]
+    whole = posterior.predictive_distribution(x)
+    batches = [x[:2], (x[2:3],), ((x[3:],), {})]
+    found = list(posterior.predictive_distributions_from(batches))
+    tight = tolerance(dtype, "reordered")
+    assert [each.batch_shape for each in found] == [(2,), (1,), (len(x) - 3,)]
+    for part in parts:
+        joined = torch.cat([getattr(each, part) for each in found])
+        assert_close(joined, getattr(whole, part), **tight)
+
+
+def test_a_stream_runs_the_model_when_a_batch_is_asked_for() -> None:
+    """A loader may be endless, and a batch is loaded when its turn comes."""
+    posterior, loaded = fitted("regression_mlp"), list[int]()
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+
+    def batches() -> Any:
+        while True:
+            loaded.append(len(loaded))
+            yield x[:2]
+
+    stream = posterior.predictive_distributions_from(batches(), link="mc")
+    assert loaded == []
+    next(stream)
+    next(stream)
+    assert loaded == [0, 1]
+
+
+def test_bad_batches_are_refused_before_the_first_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The progress bar is shown where it is asked for alone."""
+    posterior = fitted("regression_mlp")
+    x = CASES["regression_mlp"](DOUBLE).args[0]
+    with pytest.raises(DataError, match="iterable of batches"):
+        posterior.predictive_distributions_from(x)
+    with pytest.raises(OptionError, match="num_samples"):
+        posterior.predictive_distributions_from([x], num_samples=0)
+    with pytest.raises(DataError, match="at least one batch"):
+        list(posterior.predictive_distributions_from([]))
+    list(posterior.predictive_distributions_from([x]))
+    assert "Predictions" not in capsys.readouterr().err
+    list(posterior.predictive_distributions_from([x], progress=True))
+    assert "Predictions" in capsys.readouterr().err
