@@ -14,7 +14,7 @@ from benchmarks.engine.cases import CASES
 from benchmarks.engine.compare import problem
 from benchmarks.engine.machine import description
 from benchmarks.engine.runner import Launcher, run_case
-from benchmarks.engine.scaling import draw_scaling
+from benchmarks.engine.scaling import curves, draw_scaling
 
 SCALING = Path("docs/engine-scaling.png")
 _DEFAULT = [name for name, case in CASES.items() if case.by_default]
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         const=SCALING,
         metavar="PICTURE",
-        help="draw the scaling curves of ours instead",
+        help="draw how time and memory of ours grow instead",
     )
     return parser.parse_args(arguments)
 
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.scaling is not None:
-        draw_scaling(options.scaling)
+        draw_scaling(options.scaling, curves())
         return
     print(f"{description()}, laplace-torch {version('laplace-torch')}")
     print(f"medians of up to {options.pairs} pairs; seconds, GB beyond the imports")

@@ -1,14 +1,17 @@
-"""Scaling curves of our fit: time against N, C, S and D, with the floor's passes."""
+"""How our fits and predictions grow: time and memory against N, C, S and D."""
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,9 +19,12 @@ from benchmarks.engine import networks, ours
 from benchmarks.engine.cases import Case
 from benchmarks.engine.machine import passes_seconds
 from benchmarks.engine.prepare import prepare
-from benchmarks.engine.process import Task
+from benchmarks.engine.process import GB, Meter, Task
 
 _REPEATS = 3
+# Points that a slope is fitted to, the largest: what is done once hides it below them.
+_OF_SLOPE = 3
+_COLORS = {"fit": "C0", "predict": "C2", "passes alone": "C1", "weights alone": "C1"}
 
 BASE = Case(
     name="scaling",
@@ -27,28 +33,45 @@ BASE = Case(
     num_outputs=10,
     subnet_size=1000,
     num_data=256,
-    num_predict=1,
+    num_predict=256,
     backends=(),
 )
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel.
+    """One column of panels.
 
     Attributes:
         symbol: What grows.
-        power: The power of it that the time should grow by, at most.
         cases: Its values and their cases, ascending.
     """
 
     symbol: str
-    power: int
     cases: Sequence[tuple[int, Case]]
 
 
-def _with_outputs(count: int) -> Case:
-    return replace(BASE, num_outputs=count, network=partial(networks.cnn, count))
+@dataclass(frozen=True)
+class Point:
+    """What one size takes, in a process of its own.
+
+    Attributes:
+        seconds: Of a fit, of predictions at as many inputs, and of the passes that
+            neither can do without.
+        memory: GB beyond the imports: at most during either, and of the weights.
+    """
+
+    seconds: dict[str, float]
+    memory: dict[str, float]
+
+
+def _with_data(count: int) -> tuple[int, Case]:
+    return count, replace(BASE, num_data=count, num_predict=count)
+
+
+def _with_outputs(count: int) -> tuple[int, Case]:
+    build = partial(networks.cnn, count)
+    return count, replace(BASE, num_outputs=count, network=build)
 
 
 def _with_width(width: int) -> tuple[int, Case]:
@@ -57,16 +80,15 @@ def _with_width(width: int) -> tuple[int, Case]:
     return num_params, replace(BASE, network=build)
 
 
-CURVES = (
-    Curve("N", 1, [(n, replace(BASE, num_data=n)) for n in (64, 128, 256, 512, 1024)]),
-    Curve("C", 1, [(c, _with_outputs(c)) for c in (2, 5, 10, 20, 50)]),
-    Curve(
-        "S",
-        2,
-        [(s, replace(BASE, subnet_size=s)) for s in (250, 500, 1000, 2000, 4000)],
-    ),
-    Curve("D", 1, [_with_width(w) for w in (64, 256, 1024, 2048, 4096)]),
-)
+def curves() -> tuple[Curve, ...]:
+    """The columns of the picture; D goes from 10^4 to 10^8."""
+    sizes = (250, 500, 1000, 2000, 4000)
+    return (
+        Curve("N", [_with_data(n) for n in (64, 128, 256, 512, 1024)]),
+        Curve("C", [_with_outputs(c) for c in (2, 5, 10, 20, 50)]),
+        Curve("S", [(s, replace(BASE, subnet_size=s)) for s in sizes]),
+        Curve("D", [_with_width(w) for w in (12, 90, 690, 2_800, 9_600)]),
+    )
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -79,46 +101,90 @@ def timed(function: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-def measure(case: Case) -> tuple[float, float]:
-    """Seconds of a fit, and of the passes that no fit can do without."""
+def measure(case: Case) -> Point:
+    """One size, in this process."""
+    meter = Meter()
     task = Task(case, "ours", prepare(case), 1, 1)
     model, net, data = ours.make_model(task), task.prepared.net, task.prepared.train
     ours.warm_up(task, model)
-    subnet = ours.chosen(net, ours.subnet_positions(task))
-    guide = ours.make_guide(task, model, subnet, data)
+    guide = ours.make_guide(
+        task, model, ours.chosen(net, ours.subnet_positions(task)), data
+    )
+    memory = {"weights alone": 4 * sum(p.numel() for p in net.parameters()) / GB}
+    posterior = meter.time("fit", lambda: guide.laplace_approximation(*data))
+    memory["fit"] = (meter.peak - meter.baseline) / GB
     fit = timed(lambda: guide.laplace_approximation(*data))
-    return fit, passes_seconds(net, data[0])
+    x, meter.peak = task.prepared.test, 0
+    meter.time("predict", lambda: posterior.output_distribution(x))
+    memory["predict"] = (meter.peak - meter.baseline) / GB
+    predict = timed(lambda: posterior.output_distribution(x))
+    passes = passes_seconds(net, data[0])
+    return Point({"fit": fit, "predict": predict, "passes alone": passes}, memory)
 
 
-def draw_scaling(path: Path, curves: Sequence[Curve] = CURVES) -> None:
-    """Measures the curves and draws one panel for each."""
-    figure = Figure(figsize=(3 * len(curves), 3), layout="constrained")
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for panel, curve in zip(panels, curves, strict=True):
+def measured(cases: Sequence[Case]) -> list[Point]:
+    """Each size in a process of its own, whose memory is no other's."""
+    spawned = multiprocessing.get_context("spawn")
+    found = list[Point]()
+    for case in cases:
+        with ProcessPoolExecutor(1, spawned) as process:
+            found.append(process.submit(measure, case).result())
+    return found
+
+
+def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """The power of the size that the values grow by, over the largest sizes."""
+    last = slice(-_OF_SLOPE, None)
+    fitted = np.polyfit(np.log(sizes[last]), np.log(values[last]), 1)
+    return round(float(fitted[0]), 2) + 0.0  # never -0.0
+
+
+def draw_scaling(path: Path, columns: Sequence[Curve]) -> None:
+    """Measures the curves, prints them, and draws two panels for each."""
+    figure = Figure(figsize=(3 * len(columns), 5.5), layout="constrained")
+    panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
+    for curve, (above, below) in zip(columns, panels.T, strict=True):
         sizes = [size for size, _ in curve.cases]
-        found = [measure(case) for _, case in curve.cases]
-        for size, (fit, passes) in zip(sizes, found, strict=True):
-            print(f"{curve.symbol} {size:>10,}: fit {fit:.3f} s, passes {passes:.3f} s")
-        _draw(panel, curve, found)
-    panels[0].set_ylabel("seconds")
-    panels[-1].legend(frameon=False, fontsize="small")
+        found = measured([case for _, case in curve.cases])
+        for size, point in zip(sizes, found, strict=True):
+            seconds, memory = point.seconds, point.memory
+            print(
+                f"{curve.symbol} {size:>11,}: fit {seconds['fit']:7.3f} s, predict "
+                f"{seconds['predict']:7.3f} s, passes {seconds['passes alone']:7.3f} "
+                f"s; {memory['fit']:.3f} and {memory['predict']:.3f} GB, of weights "
+                f"{memory['weights alone']:.3f} GB",
+                flush=True,
+            )
+        _draw(above, sizes, [point.seconds for point in found])
+        _draw(below, sizes, [point.memory for point in found])
+        below.set_xlabel(curve.symbol)
+        below.set_xticks(sizes, [_short(size) for size in sizes])
+        for panel in (above, below):
+            panel.minorticks_off()
+    panels[0, 0].set_ylabel("seconds")
+    panels[1, 0].set_ylabel("GB beyond the imports")
     fixed = f"N {BASE.num_data}, C {BASE.num_outputs}, S {BASE.subnet_size:,}"
-    figure.suptitle(f"Time of a fit where one of them grows: CNN (D: MLP), {fixed}")
+    figure.suptitle(
+        f"A fit and as many predictions where one of them grows: CNN (D: MLP), {fixed}"
+    )
     figure.savefig(path, dpi=120)
 
 
-def _draw(panel: Axes, curve: Curve, found: Sequence[tuple[float, float]]) -> None:
-    sizes = [size for size, _ in curve.cases]
-    fits, passes = zip(*found, strict=True)
-    line = [fits[-1] * (size / sizes[-1]) ** curve.power for size in sizes]
-    power = curve.symbol if curve.power == 1 else f"{curve.symbol}^{curve.power}"
-    panel.loglog(sizes, fits, "o-", color="C0", label="fit")
-    panel.loglog(sizes, passes, "s--", color="C1", label="passes alone")
-    panel.loglog(sizes, line, ":", color="0.6", label="in proportion")
-    panel.set_xticks(sizes, [_short(size) for size in sizes])
-    panel.minorticks_off()
-    panel.set_xlabel(f"{curve.symbol} (dotted: as ${power}$)")
-    panel.set_ylim(bottom=min(*fits, *passes) / 2)
+def _draw(
+    panel: Axes, sizes: Sequence[int], points: Sequence[dict[str, float]]
+) -> None:
+    """One line a quantity, with its slope."""
+    for name in points[0]:
+        values = [point[name] for point in points]
+        alone = name.endswith("alone")
+        label = name
+        if name != "weights alone":
+            power = slope(sizes, values)
+            label = f"{name}: {power:.2f}"
+            print(f"    {name}: slope {power:.2f}")
+        style = "s--" if alone else "o-"
+        panel.loglog(sizes, values, style, color=_COLORS[name], label=label)
+    panel.legend(frameon=False, fontsize="small", title="slope", title_fontsize="small")
 
 
 def _short(size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import hybrid_gradient
-from benchmarks.engine import laplace_torch, networks, ours, prepare, table
+from benchmarks.engine import laplace_torch, networks, ours, prepare, scaling, table
 from benchmarks.engine.__main__ import parse
 from benchmarks.engine.cases import CASES, Case
 from benchmarks.engine.compare import (
@@ -308,3 +309,29 @@ def test_gradients_of_linearized_models_are_of_one_density() -> None:
     plain, at = ways["linearized hybrid, any kernel"]
     held, _ = ways["linearized hybrid, its nuts()"]
     torch.testing.assert_close(held(at), plain(at))
+
+
+def test_a_slope_is_that_of_the_largest_sizes() -> None:
+    assert scaling.slope([1, 10, 100, 1000], [50.0, 1.0, 10.0, 100.0]) == 1.0
+
+
+@pytest.mark.slow
+def test_growth_is_measured_and_drawn_with_its_slopes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each size in a process of its own."""
+    sizes = [(n, replace(CASES["toy"], num_data=n)) for n in (8, 16)]
+    scaling.draw_scaling(tmp_path / "growth.png", [scaling.Curve("N", sizes)])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split() for line in said[:2]] == [
+        ["N", "8"],
+        ["N", "16"],
+    ]
+    assert [line.split(":")[0].strip() for line in said[2:]] == [
+        "fit",
+        "predict",
+        "passes alone",
+        "fit",
+        "predict",
+    ]
+    assert (tmp_path / "growth.png").stat().st_size > 0
