@@ -54,6 +54,7 @@ NO_DATA_AXIS = {"two_lengths", "scalar_sites", "plates"}
 SEPARABLE = [name for name in CASES if name not in NO_DATA_AXIS]
 ROUTES: list[tuple[str, Route, int]] = [
     *((name, "per-datum", SEVERAL) for name in SEPARABLE),
+    *((name, "columns", SEVERAL) for name in CASES),
     *((name, "forward", SEVERAL) for name in CASES),
     *((name, "reverse", SEVERAL) for name in CASES),
     *(("several_outputs", route, ONE) for route in ("per-datum", "forward", "reverse")),
@@ -191,8 +192,13 @@ def test_data_without_a_common_axis_are_not(name: str) -> None:
 
 
 def test_forward_where_the_subnet_is_small() -> None:
-    case = regression_mlp(DOUBLE)
-    assert chosen_route(output_map(case, [0])) == "forward"
+    case = CASES["tokens"](DOUBLE)
+    assert chosen_route(output_map(case, list(range(5)))) == "forward"
+
+
+def test_column_by_column_where_it_is_very_small() -> None:
+    """No compiler is imported for a noise scale."""
+    assert chosen_route(output_map(regression_mlp(DOUBLE), [0])) == "columns"
 
 
 def chosen_route(outputs: OutputMap) -> Route:
@@ -200,7 +206,7 @@ def chosen_route(outputs: OutputMap) -> Route:
     return choose_route(outputs, identity_factors(outputs), ALL)
 
 
-@pytest.mark.parametrize("route", ["per-datum", "forward", "reverse"])
+@pytest.mark.parametrize("route", ["columns", "per-datum", "forward", "reverse"])
 def test_blocks_carry_no_graph(route: Route) -> None:
     """The network has a parameter of its own that needs gradients."""
     outputs = output_map(CASES["classification_mlp"](DOUBLE), [0, 1])

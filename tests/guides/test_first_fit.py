@@ -25,6 +25,7 @@ bnn = bayesianize(net)
 
 def model(x, y=None):
     outputs = bnn(x)
+    noise = pyro.sample("noise", dist.LogNormal(-2.0, 0.5))
     with pyro.plate("data", len(x)):
         return pyro.sample("y", {likelihood}, obs=y)
 
@@ -41,6 +42,7 @@ print("sympy" in sys.modules)
 """
 LIKELIHOODS = {
     "normal": "dist.Normal(outputs, 0.1).to_event(1)",
+    "latent noise": "dist.Normal(outputs, noise).to_event(1)",
     "classes": "dist.Categorical(logits=outputs)",
 }
 

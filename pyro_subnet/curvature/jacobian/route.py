@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.directional import forward_mode_agrees
 from pyro_subnet.curvature.jacobian.general.full_batch import (
+    column_blocks,
     forward_blocks,
     forward_bytes,
     reverse_blocks,
@@ -35,7 +36,7 @@ from pyro_subnet.curvature.jacobian.structured.squares import layered_diagonal
 from pyro_subnet.exceptions import RouteError
 from pyro_subnet.tensors.modes import at_least_float32
 
-Route = Literal["layered", "per-datum", "forward", "reverse"]
+Route = Literal["layered", "columns", "per-datum", "forward", "reverse"]
 
 # A forward-mode direction costs about two forward passes of the call, a reverse-mode
 # row about three (its forward, its two products backward).
@@ -43,7 +44,10 @@ _FORWARD_PASSES = 2
 _REVERSE_PASSES = 3
 
 _COMPARES = ContextVar("compares", default=False)
+# So many elements are differentiated column by column, without forward mode.
+_FEW_COLUMNS = 4
 _GENERAL = {
+    "columns": column_blocks,
     "per-datum": per_datum_blocks,
     "forward": forward_blocks,
     "reverse": reverse_blocks,
@@ -60,6 +64,8 @@ def _general_routes(
 ) -> Iterator[Route]:
     """General routes that may give right numbers, within the budget, cheapest first."""
     # The last one, reverse mode over the whole call, is right for any model.
+    if outputs.size <= _FEW_COLUMNS and forward_bytes(outputs) <= budget:
+        yield "columns"
     num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
     forward = _FORWARD_PASSES * outputs.size
     per_datum = _REVERSE_PASSES * num_rows / outputs.num_data
@@ -98,7 +104,7 @@ def differentiable_blocks(outputs: OutputMap, factors: Factors, budget: int) -> 
         routes = [
             route
             for route in _general_routes(outputs, factors, budget)
-            if route != "reverse"
+            if route not in ("columns", "reverse")  # which keep no graph
         ]
     for route in routes:
         try:
