@@ -56,6 +56,11 @@ class RouteError(SubnetError, RuntimeError):
 
 
 @final
+class RankError(SubnetError, RuntimeError):
+    """Raised on the other ranks of a distributed fit when one fails or is gone."""
+
+
+@final
 class OptionError(SubnetError, ValueError):
     """Raised when an option has a value outside of those it allows."""
 

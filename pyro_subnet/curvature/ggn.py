@@ -27,6 +27,7 @@ from pyro_subnet.exceptions import OptionError
 from pyro_subnet.options import Curvature, FormName, HeldAs
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import check_factor_fits, check_fits
+from pyro_subnet.tensors.ranks import Ranks
 from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tensors.triangular import add_gram_
 
@@ -81,7 +82,9 @@ class GGNSum(CurvatureSum):
         if self.form == "primal":
             add_ggn_(self.matrix(), outputs, factors, budget, watch)
         else:
-            self._check_rows_fit(factors)
+            self._check_rows_fit(
+                sum(factor.shape[0] * factor.shape[1] for factor in factors)
+            )
             for block in jacobian_blocks(outputs, factors, budget):
                 if watch is not None:
                     watch(block)
@@ -105,9 +108,8 @@ class GGNSum(CurvatureSum):
         hessian = prior_precision(terms, leaves, subnet, budget)
         hessian.to(self._like.dtype).add_to_lower_(self.matrix(), 1.0)
 
-    def _check_rows_fit(self, factors: Factors) -> None:
+    def _check_rows_fit(self, more: int) -> None:
         held = sum(len(rows) for rows in self._rows)
-        more = sum(factor.shape[0] * factor.shape[1] for factor in factors)
         # The new rows, all of them joined, and the kernel.
         kernel = _KERNEL_MATRICES * (held + more) ** 2
         check_fits(
@@ -127,6 +129,19 @@ class GGNSum(CurvatureSum):
                 add_gram_(self._total, rows.to(self._like))
             self._rows = []
         return self._total
+
+    def join(self, ranks: Ranks) -> None:
+        """See :meth:`CurvatureSum.join`: rows are gathered, where they still pay."""
+        found = ranks.gathered((self.form, sum(len(rows) for rows in self._rows)))
+        total = sum(count for _, count in found)
+        pays = self.form == "dual" or dual_pays(total, self._size, self._like.dtype)
+        if any(form == "primal" for form, _ in found) or not pays:
+            self.form = "primal"
+            ranks.sum_lower_(self.matrix())
+            return
+        self._check_rows_fit(total)
+        none = self._like.new_zeros(0, self._size, dtype=torch.float64)
+        self._rows = [ranks.rows(torch.cat([none, *self._rows]))]
 
     def finish(self, scale: float) -> Summed:
         """See :meth:`CurvatureSum.finish`."""
@@ -190,6 +205,10 @@ class DiagonalSum(CurvatureSum):
     ) -> None:
         """See :meth:`CurvatureSum.add_terms`."""
         self._total = self._total + subnet.gather(prior_diagonal(terms, leaves, budget))
+
+    def join(self, ranks: Ranks) -> None:
+        """See :meth:`CurvatureSum.join`."""
+        ranks.sum_(self._total)
 
     def finish(self, scale: float) -> Summed:
         """See :meth:`CurvatureSum.finish`."""

@@ -20,11 +20,10 @@ block, whatever its positions. All other elements have their exact diagonal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_subnet.curvature.density_term import DensityTerm
@@ -46,6 +45,11 @@ from pyro_subnet.curvature.jacobian.structured.squares import (
     checked_gradients,
     group_size,
 )
+from pyro_subnet.curvature.kronecker_factors import (
+    KroneckerBlock,
+    KroneckerFactors,
+    changed,
+)
 from pyro_subnet.curvature.prior import PriorPrecision, prior_diagonal
 from pyro_subnet.curvature.sums import CurvatureSum, Summed
 from pyro_subnet.exceptions import (
@@ -60,57 +64,8 @@ from pyro_subnet.options import FormName, HeldAs
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import at_least_float32
+from pyro_subnet.tensors.ranks import Ranks, first_with
 from pyro_subnet.tensors.stored import check_stored
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class KroneckerBlock:
-    """Kronecker factors of one weight matrix, or of one vector that is added."""
-
-    site: str
-    positions: Int[Tensor, "out in"]  # in the packed vector; "in" is 1 for a vector
-    output: Float[Tensor, "out out"]  # B, nats / output squared, a **sum**
-    input: Float[Tensor, "in in"]  # A, input squared, a **mean**; 1 for a vector
-    weight: Float[Tensor, ""]  # sum of the mean's weights, over data and positions
-
-    def plus(self, other: KroneckerBlock) -> KroneckerBlock:
-        """The block of the data of both; a ModelError if they are different blocks."""
-        if not same_positions(self.positions, other.positions):
-            raise ModelError(_changed(f"site {self.site!r} in other layers"))
-        weight = self.weight + other.weight
-        both = self.input * self.weight + other.input * other.weight
-        return KroneckerBlock(
-            self.site,
-            self.positions,
-            self.output + other.output,
-            both / weight.where(weight > 0, 1.0),
-            weight,
-        )
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class KroneckerFactors:
-    """G over all D elements: Kronecker factors, and the exact diagonal elsewhere."""
-
-    blocks: tuple[KroneckerBlock, ...]
-    diagonal: Float[Tensor, " params"]  # 0 at the elements of blocks, float64
-
-    def scaled(self, factor: float) -> KroneckerFactors:
-        """The factors of a positive multiple of G."""
-        blocks = tuple(
-            replace(block, output=block.output * factor) for block in self.blocks
-        )
-        return KroneckerFactors(blocks, self.diagonal * factor)
-
-    def ggn_diagonal(self) -> Float[Tensor, " params"]:
-        """Diagonal of G, from the factors where there are any, float64."""
-        full = self.diagonal.clone()
-        for block in self.blocks:
-            outer = block.output.diagonal().outer(block.input.diagonal())
-            full[block.positions] = outer.to(full)
-        return full
 
 
 @final
@@ -151,7 +106,7 @@ class KroneckerSum(CurvatureSum):
                 self._add_groups(outputs, factors, weights, budget)
             except NotLayered as error:
                 if self._blocks:
-                    raise ModelError(_changed(str(error))) from error
+                    raise ModelError(changed(str(error))) from error
                 self._blocks, self.reason = [], str(error)
                 self.diagonal = before + squared_columns(outputs, factors, budget)
 
@@ -168,6 +123,32 @@ class KroneckerSum(CurvatureSum):
             f"`pyro.factor` site {terms[0].site!r} in the data's plate. Pass "
             "`covariance='full'`, or observe the data by a distribution."
         )
+
+    def join(self, ranks: Ranks) -> None:
+        """See :meth:`CurvatureSum.join`."""
+        seen = ranks.gathered(None if self._blocks is None else len(self._blocks))
+        reasons = ranks.gathered(self.reason)
+        counts = {count for count in seen if count is not None}
+        if len(counts) > 1:
+            raise ModelError(changed(f"blocks on the ranks: {seen}"))
+        self.reason = reasons[first_with(reasons)]
+        ranks.sum_(self.diagonal)
+        if not counts:
+            return
+        source, device = first_with(seen), self.diagonal.device
+        first = ranks.shared(tuple(self._blocks or ()), source, device)
+        if self._blocks is None:  # a rank without data
+            self._blocks = [sums.zeros() for sums in first]
+        differ = [
+            own.site
+            for own, other in zip(self._blocks, first, strict=True)
+            if not same_positions(own.positions, other.positions)
+        ]
+        for sites in ranks.gathered(differ):
+            if sites:
+                raise ModelError(changed(f"site {sites[0]!r} in other layers"))
+        for sums in self._blocks:
+            ranks.sum_(sums.output, sums.input, sums.weight)
 
     def finish(self, scale: float) -> Summed:
         """See :meth:`CurvatureSum.finish`; warns if there are no factors at all."""
@@ -262,10 +243,10 @@ class KroneckerSum(CurvatureSum):
             return
         if len(self._blocks) != len(found):
             counts = f"{len(self._blocks)} blocks, then {len(found)}"
-            raise ModelError(_changed(counts))
+            raise ModelError(changed(counts))
         for sums, more in zip(self._blocks, found, strict=True):
             if not same_positions(sums.positions, more.positions):
-                raise ModelError(_changed(f"site {more.site!r} in other layers"))
+                raise ModelError(changed(f"site {more.site!r} in other layers"))
             sums.add_(more)
 
 
@@ -288,6 +269,11 @@ class _Sums:
         self.output += other.output
         self.input += other.input
         self.weight += other.weight
+
+    def zeros(self) -> _Sums:
+        """The same block, of no data."""
+        parts = (torch.zeros_like(x) for x in (self.output, self.input, self.weight))
+        return _Sums(self.site, self.positions, *parts)
 
     def block(self, scale: float) -> KroneckerBlock:
         # Without any weight all sums are 0, and stay so.
@@ -366,12 +352,4 @@ def _use_sums(
         output[use.rows][:, use.rows],
         (side @ side.mT)[use.columns][:, use.columns],
         weights.sum().to(dtype) * num_positions,
-    )
-
-
-def _changed(found: str) -> str:
-    return (
-        "Weights must enter the same layers in every batch and group of data for "
-        f"Kronecker factors; got a change ({found}). Pass batches of one kind, or "
-        "choose a diagonal or full covariance."
     )

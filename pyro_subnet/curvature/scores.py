@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import Factors, JacobianBlock
 from pyro_subnet.tensors.modes import at_least_float32
+from pyro_subnet.tensors.ranks import Ranks
 
 # Outputs of an element beyond which a solve in each costs more than it tells.
 MAX_OUTPUTS = 100
@@ -60,13 +61,21 @@ class Departure:
 class ScoreSum:
     """The gradient of the log likelihood, and those of random signs, over a subnet."""
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, rank: int = 0):
         # The data's own first.
         self._total = torch.zeros(size, 1 + _DRAWS, dtype=torch.float64, device=device)
-        self._generator = torch.Generator(device).manual_seed(_SEED)
+        self._generator = torch.Generator(device).manual_seed(_SEED + rank)
         self._weight = 0.0  # sum of w over elements
         self._squares = 0.0  # sum of u^2 / w, none above the largest
         self._rank = 0
+
+    def join(self, ranks: Ranks) -> None:
+        """Adds up the sums of all ranks, whose signs are random apart."""
+        ranks.sum_(self._total)
+        own = self._weight, self._squares, self._rank
+        weights, squares, counts = zip(*ranks.gathered(own), strict=True)
+        self._weight, self._squares = sum(weights), sum(squares)
+        self._rank = sum(counts)
 
     def watching(
         self, factors: Factors, scores: Factors, weights: tuple[Tensor, ...]

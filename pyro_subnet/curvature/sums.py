@@ -15,6 +15,7 @@ from pyro_subnet.curvature.jacobian.output_map import Factors, OutputMap
 from pyro_subnet.curvature.prior import PriorPrecision, prior_precision
 from pyro_subnet.options import Curvature, FormName, HeldAs
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.ranks import Ranks
 
 
 @final
@@ -81,6 +82,10 @@ class CurvatureSum(ABC):
         Raises:
             OptionError: If the form cannot hold it.
         """
+
+    @abstractmethod
+    def join(self, ranks: Ranks) -> None:
+        """Adds up the sums of all ranks, which end with the same numbers."""
 
     @abstractmethod
     def finish(self, scale: float) -> Summed:

@@ -82,6 +82,7 @@ class FitCheckpoint:
         fit: tuple[Data, Any],
     ) -> FitCheckpoint:
         """Reads the file, if there is one, and compares it with the fit."""
+        # Of a fit over ranks each has a file of its own.
         if not is_count(every):
             raise OptionError(
                 f"`checkpoint_every` must be a positive count of batches; got {every}. "
@@ -98,6 +99,9 @@ class FitCheckpoint:
             # Selectors without a pass are asked again, and must choose the same.
             "selector": digest(selector) if passes else None,
         }
+        if data.ranks is not None:
+            path = f"{os.fspath(path)}.rank{data.ranks.rank}"
+            identity["rank"] = [data.ranks.rank, data.ranks.size]
         check_path(path)
         random = options.curvature == "ggn-mc"
         new = cls(path, every, identity, loc.device if random else None)
@@ -117,6 +121,11 @@ class FitCheckpoint:
             self._write({}, None, 0, self.batches)
         elif not torch.equal(self.subnet.flat, subnet.flat):
             raise self._differs("`subnet`")
+
+    def batches_left(self, subnet: Subnet, data: Data, sums: Sums) -> Iterator[Batch]:
+        """The batches of a fit that the file has not summed yet, after a comparison."""
+        self.keep_subnet(subnet)
+        return self.calls(data, "Curvature", sums)
 
     def calls(self, data: Data, description: str, sums: Sums) -> Iterator[Batch]:
         """Yields the batches that are not summed yet; writes the sums in between."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.loader import loader_doubts
 from pyro_subnet.tracing.plates import plate_length, plate_scale
+
+# What ranks tell each other.
+_COUNTED = ("_sizes", "_shown", "_partly", "_scaled", "_subsamples", "_is_whole")
 
 
 @final
@@ -59,13 +63,41 @@ class DataCounts:
             own = scale / plate_scale(node)
             self._scaled.setdefault(name, []).append((own, seen or 0))
 
+    def state(self) -> dict[str, Any]:
+        """All that was counted, for :meth:`join`."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def join(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Counts what all ranks have counted, in their order, in place of its own.
+
+        Raises:
+            DataError: If together they have shown more data than a plate holds.
+        """
+        for name in _COUNTED:
+            setattr(self, name, type(getattr(self, name))())
+        self._subsamples, self._is_whole = None, True
+        for state in states:
+            for name, size in state["_sizes"].items():
+                if self._sizes.setdefault(name, size) != size:
+                    self._sizes[name] = 0  # as long as each batch
+            for name, length in state["_shown"].items():
+                self._shown[name] = self._shown.get(name, 0) + length
+            for name, pairs in state["_scaled"].items():
+                self._scaled.setdefault(name, []).extend(pairs)
+            self._partly |= state["_partly"]
+            self._subsamples = self._subsamples or state["_subsamples"]
+            self._is_whole &= state["_is_whole"]
+        for name in self._sizes:
+            self._check_size(name)
+
     def resume(self) -> None:
         """Forgets: what was counted before a pass was resumed is not known."""
         self._is_whole = False
 
     def doubts(self) -> list[str]:
         """Why the sum may count data never, or several times."""
-        found = loader_doubts(self._data.batches, self._data.num_data)
+        over_ranks = self._data.ranks is not None
+        found = loader_doubts(self._data.batches, self._data.num_data, over_ranks)
         if self._subsamples is not None:
             found.append(
                 "The model draws a subsample of its own in every call, in plate "

@@ -19,11 +19,13 @@ from pyro_subnet.fit.counts import DataCounts
 from pyro_subnet.laplace.summary import FitSummary
 from pyro_subnet.options import Curvature
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.ranks import first_with
 from pyro_subnet.tensors.stored import check_stored
 from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.forgotten_data import check_forgotten
+from pyro_subnet.tracing.loader import Part, check_seen_once
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.squashed_logits import squashed_logits
 from pyro_subnet.tracing.subnet_call import SubnetCall
@@ -107,6 +109,37 @@ class DataPass(Generic[Prior]):
                 "`batches` must hold at least one batch; got none. Check the loader."
             )
         return self._prior
+
+    def join(self, device: torch.device) -> None:
+        """Counts what all ranks have passed over, where there are several.
+
+        Args:
+            device: Where what was kept of the log prior is to lie.
+
+        Raises:
+            DataError: If their data are not all data, each once.
+            ModelError: If their log priors differ.
+        """
+        ranks = self._data.ranks
+        if ranks is None:
+            return
+        own = {name: getattr(self, name) for name in (*_COUNTED, "numbers", "squashed")}
+        own |= {"counts": self.counts.state(), "part": Part.of(self._data.batches)}
+        found = ranks.gathered(own)
+        source = first_with([each["log_prior"] for each in found])
+        self.counts.join([each["counts"] for each in found])
+        seen = [each["seen"] for each in found]
+        check_seen_once([each["part"] for each in found], seen, self._data.num_data)
+        self.seen = None if None in seen else sum(seen)
+        self.numbers = torch.stack([each["numbers"] for each in found]).sum(0)
+        self.has_outputs = any(each["has_outputs"] for each in found)
+        self.scales_noise = all(each["scales_noise"] for each in found)
+        for each in found:
+            self.squashed |= each["squashed"]
+            if each["log_prior"] is not None:
+                self._check_prior(each["log_prior"], found[source]["log_prior"])
+        self.log_prior = found[source]["log_prior"]
+        self._prior = ranks.shared(self._prior, source, device)
 
     @property
     def scale(self) -> float:
@@ -207,18 +240,22 @@ class DataPass(Generic[Prior]):
     def _meet_prior(self, graph: Graph) -> None:
         terms = graph.prior_terms
         value = _total(terms)
-        tolerance = torch.finfo(graph.latents.loc.dtype).eps ** 0.5
         if self.log_prior is None:
             self.log_prior = value
-        elif abs(value - self.log_prior) > tolerance * (1 + abs(value)):
+        self._check_prior(value, self.log_prior)
+        if self._prior is None:
+            self._prior = self._read_prior(terms, graph.leaves)
+
+    def _check_prior(self, value: float, first: float) -> None:
+        """Refuses another log prior than that of the first call."""
+        tolerance = torch.finfo(self._at_map.latents.loc.dtype).eps ** 0.5
+        if abs(value - first) > tolerance * (1 + abs(value)):
             raise ModelError(
                 "The log prior at the MAP must be the same for every batch; got "
-                f"{self.log_prior:.6g} and {value:.6g}. A prior or `pyro.factor` that "
+                f"{first:.6g} and {value:.6g}. A prior or `pyro.factor` that "
                 "depends on the data needs `laplace_approximation` on all of them; a "
                 "factor that each datum has for itself belongs in the data's plate."
             )
-        if self._prior is None:
-            self._prior = self._read_prior(terms, graph.leaves)
 
     def _data_terms(self, graph: Graph) -> list[DensityTerm]:
         return graph.data_terms(without_plates=not self._data.whole)

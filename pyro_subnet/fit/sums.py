@@ -161,16 +161,40 @@ class FitSums:
         like = loc.new_empty(0, dtype=at_least_float32(loc.dtype))
         self.total = new_sum(options.held_as, subnet.size, like)
         self._subnet, self._like, self._budget = subnet, like, budget
-        self._kind = options.curvature
+        self._kind, self._data = options.curvature, data
         self._tolerance = torch.finfo(loc.dtype).eps ** 0.5
         reads = self._read_prior, self._add_terms
         self._pass = DataPass(at_map, subnet, data, *reads, kind=self._kind)
         kept = scores and self._kind == "ggn" and isinstance(self.total, GGNSum)
-        self._scores = ScoreSum(subnet.size, loc.device) if kept else None
+        rank = 0 if data.ranks is None else data.ranks.rank
+        self._scores = ScoreSum(subnet.size, loc.device, rank) if kept else None
         self._last = 0.0  # log likelihood of the batch that was added last
 
     def over(self, batches: Iterable[Batch]) -> SubnetCurvature:
         """The curvature, summed over all batches."""
+        with self._data.together():
+            self._add(batches)
+        self._join()
+        prior, gradient = self._pass.prior
+        for site, function in self._pass.squashed.items():
+            warn(
+                f"The logits of site {site!r} are the output of a {function}, that is "
+                "probabilities: they would be taken through it once more. Pass them as "
+                f"`probs=`, or leave out the {function}.",
+                SquashedLogitsWarning,
+            )
+        return SubnetCurvature(
+            self.total.finish(self._pass.scale),
+            prior,
+            self._pass.summary(gradient),
+            self._pass.has_outputs,
+            self._pass.counts.doubts(),
+            self._pass.seen,
+            self._departure_by(gradient),
+        )
+
+    def _add(self, batches: Iterable[Batch]) -> None:
+        """Adds all batches of this process."""
         kind, budget = self._kind, self._budget
         for call in self._pass.calls(self._noting_last(batches)):
             if kind == "hessian" and isinstance(self.total, GGNSum):
@@ -194,23 +218,20 @@ class FitSums:
                     self.total.add(*given, self._watch(call, factors))
                 else:
                     self.total.add(*given)
-        prior, gradient = self._pass.prior
-        for site, function in self._pass.squashed.items():
-            warn(
-                f"The logits of site {site!r} are the output of a {function}, that is "
-                "probabilities: they would be taken through it once more. Pass them as "
-                f"`probs=`, or leave out the {function}.",
-                SquashedLogitsWarning,
-            )
-        return SubnetCurvature(
-            self.total.finish(self._pass.scale),
-            prior,
-            self._pass.summary(gradient),
-            self._pass.has_outputs,
-            self._pass.counts.doubts(),
-            self._pass.seen,
-            self._departure_by(gradient),
-        )
+
+    def _join(self) -> None:
+        """Adds up the sums of all ranks, where there are several."""
+        ranks = self._data.ranks
+        if ranks is None:
+            return
+        self._pass.join(self._like.device)
+        self.total.meet(self._pass.prior[0], self._kind)  # it saw none without a batch
+        self.total.join(ranks)
+        scores = self._scores
+        known = all(ranks.gathered(scores is not None))
+        self._scores = scores if known else None
+        if self._scores is not None:
+            self._scores.join(ranks)
 
     def _watch(self, call: SubnetCall, factors: Factors) -> Watch | None:
         """What adds the data's gradient, while it is known for all data."""
@@ -339,6 +360,9 @@ def diagonal_curvature(
         ggn.add_(prior_diagonal(terms, leaves, budget))
 
     passed = DataPass(at_map, everything, data, read_prior, add_terms, kind=kind)
-    for call in passed.calls(data.calls("Variances")):
-        ggn += squared_columns(*call.rows(kind), budget)
+    with data.together():
+        for call in passed.calls(data.calls("Variances")):
+            ggn += squared_columns(*call.rows(kind), budget)
+    passed.join(ggn.device)
+    data.sum_(ggn)
     return DiagonalCurvature(ggn * passed.scale, passed.prior.to(torch.float64))

@@ -20,11 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.curvature.kronecker import (
-    KroneckerBlock,
-    KroneckerFactors,
-    KroneckerSum,
-)
+from pyro_subnet.curvature.kronecker import KroneckerSum
+from pyro_subnet.curvature.kronecker_factors import KroneckerBlock, KroneckerFactors
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import ModelError, NonFiniteError, PrecisionError
 from pyro_subnet.gaussians.base import CurvatureForm, PriorFactor, check_precisions

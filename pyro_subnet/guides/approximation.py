@@ -44,11 +44,13 @@ def fitted_state(
         SubnetError: One of its kinds.
     """
     latents = at_map.latents
-    if options.may_need_matrix(data.whole) and not holds_sums:
-        dtype = at_least_float32(latents.loc.dtype)
-        check_factor_fits(subnet.size, dtype, latents.loc.device)
-    sums = FitSums(at_map, subnet, data, options, scores=True)
-    curvature = sums.over(resumed(sums) if resumed else data.calls("Curvature"))
+    with data.together():
+        if options.may_need_matrix(data.whole) and not holds_sums:
+            dtype = at_least_float32(latents.loc.dtype)
+            check_factor_fits(subnet.size, dtype, latents.loc.device)
+        sums = FitSums(at_map, subnet, data, options, scores=True)
+        batches = resumed(sums) if resumed else data.calls("Curvature")
+    curvature = sums.over(batches)
     curvature.warn_of_doubts()
     curvature.warn_of_no_data(subnet)
     form = form_of(curvature.likelihood, curvature.prior, latents.layout)
@@ -62,6 +64,6 @@ def fitted_state(
         num_seen=curvature.num_seen,
     )
     curvature.warn_of_training(state.gaussian.whiten)
-    if resumed is None:  # else no batch is read again
+    if resumed is None and data.ranks is None:  # else no batch is read again
         warn_of_absorbed_noise(at_map, data, curvature)
     return state

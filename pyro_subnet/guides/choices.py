@@ -20,6 +20,7 @@ from pyro_subnet.exceptions import (
     ChoiceWarning,
     ModelError,
     OptionError,
+    SelectionError,
     shown,
     warn,
 )
@@ -52,6 +53,17 @@ def checked_selector(subnet: Any) -> Callable[..., Subnet]:
         "`subnet` must be None, an int, a float in (0, 1], a selector, or a mapping "
         f"from sites to masks or positions; got {shown(subnet)}. {way_out}."
     )
+
+
+def checked_subnet(subnet: Any) -> Subnet:
+    """What a selector returned; refuses what is no subnet."""
+    if not isinstance(subnet, Subnet):
+        raise SelectionError(
+            "A selector must return a Subnet; got "
+            f"{type(subnet).__name__}. Build one with "
+            "`Subnet.from_positions(guide.latents.layout, positions)`."
+        )
+    return subnet
 
 
 def is_one(subnet: Any) -> bool:

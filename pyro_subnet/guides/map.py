@@ -15,9 +15,8 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_subnet.exceptions import ModelError, OptionError, SelectionError
+from pyro_subnet.exceptions import DataError, ModelError, OptionError
 from pyro_subnet.files.resume import FitCheckpoint
-from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.guides.approximation import fitted_state
 from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.guides.choices import (
@@ -27,12 +26,14 @@ from pyro_subnet.guides.choices import (
     check_model,
     check_start,
     checked_selector,
+    checked_subnet,
     discrete_site,
     is_one,
     not_here,
     short_name,
     warn_of_one_weight,
 )
+from pyro_subnet.guides.over_ranks import agreed, check_same_fit
 from pyro_subnet.guides.posterior import AutoSubnetMultivariateNormal
 from pyro_subnet.guides.store import follow_entry, register, take_key, take_new_key
 from pyro_subnet.nn.start import start_of_guide
@@ -50,7 +51,8 @@ from pyro_subnet.selection.mask import Mask
 from pyro_subnet.selection.predictive_variance import PredictiveVariance
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
-from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tensors.ranks import Ranks
+from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.scaled_model import charge
 from pyro_subnet.tracing.set_up import set_up
 from pyro_subnet.tracing.trace import Latents, Model, ModelAtMAP
@@ -329,6 +331,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         progress: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
+        process_group: Any = None,
     ) -> AutoSubnetMultivariateNormal:
         """Fits the subnet's Gaussian from minibatches that show each datum once.
 
@@ -356,18 +359,26 @@ class AutoSubnetLaplace(AutoAtMAP):
                 not repeated either. With ``"ggn-mc"`` the global random state is set
                 to what it was at the same batch, so that the labels are the same.
             checkpoint_every: After how many batches it is written.
+            process_group: True, or a group of ``torch.distributed``, where each rank
+                makes the call with batches of its own: the sums are added up over
+                ranks, and all get the same posterior. Every datum must be in one
+                rank's batches. With ``checkpoint``, each has its own file.
 
         Returns:
             The posterior guide.
 
         Raises:
             OptionError: If ``num_data`` or ``checkpoint_every`` is not a positive
-                count.
+                count, or there is no process group.
+            RankError: If another rank fails, or ends.
             CheckpointError: If the file is damaged, or of another fit.
             SubnetError: One of its kinds: see :mod:`pyro_subnet.exceptions`.
         """
         check_num_data(num_data)
-        data = Data(batches, whole=False, num_data=num_data, progress=progress)
+        ranks = Ranks.of(process_group)
+        data = Data(
+            batches, whole=False, num_data=num_data, progress=progress, ranks=ranks
+        )
         if getattr(self._selector, "passes_over_data", False):
             data.require_repeatable(type(self._selector).__name__)
         self._set_up_by(data)
@@ -375,7 +386,8 @@ class AutoSubnetLaplace(AutoAtMAP):
         if checkpoint is not None:
             fit = (data, self._selector)
             every = checkpoint_every
-            file = FitCheckpoint.open(checkpoint, every, self, self.options, fit)
+            with data.together():
+                file = FitCheckpoint.open(checkpoint, every, self, self.options, fit)
         return self._approximate(data, file)
 
     def train_by_evidence(
@@ -493,8 +505,14 @@ class AutoSubnetLaplace(AutoAtMAP):
     def _set_up_by(self, data: Data) -> None:
         if self.prototype_trace is None:
             data.require_repeatable("setting up the guide")
-            args, kwargs = next(data.calls("Set-up"))
-            self._setup_prototype(*args, **kwargs)
+            with data.together():
+                call = next(data.calls("Set-up"), None)
+                if call is None:
+                    raise DataError(
+                        "A rank without data needs a guide that is set up; got one "
+                        "that was never called. Call `guide(x, y)` on every rank."
+                    )
+                self._setup_prototype(*call[0], **call[1])
 
     @torch.inference_mode(False)
     @full_precision()
@@ -504,8 +522,10 @@ class AutoSubnetLaplace(AutoAtMAP):
         # The guide may be trained on: the posterior keeps a copy of its MAP.
         latents = Latents.from_guide(self, self.loc.detach().clone())
         at_map = ModelAtMAP(self.user_model, latents, self.factors)
-        subnet = (file and file.chosen) or self._choose(latents, data)
-        resumed = None if file is None else partial(_batches_left, file, subnet, data)
+        check_same_fit(data, latents.loc, self.options)
+        kept = agreed(data, file and file.chosen, latents.layout)
+        subnet = kept or self._choose(latents, data)
+        resumed = None if file is None else partial(file.batches_left, subnet, data)
         state = fitted_state(
             at_map,
             subnet,
@@ -527,22 +547,9 @@ class AutoSubnetLaplace(AutoAtMAP):
         if self._is_one:
             self._is_one = False
             warn_of_one_weight(latents.layout.num_params)
-        subnet = self._selector(self, data)
-        if not isinstance(subnet, Subnet):
-            raise SelectionError(
-                "A selector must return a Subnet; got "
-                f"{type(subnet).__name__}. Build one with "
-                "`Subnet.from_positions(guide.latents.layout, positions)`."
-            )
-        return subnet
-
-
-def _batches_left(
-    file: FitCheckpoint, subnet: Subnet, data: Data, sums: FitSums
-) -> Iterable[Batch]:
-    """The batches of a fit that its file has not summed yet."""
-    file.keep_subnet(subnet)
-    return file.calls(data, "Curvature", sums)
+        subnet = checked_subnet(self._selector(self, data))
+        # A random one is another on every rank.
+        return agreed(data, subnet, latents.layout) or subnet
 
 
 def _selector(subnet: Any) -> Callable[..., Subnet] | None:

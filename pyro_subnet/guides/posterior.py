@@ -19,6 +19,7 @@ from pyro_subnet.files.checkpoint import load_posterior, save_posterior
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.gaussians.base import CurvatureForm, Gaussian
 from pyro_subnet.gaussians.registry import FORMS
+from pyro_subnet.guides.over_ranks import check_same_fit
 from pyro_subnet.guides.predictive import LinearizedPredictions
 from pyro_subnet.laplace.search import Tuning
 from pyro_subnet.laplace.state import PosteriorState, SiteFactors
@@ -35,6 +36,7 @@ from pyro_subnet.options import (
 from pyro_subnet.predictions.held_out import HowToTune, tuned_noise, tuned_prior
 from pyro_subnet.subnet import Subnet, place_elements
 from pyro_subnet.tensors.modes import full_precision
+from pyro_subnet.tensors.ranks import Ranks
 from pyro_subnet.tracing.data import Data
 from pyro_subnet.tracing.trace import Model, ModelAtMAP
 
@@ -487,6 +489,7 @@ class AutoSubnetMultivariateNormal(LinearizedPredictions):
         num_data: int | None = None,
         forgetting: float = 1.0,
         progress: bool = False,
+        process_group: Any = None,
     ) -> AutoSubnetMultivariateNormal:
         """The posterior after more data, from minibatches that show each datum once.
 
@@ -495,13 +498,19 @@ class AutoSubnetMultivariateNormal(LinearizedPredictions):
             num_data: As there.
             forgetting: As for :meth:`update`.
             progress: Whether to show a progress bar.
+            process_group: As there.
 
         Returns:
             A new posterior guide.
         """
         check_num_data(num_data)
         data = Data(
-            batches, whole=False, num_data=num_data, progress=progress, added=True
+            batches,
+            whole=False,
+            num_data=num_data,
+            progress=progress,
+            added=True,
+            ranks=Ranks.of(process_group),
         )
         return self._updated(data, forgetting)
 
@@ -510,6 +519,7 @@ class AutoSubnetMultivariateNormal(LinearizedPredictions):
     def _updated(self, data: Data, forgetting: float) -> AutoSubnetMultivariateNormal:
         check_forgetting(forgetting)
         state = self.state
+        check_same_fit(data, state.loc, state.options_to_add)
         more = subnet_curvature(self.at_map, state.subnet, data, state.options_to_add)
         more.warn_of_doubts()
         return self._with(

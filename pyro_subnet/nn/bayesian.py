@@ -289,7 +289,8 @@ def bayesianize(
             not changed. Parameters with ``requires_grad=False`` stay constants, and are
             not copied: a frozen backbone is held once. A copy that a guide starts at
             before it was ever called takes up what training made of the network since;
-            after that it is an error.
+            after that it is an error. Of ``DistributedDataParallel``, the network
+            inside.
         prior_scale: Standard deviation of the independent normal priors.
         prior: In place of normal priors, a function from a parameter's name and value
             to a distribution over values of its shape.
@@ -304,6 +305,9 @@ def bayesianize(
             with such parameters is TorchScript, a lazy layer has not been called, or
             there is no deep copy.
     """
+    # What trains a network on several devices is no part of it.
+    while isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        net = net.module
     if not isinstance(net, nn.Module) or isinstance(net, BayesianModule):
         raise OptionError(
             "`net` must be a `torch.nn.Module` that is not Bayesian yet; got "

@@ -8,7 +8,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from pyro_subnet.curvature.kronecker import KroneckerFactors
+from pyro_subnet.curvature.kronecker_factors import KroneckerFactors
 from pyro_subnet.exceptions import OptionError, SelectionError
 from pyro_subnet.fit.sums import DiagonalCurvature, diagonal_curvature, subnet_curvature
 from pyro_subnet.gaussians.kronecker import KroneckerForm

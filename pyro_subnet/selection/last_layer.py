@@ -37,8 +37,11 @@ class LastLayer(Selector):
         """See :meth:`Selector.__call__`."""
         data.require_repeatable(type(self).__name__)
         latents, found = guide.latents, LastWeights()
-        for args, kwargs in data.calls("Last layer"):
-            found |= last_weights(ModelCall.read(guide.at_map, args, kwargs))
+        with data.together():
+            for args, kwargs in data.calls("Last layer"):
+                found |= last_weights(ModelCall.read(guide.at_map, args, kwargs))
+        for others in [] if data.ranks is None else data.ranks.gathered(found):
+            found |= others
         if not found.layers:
             raise SelectionError(
                 "`LastLayer` needs a weight matrix that the outputs are computed with; "

@@ -81,24 +81,33 @@ def squared_gradients(
     total = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
     noise = dict[str, Tensor]()  # squares of scales that are one number in a call
     scales = defaultdict[str, set[float]](set)
-    for call, outputs, factors in _maps(at_map, everything, data, weighting):
-        rest = list(factors)
-        for at, site in enumerate(call.sites if weighting == "equal" else ()):
-            column = _scale_column(call, site)
-            if column is None:
-                continue
-            scale = outputs.reference[at][:, column]
-            ends = {float(scale.min()), float(scale.max())}
-            scales[site.name] |= ends
-            if len(ends) > 1:
-                continue
-            alone = [factor[:, :0] for factor in factors]
-            alone[at] = factors[at][:, column : column + 1]
-            squares = squared_columns(outputs, tuple(alone), DEFAULT_BUDGET)
-            noise[site.name] = noise.get(site.name, 0.0) + squares
-            is_other = torch.arange(factors[at].shape[1]) != column
-            rest[at] = factors[at][:, is_other]
-        total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
+    with data.together():
+        for call, outputs, factors in _maps(at_map, everything, data, weighting):
+            rest = list(factors)
+            for at, site in enumerate(call.sites if weighting == "equal" else ()):
+                column = _scale_column(call, site)
+                if column is None:
+                    continue
+                scale = outputs.reference[at][:, column]
+                ends = {float(scale.min()), float(scale.max())}
+                scales[site.name] |= ends
+                if len(ends) > 1:
+                    continue
+                alone = [factor[:, :0] for factor in factors]
+                alone[at] = factors[at][:, column : column + 1]
+                squares = squared_columns(outputs, tuple(alone), DEFAULT_BUDGET)
+                noise[site.name] = noise.get(site.name, 0.0) + squares
+                is_other = torch.arange(factors[at].shape[1]) != column
+                rest[at] = factors[at][:, is_other]
+            total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
+    data.sum_(total)
+    if data.ranks is not None:
+        for own in data.ranks.gathered(dict(scales)):
+            for name, ends in own.items():
+                scales[name] |= ends
+        names = sorted(set().union(*data.ranks.gathered(list(noise))))
+        noise = {name: noise.get(name, torch.zeros_like(total)) for name in names}
+        data.sum_(*noise.values())
     shared = torch.zeros_like(total)
     for name, squares in noise.items():
         (shared if len(scales[name]) == 1 else total).add_(squares)
@@ -114,7 +123,10 @@ def squared_gradients(
 def has_classes(at_map: ModelAtMAP, data: Data) -> bool:
     """Whether the first call has a site of classes."""
     calls = (ModelCall.read(at_map, *call) for call in data.calls("Reference inputs"))
-    return any(is_of_classes(site) for site in next(calls).sites)
+    with data.together():
+        first = next(calls, None)
+        found = first is not None and any(map(is_of_classes, first.sites))
+    return found if data.ranks is None else any(data.ranks.gathered(found))
 
 
 def output_gram(
@@ -130,8 +142,11 @@ def output_gram(
     # site of classes is what they leave to gain.
     like = at_map.latents.loc
     gram = like.new_zeros(subnet.size, subnet.size, dtype=torch.float64)
-    for _, outputs, factors in _maps(at_map, subnet, data, weighting, chosen):
-        add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
+    with data.together():
+        for _, outputs, factors in _maps(at_map, subnet, data, weighting, chosen):
+            add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
+    if data.ranks is not None:
+        data.ranks.sum_lower_(gram)
     mirror_(gram)
     return gram
 

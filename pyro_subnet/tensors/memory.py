@@ -47,7 +47,9 @@ def available_bytes(device: torch.device) -> int:
         Bytes.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # Blocks that torch keeps are free to it, though the card counts them as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     free = [psutil.virtual_memory().available, *_left_to_process(), *cgroup_bytes()]
     return max(0, min(free))
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_subnet.exceptions import DataError, SubnetError
@@ -47,7 +47,8 @@ def run_on(
     """Runs a model for the first time on some data.
 
     NumPy arrays and pandas objects are taken as tensors, floating ones in the model's
-    dtype, unless the model can only be run on the arrays themselves.
+    dtype, unless the model can only be run on the arrays themselves. A batch on the CPU
+    is moved to the model's device if the model does not run on it as it is.
 
     Args:
         run: What is done with the arguments, a run of the model.
@@ -72,6 +73,10 @@ def run_on(
         if converted:
             with contextlib.suppress(*_TORCH_RAISES):
                 return run(*given[0], **given[1]), given
+        moved = None if like is None else _moved(taken, like.device)
+        if moved is not None:
+            with contextlib.suppress(*_TORCH_RAISES):
+                return run(*moved[0], **moved[1]), moved
         _explain(error, model, taken, like)
         raise
 
@@ -93,6 +98,28 @@ def as_tensors(
 
     args, kwargs = tree_map(convert, call)
     return (args, kwargs), True
+
+
+def _moved(call: Call, device: torch.device) -> Call | None:
+    """A call whose tensors on the CPU are on a device; None if there are none."""
+
+    def is_left(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+
+    def move(leaf: Any) -> Any:
+        # A tokenizer's batch is a mapping of its own, which moves as a whole.
+        whole = isinstance(leaf, Mapping) and hasattr(leaf, "to")
+        if whole and any(map(is_left, leaf.values())):
+            return leaf.to(device)
+        return leaf.to(device) if is_left(leaf) else leaf
+
+    leaves, spec = tree_flatten(call)
+    found = [move(leaf) for leaf in leaves]
+    same = all(one is other for one, other in zip(leaves, found, strict=True))
+    if device.type == "cpu" or same:
+        return None
+    args, kwargs = tree_unflatten(found, spec)
+    return args, kwargs
 
 
 def _is_of_inference(leaf: Any) -> bool:

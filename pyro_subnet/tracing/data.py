@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from pyro_subnet.exceptions import DataError
+from pyro_subnet.tensors.ranks import Ranks
 from pyro_subnet.tracing.arguments import is_array
 
 # Positional and keyword arguments of one call of the model.
@@ -30,6 +32,8 @@ class Data:
         num_data: Number of data points in all, if the batches hold only a part of them.
         progress: Whether to show a progress bar.
         added: Whether they come on top of others, which a plate's size counts too.
+        ranks: The processes that each pass over a part of the data; None for this one
+            alone.
     """
 
     batches: Iterable[Any]
@@ -37,6 +41,7 @@ class Data:
     num_data: int | None = None
     progress: bool = False
     added: bool = False
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         _check_batches(self.batches)
@@ -78,6 +83,23 @@ class Data:
                 "Pass a list or a DataLoader."
             )
 
+    def together(self) -> AbstractContextManager[None]:
+        """Ends all ranks if one fails inside; nothing where there is one process.
+
+        Returns:
+            A context, in which no rank may wait for another.
+        """
+        return nullcontext() if self.ranks is None else self.ranks.together()
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Sums tensors over ranks in place; as they are where there is one process.
+
+        Args:
+            tensors: Of the same shapes on all ranks.
+        """
+        if self.ranks is not None:
+            self.ranks.sum_(*tensors)
+
     def calls(self, description: str) -> Iterator[Batch]:
         """Passes over the batches.
 
@@ -94,7 +116,7 @@ class Data:
         for item in tqdm(self.batches, desc=description, disable=not self.progress):
             empty = False
             yield arguments(item)
-        if empty:
+        if empty and self.ranks is None:  # another rank may have all
             raise DataError(
                 "`batches` must hold at least one batch; got none. Check the loader, "
                 "and that an iterator was not used up before."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from torch.utils.data import (
@@ -18,14 +20,18 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_subnet.exceptions import DataError
 from pyro_subnet.tracing.trace import preserved_rng
 
 # Samplers that show each of their data once.
 _ONCE = (SequentialSampler, SubsetRandomSampler)
 
 
-def loader_doubts(batches: Any, num_data: int | None) -> list[str]:
+def loader_doubts(
+    batches: Any, num_data: int | None, over_ranks: bool = False
+) -> list[str]:
     """Why the batches of a loader may not show each datum of its dataset once."""
+    # Over ranks each loader shows a part, and `check_seen_once` counts them.
     if not isinstance(batches, DataLoader) or isinstance(
         batches.dataset, IterableDataset
     ):
@@ -45,6 +51,8 @@ def loader_doubts(batches: Any, num_data: int | None) -> list[str]:
             "count several times, others never. Pass a loader of the same dataset "
             "without that sampler."
         )
+    elif over_ranks:
+        return []
     elif isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         found.append(
             f"`batches` show one of {sampler.num_replicas} parts of the {total} data, "
@@ -60,6 +68,70 @@ def loader_doubts(batches: Any, num_data: int | None) -> list[str]:
             f"num_data={total} to scale the sum up to all data."
         )
     return found
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """What a loader says of the dataset that it shows a part of.
+
+    Attributes:
+        length: Of the dataset.
+        sampler: Who picks the part, by name.
+        splits: Whether it is one of several parts, as the sampler says.
+    """
+
+    length: int
+    sampler: str
+    splits: bool
+
+    @classmethod
+    def of(cls, batches: Any) -> Part | None:
+        """A loader's part; None for what is no loader, or has no length."""
+        if not isinstance(batches, DataLoader) or isinstance(
+            batches.dataset, IterableDataset
+        ):
+            return None
+        dataset: Any = batches.dataset
+        picks: Any = batches.sampler
+        if batches.batch_size is None and batches.batch_sampler is not None:
+            picks = batches.batch_sampler
+        splits = isinstance(picks, DistributedSampler) and picks.num_replicas > 1
+        return cls(len(dataset), type(picks).__name__, splits)
+
+
+def check_seen_once(
+    parts: Sequence[Part | None], seen: Sequence[int | None], num_data: int | None
+) -> None:
+    """Refuses parts over ranks that together are not all data, each once.
+
+    Args:
+        parts: What each rank's loader says.
+        seen: Data that each rank has seen; None where plates do not tell.
+        num_data: How many there are, if the user says.
+
+    Raises:
+        DataError: If they are more, or less.
+    """
+    known = [count for count in seen if count is not None]
+    if len(known) < len(seen):
+        return
+    # A loader that shows its whole dataset has a dataset of its own.
+    pairs = zip(parts, known, strict=True)
+    split = [p for p, n in pairs if p is not None and (p.splits or n != p.length)]
+    lengths = {part.length for part in split}
+    expected = num_data
+    if expected is None:
+        expected = lengths.pop() if len(lengths) == 1 else sum(known)
+    if sum(known) == expected:
+        return
+    by = f", by {split[0].sampler}" if split else ""
+    raise DataError(
+        f"All ranks together must see each of the {expected} data once; got "
+        f"{sum(known)}, {', '.join(map(str, known))} on the ranks{by}. A sampler that "
+        "evens out the ranks shows some data twice: load "
+        "`Subset(dataset, range(rank, len(dataset), world_size))` on each instead."
+    )
 
 
 def _length(sampler: Any) -> int:

@@ -8,8 +8,16 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from pyro_subnet import AutoSubnetLaplace
+from pyro_subnet.nn import bayesianize
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -94,3 +102,26 @@ def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["laplace"].predictions["y"].shape == (2, 500, 5)
     assert set(names["table"].index) == {"laplace", "nuts"}
     assert "v[[2]]" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
+def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The page's program on one rank, as `torchrun` would start it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    net = bayesianize(nn.Linear(2, 1))
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+
+    dataset = TensorDataset(torch.randn(300, 2), torch.randn(300))
+    guide = AutoSubnetLaplace(model, subnet=None)
+    names: dict[str, Any] = {"dataset": dataset, "guide": guide}
+    try:
+        exec(compile(program("scaling.md"), "scaling.md", "exec"), names)
+    finally:
+        td.destroy_process_group()
+    assert names["posterior"].state.num_seen == 300

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.curvature.kronecker import KroneckerBlock, KroneckerFactors
+from pyro_subnet.curvature.kronecker_factors import KroneckerBlock, KroneckerFactors
 from pyro_subnet.curvature.prior import PriorPrecision
 from pyro_subnet.exceptions import (
     CheckpointError,
