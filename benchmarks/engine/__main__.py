@@ -9,6 +9,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from benchmarks.engine import table
 from benchmarks.engine.cases import CASES
 from benchmarks.engine.compare import problem
@@ -42,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cold", action="store_true", help="time the first fit of a process, too"
     )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--num-data", type=int, help="at most, to try it out")
     parser.add_argument("--timeout", type=float, default=900.0, help="of a process, s")
     parser.add_argument(
@@ -60,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.scaling is not None:
         draw_scaling(options.scaling, curves())
         return
-    print(f"{description()}, laplace-torch {version('laplace-torch')}")
+    print(f"{description(options.device)}, laplace-torch {version('laplace-torch')}")
     print(f"medians of up to {options.pairs} pairs; seconds, GB beyond the imports")
     print(table.HEADER, flush=True)
     problems = []
     with tempfile.TemporaryDirectory() as folder:
-        warm = Launcher(Path(folder), options.timeout)
+        warm = Launcher(Path(folder), options.timeout, device=str(options.device))
         ways = {"": warm}
         if options.cold:
             ways["cold, "] = replace(warm, cold=True)

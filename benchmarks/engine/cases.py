@@ -252,6 +252,17 @@ _ALL = (
         memory_limit=20.0,
         by_default=False,
     ),
+    replace(
+        _RESNET,
+        name="large-factor",
+        subnet_size=100_000,
+        num_data=200,
+        num_predict=200,
+        target=Target(),
+        backends=(),
+        memory_limit=100.0,
+        by_default=False,
+    ),
     Case(
         name="toy",
         network=networks.toy,

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+_CPU = torch.device("cpu")
 _PRODUCT_SIZE = 2048
 _REPEATS = 5
 _BATCH_SIZES = (16, 64)
 
 
-def product_rate() -> float:
+def product_rate(device: torch.device = _CPU) -> float:
     """Operations a second of the best of some float32 matrix products."""
-    left, right = torch.rand(2, _PRODUCT_SIZE, _PRODUCT_SIZE)
+    left, right = torch.rand(2, _PRODUCT_SIZE, _PRODUCT_SIZE, device=device)
     seconds = []
     for _ in range(_REPEATS):
-        start = time.perf_counter()
+        start = _now(device)
         torch.mm(left, right)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_now(device) - start)
     return 2 * _PRODUCT_SIZE**3 / min(seconds)
 
 
@@ -29,9 +30,9 @@ def product_rate() -> float:
 def forward_seconds(net: nn.Module, x: Tensor) -> float:
     """One forward pass."""
     net(x[:2])
-    start = time.perf_counter()
+    start = _now(x.device)
     net(x)
-    return time.perf_counter() - start
+    return _now(x.device) - start
 
 
 def passes_seconds(net: nn.Module, x: Tensor) -> float:
@@ -45,10 +46,10 @@ def passes_seconds(net: nn.Module, x: Tensor) -> float:
     _run_passes(net, x[:2])
     seconds = []
     for batch_size in _BATCH_SIZES:
-        start = time.perf_counter()
+        start = _now(x.device)
         for part in x.split(batch_size):
             _run_passes(net, part)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_now(x.device) - start)
     return min(seconds)
 
 
@@ -70,8 +71,17 @@ def _run_passes(net: nn.Module, x: Tensor) -> None:
         torch.autograd.grad(total, starts, retain_graph=True)
 
 
-def description() -> str:
-    """Processor, threads and the version of torch, on one line."""
+def _now(device: torch.device) -> float:
+    """Seconds of the clock, once all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def description(device: torch.device = _CPU) -> str:
+    """Processor or card, threads and the version of torch, on one line."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

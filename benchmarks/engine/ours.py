@@ -127,7 +127,7 @@ def fit_and_predict(task: Task, meter: Meter) -> Answer:
     values = _timed_values(task, meter, guide)  # the posterior ends with the call
     figures = {
         "forward": forward_seconds(task.prepared.net, data[0]),
-        "rate": product_rate(),
+        "rate": product_rate(data[0].device),
         "passes": passes_seconds(task.prepared.net, data[0]),
     }
     if case.backends:  # at a size that nobody else can do the factor takes minutes
@@ -142,7 +142,7 @@ def _timed_values(
 ) -> dict[str, Tensor]:
     case, data = task.case, task.prepared.train
     posterior = meter.time("fit", lambda: guide.laplace_approximation(*data))
-    if not torch.equal(posterior.subnet.flat, subnet_positions(task)):
+    if not torch.equal(posterior.subnet.flat.cpu(), subnet_positions(task)):
         raise RuntimeError("sites in another order than the network's parameters")
     x = task.prepared.test
     values = {"variance": meter.time("predict", lambda: predict(posterior, case, x))}

@@ -41,6 +41,12 @@ class Prepared:
     train: tuple[Tensor, Tensor]
     test: Tensor
 
+    def to(self, device: torch.device) -> Prepared:
+        """The same on a device."""
+        x, y = self.train
+        moved = (x.to(device), y.to(device))
+        return Prepared(self.net.to(device), moved, self.test.to(device))
+
 
 def prepare(case: Case) -> Prepared:
     """Makes a case's network and data.

@@ -20,6 +20,7 @@ from benchmarks.engine.cases import CASES, Case, Work
 from benchmarks.engine.prepare import Prepared
 
 GB = 1e9
+_CPU = torch.device("cpu")
 _SHARE_OF_FREE_MEMORY = 0.9
 
 Value = TypeVar("Value")
@@ -38,15 +39,35 @@ class Meter:
     baseline: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
+    device: torch.device = _CPU
+
+    @classmethod
+    def on(cls, device: torch.device) -> Meter:
+        """A meter of a device's memory, from now on."""
+        if device.type == "cpu":
+            return cls()
+        return cls(torch.cuda.memory_allocated(device), device=device)
 
     def time(self, part: str, function: Callable[[], Value]) -> Value:
         """Runs a part, and keeps its wall time and peak memory."""
-        forget_peak()
+        self._settle()
         start = time.perf_counter()
         value = function()
+        if self.device.type != "cpu":
+            torch.cuda.synchronize(self.device)
         self.seconds[part] = time.perf_counter() - start
-        self.peak = max(self.peak, peak_bytes())
+        on_card = self.device.type != "cpu"
+        own = torch.cuda.max_memory_allocated(self.device) if on_card else peak_bytes()
+        self.peak = max(self.peak, own)
         return value
+
+    def _settle(self) -> None:
+        """Starts the peak anew; on a card, once all that was asked of it is done."""
+        if self.device.type == "cpu":
+            forget_peak()
+        else:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,7 @@ def measure(works: Works, task: Task, meter: Meter) -> dict[str, Any]:
         "memory": (meter.peak - meter.baseline) / GB,
         "whole_memory": meter.peak / GB,
         "threads": torch.get_num_threads(),
-        "values": values,
+        "values": {name: value.cpu() for name, value in values.items()},
         "figures": figures,
     }
 
@@ -133,16 +154,19 @@ def main(works: Works, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit-batch", type=int, default=32)
     parser.add_argument("--predict-batch", type=int, default=32)
     parser.add_argument("--cold", action="store_true", help="without a warm-up")
+    parser.add_argument("--device", type=torch.device, default=_CPU)
     options = parser.parse_args(arguments)
     case = CASES[options.case]
     if options.num_data is not None:
         case = case.smaller(options.num_data)
-    meter = Meter()
-    limit_memory(case.memory_limit)
+    meter = Meter.on(options.device)
+    if options.device.type == "cpu":  # a card's driver asks for more addresses
+        limit_memory(case.memory_limit)
     if options.prepared is None:
         prepared = prepare.prepare(case)
     else:
         prepared = prepare.load(case, options.prepared)
+    prepared = prepared.to(options.device)
     batches = options.fit_batch, options.predict_batch
     task = Task(case, options.side, prepared, *batches, cold=options.cold)
     try:

@@ -45,11 +45,13 @@ class Launcher:
         folder: Where networks and results are kept.
         timeout: Seconds after which a process is ended.
         cold: Whether first fits are timed, with nothing run before them.
+        device: Where both sides compute.
     """
 
     folder: Path
     timeout: float
     cold: bool = False
+    device: str = "cpu"
 
     def prepare(self, case: Case) -> None:
         """Makes the network and the data of a case's requests."""
@@ -68,6 +70,7 @@ class Launcher:
             "--num-data": max(case.num_data, case.num_predict),
             "--fit-batch": request.batches[0],
             "--predict-batch": request.batches[1],
+            "--device": self.device,
         }
         command = ["-W", "ignore", "-m", f"benchmarks.engine.{module}"]
         for option, value in options.items():

@@ -25,7 +25,13 @@ from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.data import Batch, Data
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.forgotten_data import check_forgotten
-from pyro_subnet.tracing.loader import Part, check_seen_once
+from pyro_subnet.tracing.loader import (
+    Marks,
+    Part,
+    check_apart,
+    check_seen_once,
+    marks,
+)
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.squashed_logits import squashed_logits
 from pyro_subnet.tracing.subnet_call import SubnetCall
@@ -82,11 +88,14 @@ class DataPass(Generic[Prior]):
         self._at_map, self._subnet, self._data = at_map, subnet, data
         self._read_prior, self._add_terms, self._kind = read_prior, add_terms, kind
         self._prior: Prior | None = None
+        self._first: Marks | None = None  # of the first batch, where there are ranks
 
     def calls(self, batches: Iterable[Batch]) -> Iterator[SubnetCall]:
         """Passes over the data; yields the calls whose outputs the subnet moves."""
         for args, kwargs in batches:
             call = ModelCall.read(self._at_map, args, kwargs)
+            if self._first is None and self._data.ranks is not None:
+                self._first = marks(call.args, call.kwargs)
             if self._kind == "ggn":
                 for site in call.sites:
                     site.require_outputs()
@@ -125,7 +134,8 @@ class DataPass(Generic[Prior]):
             return
         own = {name: getattr(self, name) for name in (*_COUNTED, "numbers", "squashed")}
         own |= {"counts": self.counts.state(), "part": Part.of(self._data.batches)}
-        found = ranks.gathered(own)
+        found = ranks.gathered({**own, "first": self._first})
+        check_apart([each["first"] for each in found])
         source = first_with([each["log_prior"] for each in found])
         self.counts.join([each["counts"] for each in found])
         seen = [each["seen"] for each in found]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, final
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -98,6 +101,45 @@ class Part:
             picks = batches.batch_sampler
         splits = isinstance(picks, DistributedSampler) and picks.num_replicas > 1
         return cls(len(dataset), type(picks).__name__, splits)
+
+
+# Of each tensor of a batch its shape, and a number that tells it from others.
+Marks = tuple[tuple[tuple[int, ...], float], ...]
+
+
+def marks(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Marks:
+    """What a batch is known by on other ranks."""
+    leaves = tree_leaves((args, dict(kwargs)))
+    # Real numbers in memory: of others the shape does.
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tuple((tuple(tensor.shape), _mark(tensor)) for tensor in tensors)
+
+
+def _mark(tensor: Tensor) -> float:
+    if tensor.layout != torch.strided or tensor.is_complex():
+        return 0.0
+    flat = tensor.detach().flatten().double()
+    places = torch.arange(len(flat), device=flat.device).add(1.0).sqrt()
+    return float((flat * places).sum())
+
+
+def check_apart(first: Sequence[Marks | None]) -> None:
+    """Refuses ranks whose batches begin alike: they have the same data.
+
+    Args:
+        first: What each rank's first batch is known by; None without one.
+
+    Raises:
+        DataError: If two are the same.
+    """
+    for rank, own in enumerate(first):
+        others = [other for other in first[:rank] if other and other == own]
+        if others:
+            raise DataError(
+                "Each rank must have a part of the data of its own; got the same first "
+                f"batch on rank {rank} as on rank {first.index(own)}. Load "
+                "`Subset(dataset, range(rank, len(dataset), world_size))` on each."
+            )
 
 
 def check_seen_once(

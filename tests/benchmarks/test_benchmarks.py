@@ -284,7 +284,7 @@ def test_inputs_at_a_kink_are_left_out() -> None:
 
 
 def test_every_case_is_on_the_command_line() -> None:
-    assert set(parse([]).cases) == set(CASES) - {"toy", "paper-size"}
+    assert set(parse([]).cases) == set(CASES) - {"toy", "paper-size", "large-factor"}
     assert parse(["--cases", "toy"]).cases == ["toy"]
     assert parse(["--cold"]).cold
     assert parse(["--backends"]).backends == []

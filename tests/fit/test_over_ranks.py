@@ -237,6 +237,19 @@ def test_a_sampler_that_pads_is_refused_on_every_rank(tmp_path: Path) -> None:
         assert "DistributedSampler" in outcome.said
 
 
+def fit_all(rank: int) -> None:
+    """The whole dataset on every rank."""
+    guide = guide_of("classes", torch.float64, {"subnet": RandomSubnet(5)})
+    batches = [data("classes", torch.float64)]
+    guide.laplace_approximation_from(batches, process_group=True)
+
+
+def test_the_same_data_on_every_rank_are_refused(tmp_path: Path) -> None:
+    for outcome in on_ranks(PAIR, tmp_path, fit_all):
+        assert outcome.error == "DataError"
+        assert "same first batch on rank 1 as on rank 0" in outcome.said
+
+
 def test_what_does_not_pad_is_taken_and_counted(tmp_path: Path) -> None:
     for num_data in (None, NUM_DATA):
         outcomes = on_ranks(PAIR, tmp_path, fit_loaded, "exact", num_data)
@@ -311,9 +324,8 @@ def fit_unlike(rank: int, what: str) -> None:
     if what == "MAP" and rank == 1:
         with torch.no_grad():
             guide.loc += 1.0
-    guide.laplace_approximation_from(
-        [data("classes", torch.float64)], process_group=True
-    )
+    x, y = data("classes", torch.float64)
+    guide.laplace_approximation_from([(x[rank:], y[rank:])], process_group=True)
 
 
 @pytest.mark.parametrize("what", ["options", "MAP"])
