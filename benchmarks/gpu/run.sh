@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # All that a GPU is needed for, in one command, on a machine without a network:
 #
-#     benchmarks/gpu/run.sh WHEELS OUT
+#     DATA=folder benchmarks/gpu/run.sh WHEELS OUT
 #
 # WHEELS is what benchmarks/gpu/wheels.sh has fetched. Each stage has its minutes, and
-# writes to OUT as it goes: a run that is cut short still counts. DEVICE=cpu tries it
-# out, small.
+# writes to OUT as it goes: a run that is cut short still counts. DATA holds
+# `fashion-mnist`, 30 MB, for the last stage, which is left out without it. DEVICE=cpu
+# tries the others out, small.
 set -uo pipefail
 wheels=$(realpath "${1:?"usage: benchmarks/gpu/run.sh WHEELS OUT"}")
 mkdir -p "${2:?"usage: benchmarks/gpu/run.sh WHEELS OUT"}"
@@ -57,4 +58,10 @@ for case in "${cases[@]}"; do
     "${backends[@]}" --device "$device" --pairs 1 --timeout 60 >"$out/$case.txt" 2>&1
   cat "$out/$case.txt"
 done
+# 3. A trained network at the paper's size, where DATA holds FashionMNIST.
+if [ -n "${DATA:-}" ]; then
+  step "images"
+  "$python" -m benchmarks.gpu.images --data "$DATA" --out "$out" --device "$device" \
+    --minutes "${MINUTES:-4}"
+fi
 step "done"
