@@ -137,9 +137,12 @@ class GGNSum(CurvatureSum):
         pays = self.form == "dual" or dual_pays(total, self._size, self._like.dtype)
         if any(form == "primal" for form, _ in found) or not pays:
             self.form = "primal"
-            ranks.sum_lower_(self.matrix())
+            with ranks.together():  # one rank may have less memory
+                matrix = self.matrix()
+            ranks.sum_lower_(matrix)
             return
-        self._check_rows_fit(total)
+        with ranks.together():
+            self._check_rows_fit(total)
         none = self._like.new_zeros(0, self._size, dtype=torch.float64)
         self._rows = [ranks.rows(torch.cat([none, *self._rows]))]
 

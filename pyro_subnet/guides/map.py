@@ -503,16 +503,17 @@ class AutoSubnetLaplace(AutoAtMAP):
         return Trainer(self, data, evidence, self.evidence_history)
 
     def _set_up_by(self, data: Data) -> None:
-        if self.prototype_trace is None:
+        with data.together():
+            if self.prototype_trace is not None:
+                return
             data.require_repeatable("setting up the guide")
-            with data.together():
-                call = next(data.calls("Set-up"), None)
-                if call is None:
-                    raise DataError(
-                        "A rank without data needs a guide that is set up; got one "
-                        "that was never called. Call `guide(x, y)` on every rank."
-                    )
-                self._setup_prototype(*call[0], **call[1])
+            call = next(data.calls("Set-up"), None)
+            if call is None:
+                raise DataError(
+                    "A rank without data needs a guide that is set up; got one that "
+                    "was never called. Call `guide(x, y)` on every rank."
+                )
+            self._setup_prototype(*call[0], **call[1])
 
     @torch.inference_mode(False)
     @full_precision()
@@ -523,7 +524,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         latents = Latents.from_guide(self, self.loc.detach().clone())
         at_map = ModelAtMAP(self.user_model, latents, self.factors)
         check_same_fit(data, latents.loc, self.options)
-        kept = agreed(data, file and file.chosen, latents.layout)
+        kept = agreed(data, file and file.chosen, latents)
         subnet = kept or self._choose(latents, data)
         resumed = None if file is None else partial(file.batches_left, subnet, data)
         state = fitted_state(
@@ -549,7 +550,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             warn_of_one_weight(latents.layout.num_params)
         subnet = checked_subnet(self._selector(self, data))
         # A random one is another on every rank.
-        return agreed(data, subnet, latents.layout) or subnet
+        return agreed(data, subnet, latents) or subnet
 
 
 def _selector(subnet: Any) -> Callable[..., Subnet] | None:

@@ -9,9 +9,10 @@ from torch import Tensor
 from pyro_subnet.exceptions import OptionError
 from pyro_subnet.files.fingerprint import digest
 from pyro_subnet.options import FitOptions
-from pyro_subnet.subnet import Layout, Subnet
+from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.ranks import first_with
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.trace import Latents
 
 
 def check_same_fit(data: Data, loc: Tensor, options: FitOptions) -> None:
@@ -39,13 +40,13 @@ def check_same_fit(data: Data, loc: Tensor, options: FitOptions) -> None:
             )
 
 
-def agreed(data: Data, subnet: Subnet | None, layout: Layout) -> Subnet | None:
+def agreed(data: Data, subnet: Subnet | None, latents: Latents) -> Subnet | None:
     """The subnet of the first rank that has one, on all ranks.
 
     Args:
         data: Each rank's own.
         subnet: This rank's, if it has one.
-        layout: Of the latent sites.
+        latents: The latent sites.
 
     Returns:
         The subnet; None if no rank has one.
@@ -55,4 +56,7 @@ def agreed(data: Data, subnet: Subnet | None, layout: Layout) -> Subnet | None:
     own = None if subnet is None else (subnet.flat, subnet.explained_variance)
     found = data.ranks.gathered(own)
     first = found[first_with(found)]
-    return None if first is None else Subnet(layout, *first)
+    if first is None:
+        return None
+    flat, explained = first
+    return Subnet(latents.layout, flat.to(latents.loc.device), explained)

@@ -315,6 +315,34 @@ def test_the_same_call_resumes_each_rank_from_its_file(
             assert torch.equal(one.value[part], value), part
 
 
+def fit_anew(rank: int) -> None:
+    """A guide that no rank has called, where rank 1 has no data."""
+    pyro.clear_param_store()
+    guide = AutoSubnetLaplace(classes(torch.float64), RandomSubnet(5))
+    if rank == 0:
+        guide(*data("classes", torch.float64))
+    guide.laplace_approximation_from([], process_group=True)
+
+
+def test_a_rank_without_data_needs_a_guide_that_is_set_up(tmp_path: Path) -> None:
+    first, second = on_ranks(PAIR, tmp_path, fit_anew)
+    assert second.error == "DataError"
+    assert "never called" in second.said
+    assert first.error == "RankError"
+
+
+def fit_nothing(rank: int) -> None:
+    """No rank has any data."""
+    guide = guide_of("classes", torch.float64, {"subnet": RandomSubnet(5)})
+    guide.laplace_approximation_from([], process_group=True)
+
+
+def test_no_data_on_any_rank_are_an_error(tmp_path: Path) -> None:
+    for outcome in on_ranks(PAIR, tmp_path, fit_nothing):
+        assert outcome.error == "DataError"
+        assert "at least one batch" in outcome.said
+
+
 def fit_unlike(rank: int, what: str) -> None:
     """A fit whose ranks differ in something."""
     options: Options = {"subnet": RandomSubnet(5)}

@@ -46,6 +46,8 @@ _REVERSE_PASSES = 3
 _COMPARES = ContextVar("compares", default=False)
 # So many elements are differentiated column by column, without forward mode.
 _FEW_COLUMNS = 4
+# A backward pass that is differentiated keeps its own tensors beside the forward's.
+_GRAPHS_HELD = 3
 _GENERAL = {
     "columns": column_blocks,
     "per-datum": per_datum_blocks,
@@ -64,7 +66,8 @@ def _general_routes(
 ) -> Iterator[Route]:
     """General routes that may give right numbers, within the budget, cheapest first."""
     # The last one, reverse mode over the whole call, is right for any model.
-    if outputs.size <= _FEW_COLUMNS and forward_bytes(outputs) <= budget:
+    held = _GRAPHS_HELD * outputs.activation_bytes + forward_bytes(outputs)
+    if outputs.size <= _FEW_COLUMNS and held <= budget:
         yield "columns"
     num_rows = sum(factor.shape[0] * factor.shape[1] for factor in factors)
     forward = _FORWARD_PASSES * outputs.size
