@@ -16,7 +16,7 @@ import torch
 import torch.distributed as td
 
 # Seconds after which a rank that has not ended counts as hanging.
-PATIENCE = 60
+PATIENCE = 180
 # Imported once: the ranks are forked from the process that has done it.
 _PRELOADED = ["pyro_subnet", "tests.ranks", "sympy"]
 

@@ -28,7 +28,7 @@ def test_the_command_runs_where_there_is_no_card(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, "WORKERS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ def test_two_ranks_end_as_one_process() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
