@@ -16,9 +16,7 @@ from benchmarks.engine.cases import CASES
 from benchmarks.engine.compare import problem
 from benchmarks.engine.machine import description
 from benchmarks.engine.runner import Launcher, run_case
-from benchmarks.engine.scaling import curves, draw_scaling
 
-SCALING = Path("docs/engine-scaling.png")
 _DEFAULT = [name for name, case in CASES.items() if case.by_default]
 
 
@@ -47,22 +45,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--num-data", type=int, help="at most, to try it out")
     parser.add_argument("--timeout", type=float, default=900.0, help="of a process, s")
-    parser.add_argument(
-        "--scaling",
-        nargs="?",
-        type=Path,
-        const=SCALING,
-        metavar="PICTURE",
-        help="draw how time and memory of ours grow instead",
-    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if options.scaling is not None:
-        draw_scaling(options.scaling, curves())
-        return
     print(f"{description(options.device)}, laplace-torch {version('laplace-torch')}")
     print(f"medians of up to {options.pairs} pairs; seconds, GB beyond the imports")
     print(table.HEADER, flush=True)

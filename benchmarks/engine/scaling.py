@@ -1,7 +1,13 @@
-"""How our fits and predictions grow: time and memory against N, C, S and D."""
+"""How our fits and predictions grow: time and memory against N, C, S and D.
+
+Draws a picture, in some four minutes::
+
+    .venv/bin/python -m benchmarks.engine.scaling
+"""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import time
@@ -194,3 +200,13 @@ def _short(size: int) -> str:
             digits = 0 if size >= 10 * unit or size % unit == 0 else 1
             return f"{size / unit:.{digits}f}{suffix}"
     return str(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.scaling")
+    parser.add_argument("--out", type=Path, default=Path("docs/engine-scaling.png"))
+    draw_scaling(parser.parse_args(arguments).out, curves())
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import hybrid_gradient
+from benchmarks import distributed, hybrid_gradient
 from benchmarks.engine import laplace_torch, networks, ours, prepare, scaling, table
 from benchmarks.engine.__main__ import parse
 from benchmarks.engine.cases import CASES, Case
@@ -309,6 +309,11 @@ def test_gradients_of_linearized_models_are_of_one_density() -> None:
     plain, at = ways["linearized hybrid, any kernel"]
     held, _ = ways["linearized hybrid, its nuts()"]
     torch.testing.assert_close(held(at), plain(at))
+
+
+def test_ranks_of_a_fit_are_timed() -> None:
+    """Two ranks of one thread, whose fit is a process's of its own."""
+    assert 0.0 < distributed.measured(2, 1, "toy") < 60.0
 
 
 def test_a_slope_is_that_of_the_largest_sizes() -> None:

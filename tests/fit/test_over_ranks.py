@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.distributed as td
 from pyro import poutine
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -23,10 +25,13 @@ from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import (
     GreedyVariance,
     LargestGradient,
+    LargestMagnitude,
     LargestVariance,
     LastLayer,
+    PredictiveVariance,
     RandomSubnet,
 )
+from pyro_subnet.subnet import Subnet
 from tests.ranks import Outcome, on_ranks
 from tests.tolerances import tolerance
 
@@ -55,6 +60,9 @@ FITS: dict[str, Options] = {
     "empirical": {"subnet": None, "curvature": "ef"},
     "hessian": {"subnet": LastLayer(), "curvature": "hessian"},
     "random": {"subnet": RandomSubnet(9)},
+    "magnitude": {"subnet": LargestMagnitude(9)},
+    "fisher": {"subnet": PredictiveVariance(9, weighting="fisher")},
+    "diagonal scores": {"subnet": PredictiveVariance(9, method="diagonal")},
     "largest variance": {"subnet": LargestVariance(9)},
     "largest gradient": {"subnet": LargestGradient(9)},
     "greedy": {"subnet": GreedyVariance(9)},
@@ -62,7 +70,8 @@ FITS: dict[str, Options] = {
 }
 
 
-# Those that are asked for of every number of ranks; all of them of three.
+# Those that are asked for of every number of ranks; all of them of three, of which the
+# second has no data.
 _FEW = ("default", "all", "kronecker", "last layer")
 _MANY_RANKS = 3
 
@@ -129,12 +138,20 @@ def numbers(posterior: AutoSubnetMultivariateNormal) -> dict[str, Tensor]:
     }
 
 
+def chosen(flat: Tensor, guide: AutoSubnetLaplace, batches: Any) -> Subnet:
+    """A selector of known positions."""
+    return Subnet.from_positions(guide.latents.layout, flat)
+
+
 def parts(count: int, size: int, split: str) -> tuple[Tensor, ...]:
     """Which data each rank has."""
     everything = torch.arange(count)
+    none = everything[:0]
     if split == "uneven":
         return tuple(everything[rank::size] for rank in range(size))
-    none = everything[:0]
+    if split == "gap":
+        shares = iter(everything[rank :: size - 1] for rank in range(size - 1))
+        return tuple(none if rank == 1 else next(shares) for rank in range(size))
     return (*(none for _ in range(size - 1)), everything)  # the last has all
 
 
@@ -147,8 +164,9 @@ def fit_part(
     batches = [(x[at], y[at]) for at in mine.split(2)] if len(mine) else []
     found = {}
     for fit in FITS if size == _MANY_RANKS else _FEW:
-        options = FITS[fit]
-        guide = guide_of(name, dtype, options)
+        if (name, fit) == ("subsampled", "kronecker"):
+            continue  # a noise has no factors
+        guide = guide_of(name, dtype, FITS[fit])
         posterior = guide.laplace_approximation_from(batches, process_group=True)
         found[fit] = numbers(posterior)
         if fit == "default":
@@ -163,7 +181,8 @@ def fit_part(
         (1, "classes", torch.float64, "uneven"),
         (2, "classes", torch.float32, "uneven"),
         (2, "subsampled", torch.float64, "empty"),
-        (3, "classes", torch.float64, "empty"),
+        (3, "classes", torch.float64, "gap"),
+        (3, "subsampled", torch.float64, "gap"),
         (4, "subsampled", torch.float64, "uneven"),
     ],
 )
@@ -179,15 +198,65 @@ def test_ranks_together_are_one_process(
         for outcome in outcomes[1:]:
             for part, value in outcome.value[fit].items():
                 assert torch.equal(value, found[part]), (fit, part)
-        if fit == "random":  # of another seed
-            continue
-        guide = guide_of(name, dtype, FITS["default" if fit == "updated" else fit])
+        options = dict(FITS["default" if fit == "updated" else fit])
+        if fit == "random":  # the first rank's, which has a seed of its own
+            options["subnet"] = partial(chosen, found["subnet"])
+        guide = guide_of(name, dtype, options)
         batches = [(x[at], y[at]) for at in torch.arange(NUM_DATA).split(2)]
         alone = guide.laplace_approximation_from(batches)
         if fit == "updated":
             alone = alone.update_from(batches)
         for part, value in numbers(alone).items():
             assert_close(found[part], value, **tight)
+
+
+def fit_drawn(rank: int) -> dict[str, Tensor]:
+    """Labels that each rank draws for its own data."""
+    x, y = data("classes", torch.float64)
+    at = parts(NUM_DATA, PAIR, "uneven")[rank]
+    options: Options = {"subnet": None, "curvature": "ggn-mc"}
+    guide = guide_of("classes", torch.float64, options)
+    pyro.set_rng_seed(rank)
+    batches = [(x[at], y[at])]
+    return numbers(guide.laplace_approximation_from(batches, process_group=True))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.MonteCarloFisherWarning")
+def test_labels_that_ranks_draw_are_those_they_draw_alone(tmp_path: Path) -> None:
+    """The sum of both curvatures, each drawn by one process of that rank's seed."""
+    outcomes = on_ranks(PAIR, tmp_path, fit_drawn)
+    x, y = data("classes", torch.float64)
+    options: Options = {"subnet": None, "curvature": "ggn-mc"}
+    likelihood = 0.0
+    for rank, at in enumerate(parts(NUM_DATA, PAIR, "uneven")):
+        guide = guide_of("classes", torch.float64, options)
+        pyro.set_rng_seed(rank)
+        likelihood = likelihood + guide.laplace_approximation(x[at], y[at]).ggn()
+    eye = torch.eye(len(likelihood)).to(likelihood)  # the prior is N(0, 1)
+    for outcome in outcomes:
+        assert_close(outcome.value["precision"], likelihood + eye, **EXACT)
+
+
+def fit_group(rank: int) -> dict[str, Tensor]:
+    """Ranks 0 and 2 alone, in a group of their own."""
+    group = td.new_group([0, 2])
+    x, y = data("classes", torch.float64)
+    at = torch.arange(rank // 2, NUM_DATA, PAIR)
+    guide = guide_of("classes", torch.float64, {"subnet": 0.3})
+    batches = [(x[at], y[at])]
+    return numbers(guide.laplace_approximation_from(batches, process_group=group))
+
+
+def test_a_group_of_some_ranks(tmp_path: Path) -> None:
+    """Those in it fit on; the one that is not is told so."""
+    first, outside, last = on_ranks(3, tmp_path, fit_group)
+    assert outside.error == "OptionError"
+    assert "a group that this process is in" in outside.said
+    guide = guide_of("classes", torch.float64, {"subnet": 0.3})
+    alone = guide.laplace_approximation_from([data("classes", torch.float64)])
+    for part, value in numbers(alone).items():
+        assert_close(first.value[part], value, **EXACT)
+        assert torch.equal(first.value[part], last.value[part]), part
 
 
 def fit_many(rank: int, size: int, count: int) -> Any:
@@ -286,6 +355,33 @@ def fit_failing(rank: int, how: str, folder: Path | None = None) -> Any:
 
 def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
     first, second = on_ranks(PAIR, tmp_path, fit_failing, "raises")
+    assert (second.error, second.said) == ("ValueError", "the disk is gone")
+    assert first.error == "RankError"
+    assert "rank 1 of 2: ValueError: the disk is gone" in first.said
+
+
+@final
+class Batches:
+    """Batches that a selector passes over first; rank 1 fails at its second."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = data("classes", torch.float64)
+        for i, at in enumerate(torch.arange(NUM_DATA)[self.rank :: PAIR].split(2)):
+            if (self.rank, i) == (1, 1):
+                raise ValueError("the disk is gone")
+            yield x[at], y[at]
+
+
+def fit_failing_selector(rank: int) -> None:
+    guide = guide_of("classes", torch.float64, {"subnet": LargestGradient(5)})
+    guide.laplace_approximation_from(Batches(rank), process_group=True)
+
+
+def test_a_rank_that_raises_in_a_selector_ends_the_others(tmp_path: Path) -> None:
+    first, second = on_ranks(PAIR, tmp_path, fit_failing_selector)
     assert (second.error, second.said) == ("ValueError", "the disk is gone")
     assert first.error == "RankError"
     assert "rank 1 of 2: ValueError: the disk is gone" in first.said
