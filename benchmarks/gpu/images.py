@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.engine.machine import description
 from benchmarks.engine.networks import resnet18_batchnorm
+from benchmarks.paper.images.methods import classifier
 from benchmarks.paper.images.readers import ImageSet, Part, read_images, to_unit
 from pyro_subnet import AutoSubnetLaplace
-from pyro_subnet.nn import bayesianize, init_to_module
+from pyro_subnet.nn import init_to_module
 from pyro_subnet.selection import LargestVariance
 
 PAPER_SUBNET = 42_438
@@ -122,17 +121,6 @@ def train(net: nn.Module, part: Part, settings: Settings, stop: float) -> int:
     return done
 
 
-def make_model(net: nn.Module) -> Callable[..., None]:
-    bnn = bayesianize(net)
-
-    def model(x: Tensor, y: Tensor | None = None) -> None:
-        logits = bnn(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
-
-    return model
-
-
 def judged(log_probs: Tensor, labels: Tensor) -> str:
     """Negative log likelihood with its standard error, and accuracy."""
     nats = -log_probs.gather(1, labels[:, None]).squeeze(1).double()
@@ -170,7 +158,7 @@ def run(images: ImageSet, settings: Settings) -> list[str]:
         for at in few.split(_BATCH_SIZE)
     ]
     guide = AutoSubnetLaplace(
-        make_model(net),
+        classifier(net, prior_precision=1.0),
         LargestVariance(settings.subnet),
         init_loc_fn=init_to_module(net),
     )

@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Fetches what a machine with a GPU, Python 3.12, torch and pytest lacks, into a folder:
+# Fetches, into a folder, what an image for GPUs lacks that has torch and the usual
+# numerical packages (NumPy, SciPy, matplotlib, jaxtyping, linear_operator, torchmetrics,
+# hypothesis, pytest, pytest-xdist):
 #
 #     benchmarks/gpu/wheels.sh WHEELS
 #
-# Seven megabytes and NumPy, at the versions of constraints.txt.
+# Three megabytes, at the versions of constraints.txt.
 set -euo pipefail
 wheels=${1:?"usage: benchmarks/gpu/wheels.sh WHEELS"}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 names=(
-  numpy packaging psutil safetensors tqdm
-  pyro-ppl pyro-api opt_einsum jaxtyping wadler_lindig beartype
-  laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops
-  linear_operator mpmath torchmetrics lightning-utilities unfoldNd
-  hypothesis pytest-xdist execnet
+  pyro-ppl pyro-api beartype
+  laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv unfoldNd
 )
 pinned=()
 for name in "${names[@]}"; do

@@ -34,7 +34,9 @@ def test_the_command_runs_where_there_is_no_card(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "passed" in (out / "tests.txt").read_text()
     assert "the fit takes" in (out / "toy.txt").read_text()
-    assert "== done" in (out / "log.txt").read_text()
+    log = (out / "log.txt").read_text()
+    assert "tests: exit status 0" in log
+    assert "== done" in log
 
 
 def part(count: int) -> Part:
