@@ -73,7 +73,8 @@ def run_on(
         if converted:
             with contextlib.suppress(*_TORCH_RAISES):
                 return run(*given[0], **given[1]), given
-        moved = None if like is None else _moved(taken, like.device)
+        device = (_first_float(model) if like is None else like).device
+        moved = _moved(taken, device)
         if moved is not None:
             with contextlib.suppress(*_TORCH_RAISES):
                 return run(*moved[0], **moved[1]), moved

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule
 from torch import nn
 
@@ -19,6 +20,7 @@ from pyro_subnet import (
 )
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LargestVariance, RandomSubnet
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.cuda
@@ -189,3 +191,66 @@ def test_positions_may_live_on_the_gpu() -> None:
     chosen = {"0.bias": torch.tensor([1, 4], device="cuda")}
     _, _, posterior = fitted("cuda", chosen)
     assert posterior.subnet.names == ["0.bias[1]", "0.bias[4]"]
+
+
+def test_batches_on_the_cpu_are_moved_to_the_model() -> None:
+    """In a fit from a loader, and in predictions."""
+    model, x, whole = fitted("cuda", RandomSubnet(11, seed=2))
+    labels = torch.randint(NUM_CLASSES, (NUM_DATA,), device="cuda")
+    guide = AutoSubnetLaplace(
+        model,
+        RandomSubnet(11, seed=2),
+        init_loc_fn=init_to_value(values=whole.median()),
+    )
+    guide(x, labels)
+    pairs = list(zip(x.split(5), labels.split(5), strict=True))
+    on_gpu = guide.laplace_approximation_from(pairs)
+    mixed = guide.laplace_approximation_from([(a.cpu(), b.cpu()) for a, b in pairs])
+    exact = tolerance(torch.float64, "reordered")
+    torch.testing.assert_close(
+        mixed.get_posterior().precision_matrix,
+        on_gpu.get_posterior().precision_matrix,
+        **exact,
+    )
+    torch.testing.assert_close(
+        mixed.output_distribution(x.cpu()).covariance_matrix,
+        on_gpu.output_distribution(x).covariance_matrix,
+        **exact,
+    )
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_shortcuts_are_left_as_they_were(allowed: bool) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    try:
+        _, x, posterior = fitted("cuda", None)
+        posterior.predictive_distribution(x)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (allowed, allowed)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_a_fit_takes_no_more_than_is_foretold() -> None:
+    """The factor as `check_factor_fits` counts it, and blocks of the budget."""
+    size = 6000
+    net = nn.Sequential(nn.Linear(50, 100), nn.Tanh(), nn.Linear(100, 100)).cuda()
+    bnn = bayesianize(net)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", len(x), device="cuda"):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    x = torch.randn(200, 50, device="cuda")
+    y = torch.randint(100, (200,), device="cuda")
+    guide = AutoSubnetLaplace(model, RandomSubnet(size, seed=1), form="primal")
+    guide(x, y)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    guide.laplace_approximation(x, y)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken >= 4 * size**2
+    assert taken <= 1.25 * 4 * size**2 + DEFAULT_BUDGET

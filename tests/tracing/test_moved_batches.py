@@ -7,7 +7,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_subnet.exceptions import DataError
 from pyro_subnet.tracing.arguments import run_on
@@ -63,3 +63,21 @@ def test_what_runs_as_it_is_stays_where_it_is() -> None:
 def test_what_does_not_run_there_either_is_an_error() -> None:
     with pytest.raises(DataError, match="on the model's device, meta"):
         run_on(model, model, (torch.ones(4, 5),), {}, WEIGHT)
+
+
+@final
+class Elsewhere(nn.Module):
+    """A model that says by its parameters where it is, before any site is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(WEIGHT.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 0 * self.weight[:, 0]) @ self.weight
+
+
+def test_a_module_is_where_its_parameters_are() -> None:
+    net = Elsewhere()
+    _, ((moved,), _) = run_on(net, net, (torch.ones(4, 2),), {})
+    assert moved.device == ELSEWHERE
