@@ -278,7 +278,7 @@ def test_many_data_are_a_matrix_that_is_summed(tmp_path: Path) -> None:
     alone = numbers(guide.laplace_approximation_from([(x, y)]))
     for part, value in alone.items():
         for outcome in outcomes:
-            assert_close(outcome.value[part], value, rtol=1e-11, atol=1e-11)
+            assert_close(outcome.value[part], value, **EXACT)
 
 
 def fit_loaded(rank: int, sampler: str, num_data: int | None) -> int:
