@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,11 +27,7 @@ def with_raw_logits(linearized: LinearizedOutputs) -> LinearizedOutputs:
     (site,) = linearized.sites
     if site.family.distribution not in CLASSES:
         return linearized
-    of_sites = partial(_raw_logits, call, site.name)
-    with torch.no_grad():
-        reference = of_sites({}, None)
-    outputs = replace(linearized.outputs, of_sites=of_sites, reference=reference)
-    return replace(linearized, outputs=outputs)
+    return linearized.at_outputs(partial(_raw_logits, call, site.name))
 
 
 def _raw_logits(

@@ -19,9 +19,11 @@ from pyro_subnet.curvature.jacobian.directional import (
 )
 from pyro_subnet.curvature.jacobian.output_map import (
     Blocks,
+    OutputFunction,
     OutputMap,
     identity_factors,
 )
+from pyro_subnet.curvature.jacobian.plain import PlainRun
 from pyro_subnet.curvature.jacobian.route import (
     differentiable_blocks,
     jacobian_blocks,
@@ -32,7 +34,8 @@ from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
-from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tracing.call import Graph, ModelCall
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import Node, preserved_rng
@@ -43,6 +46,10 @@ _FEW_ROWS = 512
 # Outputs of a datum, and numbers of all rows of J and of their cotangents, from which
 # on it pays to find out which weights reach which output.
 _MANY_ROWS, _MANY_NUMBERS = 32, 2**18
+# Outputs in all, numbers of their gradients and bytes of activations up to which all
+# rows of J come from the run that showed what the subnet moves, as of one input in
+# service: what a run of its own takes, and its check, is more than its operations.
+_SERVED_ROWS, _SERVED_NUMBERS, _SERVED_BYTES = 16, 2**20, 2**21
 
 RowScales = Callable[..., Tensor]
 
@@ -59,6 +66,7 @@ class LinearizedOutputs:
         follows_inputs: Whether values and rows carry gradients to the inputs.
         reached: Whether the subnet moves any; if not, all rows are zero.
         held: Rows of J by data point, if they are kept; None to compute them anew.
+        run: Of few outputs, a run with its graph.
     """
 
     subnet_call: SubnetCall
@@ -67,18 +75,39 @@ class LinearizedOutputs:
     follows_inputs: bool
     reached: bool = True
     held: tuple[Tensor, ...] | None = None
+    run: PlainRun | None = None
 
     @classmethod
     def read(cls, call: ModelCall, subnet: Subnet) -> LinearizedOutputs:
         """The outputs that a subnet moves; all, if it moves none at these inputs."""
-        subnet_call, reached = _moved(call, subnet)
+        graph = call.graph(with_prior=False)
+        subnet_call, reached = _moved(call, subnet, graph)
         _check_axis(subnet_call)
         follows = torch.is_grad_enabled() and wants_gradients(call.args, call.kwargs)
         nodes = call.trace.nodes
         if follows:
             with preserved_rng():
                 nodes = call.run(call.latents.values).nodes
-        return cls(subnet_call, subnet_call.outputs(), nodes, follows, reached)
+        outputs = subnet_call.outputs()
+        run = None
+        if reached and not follows and graph.whole and _are_few(outputs):
+            with differentiable():
+                run = PlainRun(graph.leaves, subnet_call.read(graph.trace))
+        return cls(subnet_call, outputs, nodes, follows, reached, run=run)
+
+    def at_outputs(self, of_sites: OutputFunction) -> LinearizedOutputs:
+        """Other outputs of the same call, as numerous, as a function of the subnet."""
+        run, own = self.run, self.outputs
+        if run is None:
+            with torch.no_grad():
+                reference = of_sites({}, None)
+        else:
+            with differentiable():
+                values = of_sites(run.leaves, None)
+            run = replace(run, values=values)
+            reference = tuple(value.detach() for value in values)
+        outputs = replace(own, of_sites=of_sites, reference=reference)
+        return replace(self, outputs=outputs, run=run)
 
     @property
     def sites(self) -> tuple[OutputSite, ...]:
@@ -221,13 +250,24 @@ class LinearizedOutputs:
         return _cat([part.flatten(1, 2) for part in grouped.split(widths, dim=2)], 1)
 
     def _blocks(self) -> Blocks:
-        blocks = differentiable_blocks if self.follows_inputs else jacobian_blocks
-        return blocks(self.outputs, identity_factors(self.outputs), DEFAULT_BUDGET)
+        outputs, factors = self.outputs, identity_factors(self.outputs)
+        if self.follows_inputs:
+            return differentiable_blocks(outputs, factors, DEFAULT_BUDGET)
+        return jacobian_blocks(outputs, factors, DEFAULT_BUDGET, run=self.run)
 
 
-def _moved(call: ModelCall, subnet: Subnet) -> tuple[SubnetCall, bool]:
+def _are_few(outputs: OutputMap) -> bool:
+    """Whether a backward pass for each output costs less than another run."""
+    count = sum(elements * width for elements, width in outputs.shapes)
+    return (
+        count <= _SERVED_ROWS
+        and count * outputs.num_touched <= _SERVED_NUMBERS
+        and outputs.activation_bytes <= _SERVED_BYTES
+    )
+
+
+def _moved(call: ModelCall, subnet: Subnet, graph: Graph) -> tuple[SubnetCall, bool]:
     """The call over a subnet, and whether that moves any output of it."""
-    graph = call.graph(with_prior=False)
     found = SubnetCall.of(call, subnet, graph)
     if any(found.moved.values()):
         return found, True

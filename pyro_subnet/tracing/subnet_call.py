@@ -95,9 +95,10 @@ class SubnetCall:
 
     def _own(self) -> OutputMap:
         """The same; of an unreadable family the log density."""
-        return self.call.map_of(self._read, self.subnet.indices, self.activation_bytes)
+        return self.call.map_of(self.read, self.subnet.indices, self.activation_bytes)
 
-    def _read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
+    def read(self, trace: poutine.Trace) -> tuple[Tensor, ...]:
+        """The moved parameters in some run, one (M, c) tensor a site."""
         found = (
             site.outputs(trace.nodes[site.name], self.moved[site.name])
             for site in self.sites

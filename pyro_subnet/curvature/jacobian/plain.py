@@ -7,12 +7,15 @@ training itself takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_subnet.curvature.jacobian.output_map import (
+    Blocks,
     Factors,
     JacobianBlock,
     OutputMap,
@@ -24,6 +27,37 @@ from pyro_subnet.tensors.pullback import weighted_sum
 
 class WrongRows(Exception):
     """Raised when a route's rows are not plain reverse mode's; then another follows."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PlainRun:
+    """A run whose graph is there: of few outputs each has a backward pass of its own.
+
+    Attributes:
+        leaves: Values of the chosen sites, where the graph begins.
+        values: Its outputs, (M, c) an observed site.
+    """
+
+    leaves: Mapping[str, Tensor]
+    values: tuple[Tensor, ...]
+
+    def blocks(self, outputs: OutputMap, factors: Factors) -> Blocks:
+        """Yields one block of :math:`R J` a site, with all its elements."""
+        leaves = [self.leaves[site] for site in outputs.chosen]
+        for site, (value, factor) in enumerate(zip(self.values, factors, strict=True)):
+            with differentiable():
+                elements = value.flatten().unbind()
+            found = [
+                torch.autograd.grad(
+                    element, leaves, retain_graph=True, materialize_grads=True
+                )
+                for element in elements
+            ]
+            of_leaf = zip(zip(*found, strict=True), outputs.chosen.values(), strict=True)
+            columns = [torch.stack(own).flatten(1)[:, at] for own, at in of_leaf]
+            rows = torch.cat(columns, 1)
+            yield JacobianBlock(site, 0, factor @ rows.unflatten(0, value.shape))
 
 
 def plain_gradient(

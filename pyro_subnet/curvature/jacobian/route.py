@@ -29,7 +29,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
     JacobianBlock,
     OutputMap,
 )
-from pyro_subnet.curvature.jacobian.plain import require_held_gradients
+from pyro_subnet.curvature.jacobian.plain import PlainRun, require_held_gradients
 from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from pyro_subnet.curvature.jacobian.structured.rows import layered_blocks
 from pyro_subnet.curvature.jacobian.structured.squares import layered_diagonal
@@ -85,13 +85,20 @@ def _general_routes(
 
 
 def jacobian_blocks(
-    outputs: OutputMap, factors: Factors, budget: int, route: Route | None = None
+    outputs: OutputMap,
+    factors: Factors,
+    budget: int,
+    route: Route | None = None,
+    run: PlainRun | None = None,
 ) -> Blocks:
-    """Yields blocks of :math:`R J`, by the cheapest right route unless one is named."""
+    """Yields blocks of :math:`R J`, by the cheapest right route unless one is named.
+
+    Of a ``run`` that is there they are its gradients.
+    """
     # Together they hold every element of every site once, without an outer graph. One
     # data point is always done, whatever the budget.
     with torch.no_grad():
-        blocks = _blocks(outputs, factors, budget, route)
+        blocks = _blocks(outputs, factors, budget, route, run)
         block = next(blocks, None)
     while block is not None:
         yield block
@@ -164,7 +171,11 @@ def compare_routes() -> Iterator[None]:
 
 
 def _blocks(
-    outputs: OutputMap, factors: Factors, budget: int, route: Route | None
+    outputs: OutputMap,
+    factors: Factors,
+    budget: int,
+    route: Route | None,
+    run: PlainRun | None,
 ) -> Blocks:
     if route == "layered":
         yield from _layered_blocks(outputs, factors, budget)
@@ -172,8 +183,10 @@ def _blocks(
         yield from _GENERAL[route](outputs, factors, budget)
     else:
         general = _general_makers(outputs, factors, budget)
-        layered = partial(_layered_blocks, outputs, factors, budget)
-        yield from _first_held(chain([layered], general), len(factors))
+        first = [partial(_layered_blocks, outputs, factors, budget)]
+        if run is not None and not _COMPARES.get():
+            first.insert(0, partial(run.blocks, outputs, factors))
+        yield from _first_held(chain(first, general), len(factors))
 
 
 def _layered_blocks(outputs: OutputMap, factors: Factors, budget: int) -> Blocks:
