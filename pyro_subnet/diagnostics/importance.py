@@ -99,7 +99,10 @@ class ImportanceCheck:
                 "judge by held-out data"
             )
         size = f"effective sample size {ess:.0f} of {count} draws"
-        return f"k-hat {self.k_hat:.2f}, {size}: {verdict}."
+        tail = f"k-hat {self.k_hat:.2f}"
+        if self.k_hat == -math.inf:  # no tail to fit
+            tail = "all weights equal"
+        return f"{tail}, {size}: {verdict}."
 
 
 def importance_check(

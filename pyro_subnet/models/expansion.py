@@ -76,12 +76,14 @@ class _Jacobian:
     keys: tuple[Key, ...]
     chosen: Mapping[str, Tensor]
     rows: tuple[Tensor, ...]
+    # Positions of the other elements of each site that has any, and their MAP.
+    others: Mapping[str, tuple[Tensor, Tensor]]
 
-    def covers(self, keys: Sequence[Key], moved: Mapping[str, Tensor]) -> bool:
-        """Whether it has these keys' columns for these elements."""
+    def covers(self, keys: Sequence[Key], u: Mapping[str, Tensor]) -> bool:
+        """Whether it has these keys' columns for all elements that any draw moves."""
         return tuple(keys) == self.keys and all(
-            site in self.chosen and bool(torch.isin(at, self.chosen[site]).all())
-            for site, at in moved.items()
+            bool((u[site][:, at] == here).all())
+            for site, (at, here) in self.others.items()
         )
 
 
@@ -189,9 +191,9 @@ class Expander:
             site: value.reshape(-1, call.latents.values[site].numel())
             for site, value in draws.unconstrained().items()
         }
-        moved = _moved(u, call.latents.values)
         jacobian = self._jacobian
-        if jacobian is None or not jacobian.covers(list(dense), moved):
+        if jacobian is None or not jacobian.covers(list(dense), u):
+            moved = _moved(u, call.latents.values)
             size = sum(at.numel() for at in moved.values())
             numbers = sum(value.numel() for value in dense.values())
             fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
@@ -206,7 +208,9 @@ class Expander:
                 return _shaped(products, dense, draws.count)
             transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
             rows_by_key = tuple(part.mT for part in transposed)
-            self._jacobian = jacobian = _Jacobian(tuple(dense), moved, rows_by_key)
+            others = _others(moved, call.latents.values)
+            jacobian = _Jacobian(tuple(dense), moved, rows_by_key, others)
+            self._jacobian = jacobian
         # (theta - MAP) J^T of all draws, by one product for each key.
         columns = _columns(u, jacobian.chosen, call, count)
         products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
@@ -347,6 +351,21 @@ def _moved(u: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Ten
             is_moved |= (some != here).any(0)
         if bool(is_moved.any()):
             found[site] = is_moved.nonzero().squeeze(-1)
+    return found
+
+
+def _others(
+    chosen: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Positions of the elements that are not chosen, by site, and their values."""
+    found = {}
+    for site, value in base.items():
+        is_other = torch.ones_like(value, dtype=torch.bool).flatten()
+        if site in chosen:
+            is_other[chosen[site]] = False
+        at = is_other.nonzero().squeeze(-1)
+        if at.numel():
+            found[site] = at, value.flatten()[at]
     return found
 
 

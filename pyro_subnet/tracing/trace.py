@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, final
 
 import pyro
@@ -98,9 +98,9 @@ class Latents:
                 loc = loc.clone()
         return cls(layout, transforms, loc)
 
-    @property
-    def values(self) -> dict[str, Tensor]:
-        """The MAP of every site, unconstrained."""
+    @cached_property
+    def values(self) -> Mapping[str, Tensor]:
+        """The MAP of every site, unconstrained: views of the packed vector."""
         return self.layout.unpack(self.loc)
 
     @property

@@ -54,8 +54,9 @@ class PlainRun:
                 )
                 for element in elements
             ]
-            of_leaf = zip(zip(*found, strict=True), outputs.chosen.values(), strict=True)
-            columns = [torch.stack(own).flatten(1)[:, at] for own, at in of_leaf]
+            of_leaves = map(torch.stack, zip(*found, strict=True))
+            pairs = zip(of_leaves, outputs.chosen.values(), strict=True)
+            columns = [own.flatten(1)[:, at] for own, at in pairs]
             rows = torch.cat(columns, 1)
             yield JacobianBlock(site, 0, factor @ rows.unflatten(0, value.shape))
 
