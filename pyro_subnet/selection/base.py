@@ -90,9 +90,18 @@ def largest(scores: Float[Tensor, " params"], size: int, noise: float = 0.0) -> 
     # would take a second, and memory of several times D, where D is ten million.
     reach = 4 * noise * threshold.abs() if bool(threshold.isfinite()) else 0.0
     candidates = (scores >= threshold - reach).nonzero().squeeze(-1)
-    few = scores[candidates]
-    if noise > 0:
-        mantissa, exponent = torch.frexp(few)
-        rounded = torch.ldexp((mantissa / noise).round() * noise, exponent)
-        few = rounded.where(few.isfinite(), few)
-    return candidates[few.sort(descending=True, stable=True).indices[:size]]
+    # Rounding keeps the order, so that the last one chosen is the rounded threshold.
+    # What is equal to it, as most weights are that no datum moves, goes by position.
+    few, last = _rounded(scores[candidates], noise), _rounded(threshold, noise)
+    above, equal = (at.nonzero().squeeze(-1) for at in (few > last, few == last))
+    above = above[few[above].sort(descending=True, stable=True).indices]
+    return candidates[torch.cat([above, equal[: size - len(above)]])]
+
+
+def _rounded(scores: Tensor, noise: float) -> Tensor:
+    """Scores to a relative precision; what is not finite as it is."""
+    if noise == 0:
+        return scores
+    mantissa, exponent = torch.frexp(scores)
+    rounded = torch.ldexp((mantissa / noise).round() * noise, exponent)
+    return rounded.where(scores.isfinite(), scores)
