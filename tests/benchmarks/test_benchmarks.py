@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import distributed, hybrid_gradient
+from benchmarks import distributed, hybrid_gradient, small_calls
 from benchmarks.engine import laplace_torch, networks, ours, prepare, scaling, table
 from benchmarks.engine.__main__ import parse
 from benchmarks.engine.cases import CASES, Case
@@ -309,6 +309,15 @@ def test_gradients_of_linearized_models_are_of_one_density() -> None:
     plain, at = ways["linearized hybrid, any kernel"]
     held, _ = ways["linearized hybrid, its nuts()"]
     torch.testing.assert_close(held(at), plain(at))
+
+
+def test_a_prediction_is_timed_beside_what_gives_the_same_numbers() -> None:
+    model, posterior, x = small_calls.fitted(1)
+    (gradients,) = small_calls.gradients_of(model, posterior, x[:1])
+    row = torch.cat([part.flatten() for part in gradients])[posterior.subnet.flat]
+    covariance = posterior.get_posterior().covariance_matrix
+    found = posterior.output_distribution(x[:1]).variance
+    torch.testing.assert_close(found.squeeze(), row @ covariance @ row)
 
 
 def test_ranks_of_a_fit_are_timed() -> None:
