@@ -23,6 +23,8 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "BayesianModule": "net",
 }
+# What a site's `infer` may hold: the value that it starts at.
+STARTS_AT = "starts_at"
 # Counts of a norm's batches, which no prediction depends on.
 _COUNTERS = ("num_batches_tracked",)
 # Names that a message lists.
@@ -175,6 +177,8 @@ class InitToModule:
         found = _of_name(site["name"], weights)
         if found is not None and found[1].shape == shape:
             return found[1].detach().clone()
+        if STARTS_AT in site["infer"]:
+            return site["infer"][STARTS_AT].clone()
         if self.fallback is not None:
             return self.fallback(site)
         if shape.numel() > 1 or any(value.shape == shape for _, value in weights):
