@@ -71,6 +71,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export": ("posteriors and chains as ArviZ reads them", ("guides",)),
     "plotting": ("pictures of predictions, posteriors and subnets", ("diagnostics",)),
     "nn": ("torch networks as Pyro modules", ("tensors",)),
+    "sklearn": ("estimators of scikit-learn", ("guides",)),
     "": ("the public names", ("export", "plotting", "nn")),
 }
 # The first room whose files may import Pyro, with those above it.
@@ -88,7 +89,11 @@ MAX_TOP_FILES = 8
 # Files on the longest way along imports.
 MAX_CHAIN = 16
 # Libraries that one module alone may import.
-CONFINED_TO = {"arviz": "export.inference_data", "matplotlib": "plotting.style"}
+CONFINED_TO = {
+    "arviz": "export.inference_data",
+    "matplotlib": "plotting.style",
+    "sklearn": "sklearn",
+}
 # Libraries that may be imported inside a function, so that the rest does without them.
 LAZILY_IMPORTED = {"matplotlib"}
 # Lines of a file that are neither blank nor prose: docstrings make a file no harder.

@@ -20,6 +20,7 @@ from pyro_subnet.curvature.jacobian.general.full_batch import reverse_blocks
 from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
+from pyro_subnet.models.seen import Seen
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable, full_precision
 from pyro_subnet.tracing.call import ModelCall
@@ -36,8 +37,6 @@ _ROW_COST = 1
 _ROWS_PER_CALL = 32
 # Elements of draws that are compared with the MAP at once: about what a cache holds.
 _COMPARED_AT_ONCE = 2**21
-# Arguments that are the same if they are equal.
-_PLAIN = (int, float, str, bool, bytes)
 
 
 @final
@@ -88,45 +87,6 @@ class _Jacobian:
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What identifies a call: its arguments, their versions, its values at the MAP."""
-
-    leaves: tuple[Any, ...]
-    versions: tuple[int | None, ...]
-    values: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def of(cls, call: ModelCall) -> _Seen:
-        """Its arguments alone."""
-        leaves = tuple(tree_flatten((call.args, dict(call.kwargs)))[0])
-        return cls(leaves, tuple(map(_version, leaves)))
-
-    def is_same(self, other: _Seen) -> bool:
-        """Whether the model was called on the same data and gave the same values."""
-        return (
-            self.has_arguments_of(other)
-            and len(self.values) == len(other.values)
-            and all(
-                torch.equal(a, b)
-                for a, b in zip(self.values, other.values, strict=True)
-            )
-        )
-
-    def has_arguments_of(self, other: _Seen) -> bool:
-        """Whether the model was called on the same data."""
-        return (
-            len(self.leaves) == len(other.leaves)
-            and None not in other.versions
-            and all(
-                a is b or (a == b if type(a) is type(b) in _PLAIN else False)
-                for a, b in zip(self.leaves, other.leaves, strict=True)
-            )
-            and self.versions == other.versions
-        )
-
-
-@final
 class Expander:
     """Expands calls of one model, and keeps the Jacobian of one that comes again.
 
@@ -136,7 +96,7 @@ class Expander:
     """
 
     def __init__(self) -> None:
-        self._seen: _Seen | None = None
+        self._seen: Seen | None = None
         self._repeats = 0
         # What is returned of a draw, which the weights do not move.
         self._still: frozenset[Key] = frozenset()
@@ -148,7 +108,7 @@ class Expander:
     @full_precision()
     def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
         r""":math:`J (\theta - \hat\theta)` by key, K in front if there are draws."""
-        seen = _Seen.of(call)
+        seen = Seen.of(call)
         if self._seen is None or not self._seen.has_arguments_of(seen):
             self._still = _still_returns(call)
         # A returned draw, another in each call, would be taken for another call.
@@ -165,7 +125,7 @@ class Expander:
             found.update(zip(rest, self._by_derivative(call, draws, rest), strict=True))
         return found
 
-    def _meet(self, seen: _Seen) -> None:
+    def _meet(self, seen: Seen) -> None:
         again = self._seen is not None and self._seen.is_same(seen)
         self._repeats = self._repeats + 1 if again else 0
         if not again:
@@ -389,10 +349,3 @@ def _shaped(
         key: product.reshape(*leading, *value.shape)
         for (key, value), product in zip(values.items(), products, strict=True)
     }
-
-
-def _version(leaf: Any) -> int | None:
-    """Number of times a tensor was written to; None where that is unknown."""
-    if not isinstance(leaf, Tensor):
-        return 0 if leaf is None or type(leaf) in _PLAIN else None
-    return None if leaf.is_inference() else leaf._version
