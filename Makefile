@@ -10,11 +10,12 @@ INSTALL = $(PIP) install -q --no-compile
 TUTORIALS = $(VENV)/.stamp-tutorials
 DEV = $(VENV)/.stamp-dev
 DOCS = $(VENV)/.stamp-docs
+RELEASE = $(VENV)/.stamp-release
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart setup test slow-test tutorials benchmark docs lint format \
-	clean
+	pre-commit wheel dist lock clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +55,25 @@ format: $(DEV)  ## Rewrite the files in the project's format
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
 
+pre-commit: $(RELEASE)  ## Check style, formatting and types before each commit, from now on
+	$(BIN)/python -m pre_commit install
+
+wheel: $(BIN)/python  ## Install the wheel alone, in an environment of its own, and import it
+	.ci/wheel "$(BIN)/python"
+
+# From the sdist, as an index builds it, so that a wheel has nothing that is not in there.
+dist: $(RELEASE) $(DEV)  ## Write sdist and wheel to dist, and check what an index shows of them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/sdist.py dist/*.tar.gz
+
+# Pins that stand in constraints.txt stay where they can: UPGRADE=--upgrade moves them.
+lock: $(RELEASE)  ## Write constraints.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.10 \
+		--all-extras --no-annotate --no-emit-package torchvision \
+		--output-file constraints.txt pyproject.toml tests/requirements-peers.txt
+
 clean:  ## Remove what building and testing left behind (the environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_subnet tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,3 +94,7 @@ $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/pyt
 	$(INSTALL) -c constraints.txt -e ".[dev,notebooks,tutorials]"
 	$(INSTALL) --no-deps -r tests/requirements-peers.txt
 	@touch $(TUTORIALS) $@
+
+$(RELEASE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e ".[release]"
+	@touch $@
