@@ -153,7 +153,7 @@ ELBOS: dict[str, Callable[[], Any]] = {
     "jit": JitTrace_ELBO,
 }
 quiet_jit = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit"
 )
 
 
