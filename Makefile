@@ -10,16 +10,23 @@ INSTALL = $(PIP) install -q --no-compile
 TUTORIALS = $(VENV)/.stamp-tutorials
 DEV = $(VENV)/.stamp-dev
 DOCS = $(VENV)/.stamp-docs
+RELEASE = $(VENV)/.stamp-release
+# Of the lowest and the newest versions, in environments of their own.
+FLOORS = .venv-floors
+NEWEST = .venv-newest
+# Another torch than the lowest or newest, where it has no CPU build: torch==2.13.0
+TORCH ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart setup test slow-test tutorials benchmark docs lint format \
-	clean
+	pre-commit test-floors test-newest wheel dist lock clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) WORKERS=$(WORKERS)"
+	@echo "for test-floors and test-newest: TESTS=tests/nn TORCH=torch==2.13.0"
 
 quickstart: $(TUTORIALS)  ## Train, fit and compare on handwritten digits (two minutes)
 	$(BIN)/python tutorials/quickstart.py
@@ -32,6 +39,15 @@ test: $(DEV)  ## Run the tests, the docstrings' examples among them
 
 slow-test: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+# Old versions of libraries use what others deprecated since: of that no test can tell.
+OLD = -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning
+
+test-floors: $(FLOORS)/.stamp  ## Run the tests on the lowest versions of pyproject.toml
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(OLD) $(TESTS)
+
+test-newest: $(NEWEST)/.stamp  ## Run the tests on the newest versions that can be had
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
 
 tutorials: $(DEV)  ## Run the notebooks with fewer steps and draws, their claims checked
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --smoke --workers $(WORKERS)
@@ -54,6 +70,39 @@ format: $(DEV)  ## Rewrite the files in the project's format
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
 
+pre-commit: $(RELEASE)  ## Check style, formatting and types before each commit, from now on
+	$(BIN)/python -m pre_commit install
+
+wheel: $(BIN)/python  ## Install the wheel alone, in an environment of its own, and import it
+	.ci/wheel "$(BIN)/python"
+
+# From the sdist, as an index builds it, so that a wheel has nothing that is not in there.
+dist: $(RELEASE) $(DEV)  ## Write sdist and wheel to dist, and check what an index shows of them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/sdist.py dist/*.tar.gz
+
+# Pins that stand in constraints.txt stay where they can: UPGRADE=--upgrade moves them.
+lock: $(RELEASE)  ## Write constraints.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.10 \
+		--all-extras --no-annotate --no-emit-package torchvision \
+		--output-file constraints.txt pyproject.toml tests/requirements-peers.txt
+
+$(FLOORS)/.stamp: pyproject.toml .ci/floors.py tests/requirements-peers.txt
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install -q packaging tomli
+	$(FLOORS)/bin/python .ci/floors.py "$(TORCH)" > $(FLOORS)/pins.txt
+	$(FLOORS)/bin/python -m pip install -q --no-compile -r $(FLOORS)/pins.txt -e ".[dev,tutorials]"
+	$(FLOORS)/bin/python -m pip install -q --no-deps -r tests/requirements-peers.txt
+	@touch $@
+
+$(NEWEST)/.stamp: pyproject.toml tests/requirements-peers.txt
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --no-compile "$(or $(TORCH),torch)" -e ".[dev,tutorials]"
+	$(NEWEST)/bin/python -m pip install -q --no-deps -r tests/requirements-peers.txt
+	@touch $@
+
 clean:  ## Remove what building and testing left behind (the environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_subnet tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,3 +123,7 @@ $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/pyt
 	$(INSTALL) -c constraints.txt -e ".[dev,notebooks,tutorials]"
 	$(INSTALL) --no-deps -r tests/requirements-peers.txt
 	@touch $(TUTORIALS) $@
+
+$(RELEASE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e ".[release]"
+	@touch $@

@@ -56,8 +56,7 @@ def __getattr__(name: str) -> Any:
         if error.name not in {"arviz", "xarray"}:
             raise
         raise ImportError(
-            f"`{name}` needs ArviZ, which is not installed. Run "
-            "`pip install pyro-subnet[arviz]`."
+            f"`{name}` needs ArviZ, which is not installed. Run `pip install arviz`."
         ) from error
     return getattr(module, name)
 

@@ -1,6 +1,6 @@
 """Posteriors as ArviZ reads them: draws of the subnet, of predictions, of densities.
 
-Needs the extra ``pyro-subnet[arviz]``; the package imports this module on demand.
+Needs the extra ``arviz``; the package imports this module on demand.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_subnet.gaussians.base import Gaussian
 from pyro_subnet.guides.base import AutoAtMAP
@@ -137,7 +138,7 @@ class LinearizedPredictions(AutoAtMAP):
         num_samples: int = 1000,
         generator: torch.Generator | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Distribution:
         r"""Distribution of y at each input, the linearized outputs integrated out.
 
         .. math:: p(y \mid x) = \int p(y \mid \eta)\,
@@ -194,7 +195,7 @@ class LinearizedPredictions(AutoAtMAP):
         num_samples: int = 1000,
         generator: torch.Generator | None = None,
         progress: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Distribution]:
         """:meth:`predictive_distribution` of one batch of inputs after another.
 
         For more inputs than the network can run on at once: one batch is predicted

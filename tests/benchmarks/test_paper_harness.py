@@ -57,12 +57,10 @@ threads = torch.get_num_threads()
 assert main("benchmarks.paper", EXPERIMENTS, sys.argv[1:]) == 0
 assert torch.get_num_threads() == threads
 """
-# As in the options of pytest, which have the reason.
-TORCHSCRIPT = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 
 
 def run_apart(arguments: Sequence[str]) -> None:
-    program = [sys.executable, "-W", "error", "-W", TORCHSCRIPT, "-c", RUN]
+    program = [sys.executable, "-W", "error", "-c", RUN]
     done = subprocess.run(
         [*program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -38,8 +38,6 @@ Names = dict[str, Any]
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 TEXT = PATH.read_text(encoding="utf-8")
-# As in the options of pytest, which have the reason.
-TORCHSCRIPT = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOGRAD = tolerance(torch.float64, "autograd")
 
@@ -335,7 +333,7 @@ def test_the_page_on_the_hybrid_model() -> None:
     # take several times as long as the calls.
     text = PATH.with_name("hybrid.md").read_text(encoding="utf-8")
     program = "\n".join([*blocks(text), CLAIMS])
-    command = [sys.executable, "-W", "error", "-W", TORCHSCRIPT, "-c", program]
+    command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(
         command, cwd=PATH.parents[1], capture_output=True, text=True, check=False
     )

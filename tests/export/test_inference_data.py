@@ -868,7 +868,7 @@ except AttributeError as error:
     )
     first, second = done.stdout.splitlines()
     assert "`to_inference_data` needs ArviZ" in first
-    assert "pip install pyro-subnet[arviz]" in first
+    assert "Run `pip install arviz`." in first
     assert "has no attribute 'nothing'" in second
 
 

@@ -58,7 +58,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pyro_subnet.exceptions.NoObservedSiteWarning"
 )
 quiet_jit = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit"
 )
 
 

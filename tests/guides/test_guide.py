@@ -153,7 +153,7 @@ ELBOS: dict[str, Callable[[], Any]] = {
     "jit": JitTrace_ELBO,
 }
 quiet_jit = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit"
 )
 
 
@@ -471,7 +471,9 @@ def test_weighed_predictive(user_model: Model, parallel: bool) -> None:
         unconstrained = {**drawn, "scale": drawn["scale"].log()}
         u = torch.cat([value.flatten() for value in unconstrained.values()])
         log_q = gaussian.log_prob(u[posterior.subnet.flat]) - unconstrained["scale"]
-        assert_close(result.log_weights[k], joint - log_q, **SUM)
+        found = result.log_weights[k]  # float32 by Pyro 1.9.1, whatever the draws are
+        close = tolerance(found.dtype, "reordered")
+        assert_close(found, (joint - log_q).to(found.dtype), **close)
 
 
 # ----------------------------------------------------------------------------------

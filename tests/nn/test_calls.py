@@ -156,7 +156,7 @@ def test_weights_that_a_hook_computes() -> None:
     assert_close(found, expected, **tolerance(torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_scripted_weights_are_refused_and_frozen_ones_are_not() -> None:
     scripted = torch.jit.script(nn.Linear(3, 4))
     net = nn.Sequential(scripted, nn.Tanh(), nn.Linear(4, 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -23,8 +25,21 @@ def forward_derivative(
     # Torch counts the levels of forward mode for the whole process: a second thread
     # would be nested in the first one's level, and lose it in the middle.
     with one_thread_at_a_time():
+        _set_forward_mode_up()
         outputs, tangents = torch.func.jvp(function, (point,), (direction,))[:2]
     return outputs, tangents
+
+
+@cache
+def _set_forward_mode_up() -> None:
+    """Lets torch set its forward mode up, without the warning that this brings."""
+    # At its first dual number torch scripts decompositions, and since 2.13 warns that
+    # scripting is deprecated (since 2.14 by a FutureWarning, which users see): of that
+    # they can mend nothing. Their own function runs under their own filters.
+    zero = torch.zeros((), device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is")
+        torch.func.jvp(torch.neg, (zero,), (zero,))
 
 
 def directional_derivative(
