@@ -5,7 +5,6 @@ Plain arrays in, no torch; ArviZ is passed in, so that this file can be run by i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -61,9 +60,8 @@ def container(
 
 
 def element_labels(positions: Sequence[int], shape: Sequence[int]) -> list[str]:
-    """Labels such as ``"[3, 7]"`` of an array's elements at row-major positions."""
-    if math.prod(shape) == 0 or not shape:
-        return ["[]" for _ in positions]
+    """Labels such as ``"3, 7"`` of an array's elements at row-major positions."""
+    # ArviZ puts brackets around a label: its tables have rows such as ``w[3, 7]``.
     columns = np.unravel_index(np.asarray(positions, dtype=np.int64), tuple(shape))
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [f"[{', '.join(map(str, row))}]" for row in rows]
+    return [", ".join(map(str, row)) for row in rows]

@@ -68,7 +68,7 @@ def to_inference_data(
 
     - ``posterior``: for each site a variable of its name, with the elements that the
       subnet moves, as the model sees them (constrained). Axes ``("chain", "draw",
-      "<site>_elem")``, labelled ``"[3, 7]"``; a scalar site has no third one, and one
+      "<site>_elem")``, labelled ``"3, 7"``; a scalar site has no third one, and one
       that ``dims`` names has its own axes. Where a constraint ties elements together (a
       simplex), all of these appear.
     - ``sample_stats``: ``lp``, :math:`\log q(\theta_k)` of the Laplace posterior, and

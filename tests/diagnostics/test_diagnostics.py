@@ -177,7 +177,15 @@ def test_verdicts(k_hat: float, count: int, words: str) -> None:
     check = checked(k_hat, count)
     assert words in str(check)
     assert check.is_reliable == (k_hat < check.max_k_hat)
-    assert f"k-hat {k_hat:.2f}" in str(check)
+    assert str(check).startswith(f"k-hat {k_hat:.2f}, effective sample size")
+
+
+def test_equal_weights_in_words() -> None:
+    check = checked(-math.inf)
+    assert str(check).startswith(
+        "all weights equal, effective sample size 1000 of 1000 draws: the Laplace"
+    )
+    assert check.is_reliable
 
 
 def test_bounds_of_k_hat() -> None:
