@@ -129,6 +129,8 @@ def test_the_container_is_what_this_arviz_has(posteriors: dict[str, Any]) -> Non
     kind = type(posteriors["linear"])
     expected = ("xarray", "DataTree") if IS_1 else ("arviz", "InferenceData")
     assert (kind.__module__.partition(".")[0], kind.__name__) == expected
+    meant = os.environ.get("PYRO_SUBNET_ARVIZ")  # by `make test-arviz1`
+    assert meant in {None, az.__version__.partition(".")[0]}
 
 
 @pytest.mark.parametrize(
