@@ -46,6 +46,15 @@ def loo_pit(data: Any, name: str) -> Array:
     return np.asarray(found)
 
 
+def bayes_factors(data: Any, name: str) -> dict[str, float]:
+    """Savage and Dickey's ratio for a scalar at 0, and its inverse, by name."""
+    if IS_1:
+        found = az.bayes_factor(data, name)[name]
+        return {kind: float(found.sel(bf_type=kind)) for kind in ("BF01", "BF10")}
+    ratios, _ = az.plot_bf(data, var_name=name)  # 0.20 has no other way
+    return {kind: float(value) for kind, value in ratios.items()}
+
+
 def psislw(log_weights: Array) -> tuple[Array, float]:
     """Pareto-smoothed, normalized log weights of one target, and k-hat."""
     if not IS_1:

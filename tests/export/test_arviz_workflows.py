@@ -24,6 +24,7 @@ from tests.export.generation import (
     IS_1,
     PLOTS,
     Array,
+    bayes_factors,
     comparison,
     drawn_class_counts,
     drawn_forest,
@@ -238,16 +239,12 @@ def test_predictive_check_of_classes(
     assert set(np.unique(flat(data, "posterior_predictive", "y"))) == {0, 1, 2}
 
 
-def test_posterior_against_prior(posteriors: dict[str, Any]) -> None:
+def test_posterior_against_prior(posteriors: dict[str, Any], pictures: None) -> None:
     """By Savage and Dickey's ratio of densities at 0, and moments."""
     data = posteriors["linear"]
     mean, covariance = exact_posterior(data)
     spread = np.sqrt(covariance[-1, -1])
-    found = az.bayes_factor(data, "b")
-    factor = {
-        kind: float(found["b"].sel(bf_type=kind)) if IS_1 else float(found[kind])
-        for kind in ("BF01", "BF10")
-    }
+    factor = bayes_factors(data, "b")
     exact = stats.norm.pdf(0, mean[-1], spread) / stats.norm.pdf(0)
     # A kernel estimate of a density p, with bandwidth h of 2,000 draws, has variance
     # 0.28 p / (2000 h). Silverman's h is 0.2 standard deviations, and 0.2 < p < 0.4 per
