@@ -6,6 +6,11 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written when a module is first imported: most of these never are.
 INSTALL = $(PIP) install -q --no-compile
+# For ArviZ 1.x: an environment of its own, and its parts to put before another's.
+ARVIZ1 = .venv-arviz1
+ARVIZ1_PYTHON =
+ARVIZ1_FIRST = $(abspath $(ARVIZ1)/first)
+ARVIZ1_STORED = $(abspath $(ARVIZ1)/posteriors)
 # A stamp is the time of the last installation; a changed input makes it stale.
 TUTORIALS = $(VENV)/.stamp-tutorials
 DEV = $(VENV)/.stamp-dev
@@ -19,11 +24,11 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup test slow-test tutorials benchmark docs lint format \
-	pre-commit test-floors test-newest wheel dist lock clean
+.PHONY: help quickstart setup test slow-test test-arviz1 tutorials benchmark docs lint \
+	format pre-commit test-floors test-newest wheel dist lock clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) WORKERS=$(WORKERS)"
 	@echo "for test-floors and test-newest: TESTS=tests/nn TORCH=torch==2.13.0"
@@ -48,6 +53,22 @@ test-floors: $(FLOORS)/.stamp  ## Run the tests on the lowest versions of pyproj
 
 test-newest: $(NEWEST)/.stamp  ## Run the tests on the newest versions that can be had
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+
+# What takes long and asks nothing of ArviZ is left to `make test`.
+# Twice: with torch, on the usual Python; and on one that ArviZ 1.x says it is for, without
+# torch, whose CPU build is not to be had everywhere, on posteriors that are stored here.
+test-arviz1: export PYRO_SUBNET_ARVIZ = 1
+test-arviz1: $(DEV) $(ARVIZ1)/.stamp  ## Test the export, its page and its tutorial with ArviZ 1.x
+	PYTHONPATH=$(ARVIZ1_FIRST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+		--dist loadfile -k "not (no_tensor or predictive_draws or hierarchical_prior)" \
+		tests/export tests/plotting tests/docs/test_docs.py::test_arviz
+	PYTHONPATH=$(ARVIZ1_FIRST) OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --smoke \
+		5-arviz-workflow
+	rm -rf $(ARVIZ1_STORED) && mkdir $(ARVIZ1_STORED)
+	$(BIN)/python -W ignore -m tests.export.posteriors $(ARVIZ1_STORED)
+	PYRO_SUBNET_POSTERIORS=$(ARVIZ1_STORED) $(ARVIZ1)/bin/python -m pytest -q --noconftest \
+		-o addopts=--import-mode=importlib -o filterwarnings=error \
+		tests/export/test_arviz_workflows.py
 
 tutorials: $(DEV)  ## Run the notebooks with fewer steps and draws, their claims checked
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --smoke --workers $(WORKERS)
@@ -117,6 +138,17 @@ $(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
 # The reference imports every module, so what they import is needed, too.
 $(DOCS): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e ".[docs,arviz,tutorials]"
+	@touch $@
+
+# The constraints but for ArviZ, of which they name the older one.
+$(ARVIZ1)/.stamp: constraints.txt tests/requirements-arviz1.txt | $(BIN)/python
+	@python="$(ARVIZ1_PYTHON)"; test -n "$$python" || python=$$(.ci/find-python 3.12 3.13) \
+		&& "$$python" -m venv --clear $(ARVIZ1)
+	grep -v '^arviz==' constraints.txt >$(ARVIZ1)/constraints.txt
+	$(ARVIZ1)/bin/python -m pip install -q --no-compile -c $(ARVIZ1)/constraints.txt \
+		-r tests/requirements-arviz1.txt h5netcdf h5py matplotlib pytest
+	$(BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python \
+		--target $(ARVIZ1_FIRST) -r tests/requirements-arviz1.txt
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt tests/requirements-peers.txt | $(BIN)/python

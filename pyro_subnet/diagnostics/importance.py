@@ -40,7 +40,8 @@ class ImportanceCheck:
         draws: The draws of the subnet, unconstrained, shape (K, S).
         k_hat: Shape of the generalized Pareto distribution that fits the largest raw
             weights, whose moments are finite below order :math:`1/\hat k`. Below 0.7,
-            Monte Carlo estimates with these weights can be trusted.
+            Monte Carlo estimates with these weights can be trusted. Minus infinity
+            where all weights are equal, since there is no tail to fit.
         effective_sample_size: How many independent draws of the exact posterior the
             weighted draws are worth, :math:`1 / \sum_k \tilde w_k^2`.
         linearized: Whether the exact posterior is that of the linearized model.

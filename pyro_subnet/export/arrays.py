@@ -1,6 +1,6 @@
 """Groups of named arrays as ArviZ holds them, whichever major version is installed.
 
-Plain arrays in, no torch; ArviZ is passed in, so that this file can be run by its path.
+No other file of the package knows that there are two. Plain arrays in, no torch.
 """
 
 from __future__ import annotations

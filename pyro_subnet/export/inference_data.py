@@ -62,7 +62,7 @@ def to_inference_data(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    r"""A Laplace posterior as ArviZ's ``InferenceData``.
+    r"""A Laplace posterior as ArviZ reads it: ``InferenceData``, or 1.x's ``DataTree``.
 
     Groups, for K draws :math:`\theta_k` of the subnet:
 
@@ -116,7 +116,8 @@ def to_inference_data(
         kwargs: Keyword arguments of the model.
 
     Returns:
-        An ``arviz.InferenceData``, with ArviZ 1.0 and later an ``xarray.DataTree``.
+        An ``arviz.InferenceData``; with ArviZ 1.0 and later, which have none, an
+        ``xarray.DataTree`` of the same groups.
 
     Raises:
         OptionError: If the draws cannot be cut into that many chains, ``dims`` or
@@ -152,8 +153,8 @@ def to_inference_data(
         if not drawn.log_likelihood:
             warn(
                 "`to_inference_data` has a `log_likelihood` for data alone; got no "
-                "observations, so that `az.loo` and `az.waic` have nothing to go by. "
-                "Pass what training takes, such as `(posterior, x, y)`, and other "
+                "observations, so that `az.loo` and `az.compare` have nothing to go "
+                "by. Pass what training takes, such as `(posterior, x, y)`, and other "
                 "inputs as `predictions_args=`.",
                 ChoiceWarning,
             )
@@ -192,7 +193,7 @@ def from_hybrid_mcmc(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """MCMC on a hybrid model as ArviZ's ``InferenceData``, to compare with Laplace.
+    """MCMC on a hybrid model as ArviZ reads it, to compare with Laplace.
 
     Groups, variables and labels are those of :func:`to_inference_data`, so that ArviZ
     can plot and compare both. ``sample_stats`` has ``lp``, the hybrid model's log

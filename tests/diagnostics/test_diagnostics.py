@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import arviz
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,6 +16,7 @@ from torch.testing import assert_close
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.diagnostics import ImportanceCheck, importance_check, pareto_smoothed
 from pyro_subnet.exceptions import NonFiniteError, OptionError
+from tests.export.generation import IS_1, psislw
 from tests.tolerances import tolerance
 
 CLOSED = tolerance(torch.float64, "closed_form")
@@ -33,16 +33,18 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("count", [25, 400, 1000])
+# Of K draws the largest 3 sqrt(K) are fitted, at most K / 5. ArviZ 1.x rounds down, and
+# is the same where that is whole; to a tail of five draws it fits nothing.
+@pytest.mark.parametrize("count", [225, 400] if IS_1 else [25, 400, 1000])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_smoothed_weights_are_arvizs(kind: str, count: int) -> None:
     raw = WEIGHTS[kind](count)
-    expected, expected_k = arviz.psislw(raw.numpy().copy())
+    expected, expected_k = psislw(raw.numpy())
     found, k_hat = pareto_smoothed(raw)
     if math.isinf(k_hat):
-        assert math.isinf(float(expected_k))
+        assert not math.isfinite(expected_k)  # 1.x says nan
     else:
-        assert k_hat == pytest.approx(float(expected_k), abs=1e-6)
+        assert k_hat == pytest.approx(expected_k, abs=1e-6)
     assert_close(found, torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
     assert_close(found.logsumexp(0), torch.zeros((), dtype=DOUBLE), **CLOSED)
 
@@ -177,7 +179,15 @@ def test_verdicts(k_hat: float, count: int, words: str) -> None:
     check = checked(k_hat, count)
     assert words in str(check)
     assert check.is_reliable == (k_hat < check.max_k_hat)
-    assert f"k-hat {k_hat:.2f}" in str(check)
+    assert str(check).startswith(f"k-hat {k_hat:.2f}, effective sample size")
+
+
+def test_equal_weights_in_words() -> None:
+    check = checked(-math.inf)
+    assert str(check).startswith(
+        "all weights equal, effective sample size 1000 of 1000 draws: the Laplace"
+    )
+    assert check.is_reliable
 
 
 def test_bounds_of_k_hat() -> None:

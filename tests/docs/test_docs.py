@@ -94,7 +94,12 @@ def test_diagnostics() -> None:
 # What ArviZ says of the page's 200 draws, and what pandas says of ArviZ 0.23.
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
-def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
+def test_arviz(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the page writes its file
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(compile(program("arviz.md"), "arviz.md", "exec"), names)

@@ -31,6 +31,7 @@ from pyro_subnet.exceptions import OptionError
 from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import RandomSubnet
+from tests.export.generation import IS_1
 from tests.tolerances import num_standard_errors, tolerance
 
 Model = Callable[..., Any]
@@ -581,6 +582,7 @@ def test_a_plain_kernel_runs() -> None:
         assert mcmc.get_samples()["subnet"].shape == (5, 4)
 
 
+@pytest.mark.skipif(IS_1, reason="ArviZ 1.x reads no runs of Pyro's MCMC")
 def test_arviz_reads_a_chain() -> None:
     fit = fitted("subsampled")
     hybrid = fit.posterior.hybrid_model()
