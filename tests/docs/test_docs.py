@@ -130,3 +130,43 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     finally:
         td.destroy_process_group()
     assert names["posterior"].state.num_seen == 300
+
+
+# The page's network was never trained, and says so.
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
+def test_huggingface(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(program("huggingface.md"), "huggingface.md", "exec"), names)
+    posterior = names["posterior"]
+    assert posterior.state.num_seen == 64
+    expected = names["net"].eval()(**names["inputs"]).logits.log_softmax(-1)
+    found = posterior.output_distribution(**names["inputs"]).loc
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+    # A matrix of 3 x 32 and three biases.
+    assert names["of_head"].subnet.size == 99
+    assert "tensor" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
+def test_lightning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The page's program on a file with the layout of Lightning's."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": weights}, "last.ckpt")
+    names: dict[str, Any] = {}
+    exec(compile(program("lightning.md"), "lightning.md", "exec"), names)
+    x = names["x"]
+    found = names["posterior"].output_distribution(x).loc
+    expected = net(x).log_softmax(-1).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sklearn(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(program("sklearn.md"), "sklearn.md", "exec"), names)
+    assert names["r2"] > 0.3
+    assert 0.85 < names["inside"].mean() < 1.0
+    assert -names["search"].score(names["x_test"], names["labels_test"]) < 0.15
+    assert "R2" in capsys.readouterr().out
