@@ -5,6 +5,7 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
@@ -109,6 +110,17 @@ def name_as_documented(app: Sphinx, doctree: Any, *docname: str) -> None:
         node["reftarget"] = DOCUMENTED_AS.get(target, target)
 
 
+def alternative_texts(app: Sphinx, doctree: nodes.document) -> None:
+    """Says of a notebook's picture, which has no text, in which section it stands."""
+    for image in doctree.findall(nodes.image):
+        section = image.parent
+        while section is not None and not isinstance(section, nodes.section):
+            section = section.parent
+        if "alt" not in image and section is not None:
+            title = section.next_node(nodes.title).astext()
+            image["alt"] = f"Picture of the section: {title}"
+
+
 def fields_of_selectors_as_parameters(  # noqa: PLR0917 - Sphinx's own order
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
@@ -132,5 +144,6 @@ def setup(app: Sphinx) -> None:
     app.connect(
         "autodoc-process-docstring", fields_of_selectors_as_parameters, priority=400
     )
+    app.connect("doctree-read", alternative_texts)
     app.connect("doctree-read", name_as_documented)
     app.connect("build-finished", redirect_to_the_first_page)

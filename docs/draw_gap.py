@@ -20,7 +20,7 @@ from pyro_subnet.plotting import plot_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "gap.png"
-PLACES = {"on the data": 0.75, "between": -0.1, "beyond": 1.6}
+PLACES = {"on the data": 0.75, "in the gap": -0.1, "beyond": 1.6}
 
 
 def example() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def main() -> None:
     for ax in axes[1:]:
         ax.get_legend().remove()
     axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
-    figure.savefig(PICTURE, dpi=100)
+    figure.savefig(PICTURE, dpi=200)
     for place, where in PLACES.items():
         point = torch.tensor([[where]])
         subnet, every = (

@@ -120,7 +120,7 @@ def draw(curves, images, path):
             picture = OffsetImage(pixels, zoom=4, cmap="gray_r")
             axes.add_artist(AnnotationBbox(picture, **place, frameon=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=180)
 
 
 def verdict(upright, shifted):
