@@ -131,8 +131,10 @@ clean:  ## Remove what building and testing left behind (the environment stays)
 $(BIN)/python:
 	$(PYTHON) -m venv "$(VENV)"
 
+# The one target that newcomers call: pip says what it fetches, and how far it is.
 $(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -c constraints.txt -e ".[tutorials]"
+	@echo "Setting up $(VENV), once: torch, Pyro, matplotlib, scikit-learn and this package"
+	$(PIP) install --no-compile -c constraints.txt -e ".[tutorials]"
 	@touch $@
 
 # The reference imports every module, so what they import is needed, too.

@@ -1,11 +1,16 @@
 """How Sphinx makes the site: `make docs` writes it to build/docs."""
 
+from dataclasses import is_dataclass
 from importlib.metadata import files
 from pathlib import Path
+from typing import Any
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
 import pyro_subnet
+from pyro_subnet.selection import Selector
 
 project = "pyro_subnet"
 author = "The pyro-subnet developers"
@@ -14,8 +19,11 @@ version = release = pyro_subnet.__version__
 extensions = [
     "myst_nb",  # Markdown pages, and notebooks as they are committed
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",  # each entry's source, on a page of the site's own
+    "sphinx_copybutton",
 ]
 # The source folder is the repository, so that links between its pages are the same here
 # and in a checkout; what follows is all that Sphinx reads of it.
@@ -43,6 +51,34 @@ napoleon_use_ivar = True  # attributes as a list, like arguments
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
+# Where other projects' names lead. Nothing is fetched, so that a build gives the same
+# site with a network or without: docs/inventories holds the names that pages link.
+INVENTORIES = {
+    "arviz": "https://python.arviz.org/en/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "python": "https://docs.python.org/3/",
+    "pyro": "https://docs.pyro.ai/en/stable/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+}
+intersphinx_mapping = {
+    name: (url, str(Path(__file__).with_name("inventories") / f"{name}.inv"))
+    for name, url in INVENTORIES.items()
+}
+# By the names under which they are documented, not by the modules that define them.
+DOCUMENTED_AS = {
+    "Tensor": "torch.Tensor",
+    "pyro.distributions.delta.Delta": "pyro.distributions.Delta",
+    "pyro.infer.autoguide.guides.AutoContinuous": "pyro.infer.autoguide.AutoContinuous",
+    "pyro.infer.mcmc.api.MCMC": "pyro.infer.mcmc.MCMC",
+    "torch._C.Generator": "torch.Generator",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+}
+
+# Programs and commands are copied, what they print is not.
+copybutton_selector = ", ".join(
+    f"div.highlight-{language} pre" for language in ("python", "ipython3", "sh")
+)
+
 html_theme = "furo"
 html_title = f"pyro_subnet {release}"
 html_copy_source = False
@@ -67,6 +103,32 @@ def callables_as_written(
     return tuple(text and text.replace("[[...], ", "[..., ") for text in given)
 
 
+def name_as_documented(app: Sphinx, doctree: Any, *docname: str) -> None:
+    """Gives references to names of other projects the name that their pages have."""
+    for node in doctree.findall(pending_xref):
+        target = node.get("reftarget")
+        node["reftarget"] = DOCUMENTED_AS.get(target, target)
+
+
+def alternative_texts(app: Sphinx, doctree: nodes.document) -> None:
+    """Says of a notebook's picture, which has no text, in which section it stands."""
+    for image in doctree.findall(nodes.image):
+        section = image.parent
+        while section is not None and not isinstance(section, nodes.section):
+            section = section.parent
+        if "alt" not in image and section is not None:
+            title = section.next_node(nodes.title).astext()
+            image["alt"] = f"Picture of the section: {title}"
+
+
+def fields_of_selectors_as_parameters(  # noqa: PLR0917 - Sphinx's own order
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Heads the options of a selector Parameters: users pass them, to make one."""
+    if what == "class" and issubclass(obj, Selector) and is_dataclass(obj):
+        lines[:] = ["Args:" if line == "Attributes:" else line for line in lines]
+
+
 def redirect_to_the_first_page(app: Sphinx, error: Exception | None) -> None:
     """Writes an index.html where people look for one: above the folder docs/."""
     if error is None:
@@ -78,4 +140,10 @@ def redirect_to_the_first_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-signature", callables_as_written)
+    # Before napoleon, whose own priority is 500, reads the sections.
+    app.connect(
+        "autodoc-process-docstring", fields_of_selectors_as_parameters, priority=400
+    )
+    app.connect("doctree-read", alternative_texts)
+    app.connect("doctree-read", name_as_documented)
     app.connect("build-finished", redirect_to_the_first_page)

@@ -20,7 +20,7 @@ from pyro_subnet.plotting import plot_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "gap.png"
-PLACES = {"on the data": 0.75, "between": -0.1, "beyond": 1.6}
+PLACES = {"on the data": 0.75, "in the gap": -0.1, "beyond": 1.6}
 
 
 def example() -> dict[str, Any]:
@@ -35,11 +35,11 @@ def example() -> dict[str, Any]:
 def main() -> None:
     """Runs, fits, draws and prints."""
     names = example()
-    model, guide, posterior, x, y, train = (
-        names[name] for name in ("model", "guide", "posterior", "x", "y", "train")
+    guide, posterior, x, y, train = (
+        names[name] for name in ("guide", "posterior", "x", "y", "train")
     )
     start = init_to_value(values=guide.median())
-    every = AutoSubnetLaplace(model, init_loc_fn=start)
+    every = AutoSubnetLaplace(guide.user_model, init_loc_fn=start)
     whole = every.laplace_approximation(x[train], y[train])
     whole = whole.with_prior_precision(guide.prior_factor)
     whole = whole.with_noise_scale(guide.noise_factor)
@@ -51,14 +51,14 @@ def main() -> None:
     )
     titles = ("MAP", "5% of the weights", "all weights")
     for ax, title, found in zip(axes, titles, (alone, own, full), strict=True):
-        plot_regression(at, found, data=(x, y), ax=ax)
+        plot_regression(at, found, data=(x, y.squeeze(-1)), ax=ax)
         ax.plot(at, torch.cos(4 * at + 0.8), color="0.45", lw=1, ls=":", label="truth")
         ax.set(title=title, ylim=(-6, 6))
         ax.label_outer()
     for ax in axes[1:]:
         ax.get_legend().remove()
     axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
-    figure.savefig(PICTURE, dpi=100)
+    figure.savefig(PICTURE, dpi=200)
     for place, where in PLACES.items():
         point = torch.tensor([[where]])
         subnet, every = (

@@ -39,7 +39,7 @@ SHIFTED = slice(2, 9)  # of these, 30 to 120 degrees, over which NLLs are averag
 TILTS = (-30, -15, 0, 15, 30)  # of the held-out digits that choose the prior
 GUESS = {"accuracy": 0.1, "NLL (nats)": math.log(10), "entropy (nats)": math.log(10)}
 # The claim: how much worse the subnet's NLL may be upright, in nats, and its share of
-# the MAP's from 30 to 120 degrees. README.md tells what ten seeds gave.
+# the MAP's from 30 to 120 degrees. benchmarks/digits.md tells what ten seeds gave.
 MAX_LOSS, MAX_SHARE = 0.01, 0.5
 
 
@@ -120,7 +120,7 @@ def draw(curves, images, path):
             picture = OffsetImage(pixels, zoom=4, cmap="gray_r")
             axes.add_artist(AnnotationBbox(picture, **place, frameon=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=180)
 
 
 def verdict(upright, shifted):

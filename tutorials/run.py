@@ -37,7 +37,8 @@ NOTEBOOKS = (
 # Seconds of a notebook; an idle machine takes a fifth, a busy one should not fail.
 SMOKE_LIMIT = 300
 LIMIT = 900
-QUIET = ["--log-level=ERROR"]  # a kernel warns of its own, local connection
+# A kernel warns of its own, local connection. Pictures have two dots for one of a page.
+KERNEL = ["--log-level=ERROR", "--InlineBackend.figure_formats=retina"]
 
 
 class TutorialError(RuntimeError):
@@ -65,7 +66,7 @@ def execute(path: Path, *, smoke: bool, limit: float) -> tuple[Any, float]:
         timeout=limit,
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=QUIET,
+        extra_arguments=KERNEL,
         resources={"metadata": {"path": str(path.parent)}},
     )
     start = time.perf_counter()

@@ -76,7 +76,7 @@ def main() -> None:
     rank, size = td.get_rank(), td.get_world_size()
     torch.manual_seed(0)
     dataset = load()
-    # Every datum on one rank: `DistributedSampler` would repeat some to even them out.
+    # Each of the data on one rank: `DistributedSampler` would repeat some of them.
     part = Subset(dataset, range(rank, len(dataset), size))
     net = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
     # As many batches on every rank, which training needs and a fit does not.

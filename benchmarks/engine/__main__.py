@@ -1,4 +1,4 @@
-"""Runs the benchmark and prints its table; see benchmarks/README.md."""
+"""Runs the benchmark and prints its table; see benchmarks/engine/README.md."""
 
 from __future__ import annotations
 

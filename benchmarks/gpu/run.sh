@@ -48,7 +48,7 @@ OMP_NUM_THREADS=1 timeout "${STAGE_1:-180}" "$python" -m pytest -q -n "$workers"
 echo "tests: exit status $?" | tee -a "$out/log.txt"
 tail -n 20 "$out/tests.txt"
 
-# 2. The engine beside laplace-torch, by the rules of benchmarks/README.md.
+# 2. The engine beside laplace-torch, by the rules of benchmarks/engine/README.md.
 step "rows"
 if [ "$device" = cpu ]; then
   cases=(toy) backends=(--backends)  # ours alone

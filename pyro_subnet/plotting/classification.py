@@ -13,7 +13,7 @@ from pyro_subnet.plotting.style import (
     frame,
     named,
     new_axes,
-    strokes,
+    strokes_of,
 )
 
 # Areas of a bin's point, in points squared: what is added for all data, and the least.
@@ -55,7 +55,8 @@ def plot_reliability(
         transform_rotates_text=True,
         va="bottom",
     )
-    for (name, found), stroke in zip(curves.items(), strokes(), strict=False):
+    for name, stroke in strokes_of(curves).items():
+        found = curves[name]
         full = array(found.counts) > 0
         at = array(found.confidence)[full], array(found.accuracy)[full]
         share = array(found.counts)[full] / array(found.counts).sum()
@@ -93,7 +94,8 @@ def plot_risk_coverage(
     """
     found = named(curves, RiskCoverage)
     ax = new_axes(ax)
-    for (name, curve), stroke in zip(found.items(), strokes(), strict=False):
+    for name, stroke in strokes_of(found).items():
+        curve = found[name]
         label = f"{name}, area {curve.aurc:.3f}" if name else f"area {curve.aurc:.3f}"
         ax.plot(
             array(curve.coverage),

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro_subnet.comparison.table import SubnetComparison
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.plotting.style import INK, Axes, frame, new_axes, strokes
+from pyro_subnet.plotting.style import INK, Axes, frame, new_axes, strokes_of
 
 # Name of the bound in the rows of `compare_subnets`.
 _BOUND = "Subspace"
@@ -48,8 +48,8 @@ def plot_variance_kept(
     bound = curves.pop(_BOUND, None)
     if bound is not None:
         _draw(ax, bound, label="best subspace", color=INK, ls=":", lw=1.5, marker=".")
-    for (name, points), stroke in zip(curves.items(), strokes(), strict=False):
-        _draw(ax, points, label=name, **stroke.options())
+    for name, stroke in strokes_of(curves).items():
+        _draw(ax, curves[name], label=name, **stroke.options())
     sizes = [row.size for row in comparison.rows if row.inputs == inputs]
     if max(sizes) > _RATIO * min(sizes):
         ax.set_xscale("log")

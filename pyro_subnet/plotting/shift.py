@@ -10,7 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from pyro_subnet.exceptions import DataError, OptionError
-from pyro_subnet.plotting.style import REFERENCE, Axes, array, frame, new_row, strokes
+from pyro_subnet.plotting.style import (
+    REFERENCE,
+    Axes,
+    array,
+    frame,
+    new_row,
+    strokes_of,
+)
 
 _MAX_TICKS = 7
 
@@ -52,9 +59,8 @@ def plot_shift_curves(
         )
     at = array(shifts)
     panels = new_row(axes, len(scores), "score", (4.0, 3.2))
-    methods = list(dict.fromkeys(m for by_method in scores.values() for m in by_method))
     # A method looks the same in every panel, even where others are missing.
-    looks = dict(zip(methods, strokes(), strict=False))
+    looks = strokes_of(m for by_method in scores.values() for m in by_method)
     for ax, (score, by_method) in zip(panels, scores.items(), strict=True):
         if score in levels:
             ax.axhline(levels[score], color=REFERENCE, ls=":", label=reference_label)

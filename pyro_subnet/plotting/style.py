@@ -56,9 +56,28 @@ _STROKES = (
 )
 
 
+# What a method looks like in every picture that has it, whatever else is there.
+_OWN_STROKES = {
+    "subnet": _STROKES[0],
+    "MAP": _STROKES[1],
+    "all weights": _STROKES[2],
+    "full": _STROKES[2],
+    "last layer": _STROKES[3],
+    "LastLayer": _STROKES[3],
+}
+
+
 def strokes() -> Iterator[Stroke]:
     """Yields strokes in a fixed order, endlessly."""
     return cycle(_STROKES)
+
+
+def strokes_of(methods: Iterable[str]) -> dict[str, Stroke]:
+    """A stroke for each method: its own, or for others one that is left, in order."""
+    names = list(dict.fromkeys(methods))
+    own = {name: _OWN_STROKES[name] for name in names if name in _OWN_STROKES}
+    left = cycle([look for look in _STROKES if look not in own.values()] or _STROKES)
+    return {name: own[name] if name in own else next(left) for name in names}
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.6)) -> Axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,23 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pyro_subnet import AutoSubnetLaplace
+import pyro_subnet
+import pyro_subnet.nn as nn_models
+from pyro_subnet import (
+    AutoSubnetLaplace,
+    AutoSubnetMultivariateNormal,
+    diagnostics,
+    plotting,
+    selection,
+)
 from pyro_subnet.nn import bayesianize
 
+# What a user meets through other calls, or does not call.
+NOT_BY_TASK = {
+    *("at_map", "explained_variance", "form_name", "forward", "options"),
+    *("scaled_at_map", "state", "summary", "tunings"),
+    *("compare_routes", "init_to_module", "pareto_smoothed"),
+}
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -69,6 +84,42 @@ def test_priors(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.2 < names["looped"].noise_factor < 0.45
     assert names["of_labels"].noise_factor == 1.0
     assert "None" not in capsys.readouterr().out
+
+
+def test_the_cheat_sheet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where it keeps its checkpoint
+    names: dict[str, Any] = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        exec(compile(program("cheatsheet.md"), "cheatsheet.md", "exec"), names)
+        plt.close("all")
+    assert names["posterior"].subnet.size == 9
+    assert names["predictive"].batch_shape == names["y_new"].shape
+    assert names["functions"].shape == (20, 20, 1)
+    loaded, guide = (names[name].median()["2.bias"] for name in ("same", "guide"))
+    assert torch.equal(loaded, guide)
+    assert "LastLayer" in capsys.readouterr().out
+
+
+def test_the_cheat_sheet_has_a_line_for_every_call() -> None:
+    text = (DOCS / "cheatsheet.md").read_text(encoding="utf-8")
+    modules = (pyro_subnet, nn_models, diagnostics, plotting, selection)
+    calls = [
+        name
+        for module in modules
+        for name in module.__all__
+        if inspect.isroutine(getattr(module, name))
+        or (module is selection and name not in {"Selector", "SubspacePosterior"})
+    ]
+    calls += [
+        name
+        for guide in (AutoSubnetLaplace, AutoSubnetMultivariateNormal)
+        for name in vars(guide)
+        if not name.startswith("_")
+    ]
+    missing = [name for name in calls if not re.search(rf"\b{name}\b", text)]
+    assert set(missing) <= NOT_BY_TASK, f"docs/cheatsheet.md lacks {missing}"
 
 
 def test_diagnostics() -> None:

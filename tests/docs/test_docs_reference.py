@@ -7,6 +7,7 @@ holds the rest: that every name exists, and every link leads somewhere.
 from __future__ import annotations
 
 import ast
+import pydoc
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -92,6 +93,19 @@ def documented(text: str) -> set[str]:
         if kind == "module" and ":members:\n" in options:
             found |= {f"{name}.{member}" for member in names_of(name)}
     return found
+
+
+NAMES = [
+    line.split()[0]
+    for path in sorted(DOCS.glob("inventories/*.inv"))
+    for line in path.read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_other_projects_exist(name: str) -> None:
+    assert pydoc.locate(name) is not None
 
 
 def pages(folder: str) -> str:
@@ -181,7 +195,7 @@ def test_the_modules_that_a_page_names_are_there(page: str) -> None:
 def test_every_page_is_in_a_table_of_contents(folder: str) -> None:
     index = next((DOCS / folder).glob("index.*"))
     text = index.read_text(encoding="utf-8")
-    listed = set(re.findall(r"^ *(?:[\w ]+<)?([\w-]+)>?$", text, flags=re.MULTILINE))
+    listed = set(re.findall(r"^ *(?:[\w -]+<)?([\w-]+)>?$", text, flags=re.MULTILINE))
     there = {path.stem for path in (DOCS / folder).glob("*.[mr][ds]*")}
     missing = there - listed - {"index"}
     assert not missing, f"add {sorted(missing)} to a toctree of {index.name}"

@@ -19,7 +19,7 @@ from tests.tolerances import tolerance
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-GAP, MODEL, PRETRAINED = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GAP, PRETRAINED, MODEL = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def run(code: str, **names: Any) -> dict[str, Any]:
@@ -38,16 +38,18 @@ def test_the_first_example_shows_a_gap(capsys: pytest.CaptureFixture[str]) -> No
     assert [place for place, *_ in found] == [place for place, *_ in shown]
     for (_, _, sd), (_, _, shown_sd) in zip(found, shown, strict=True):
         assert float(sd) == pytest.approx(float(shown_sd), rel=0.1, abs=0.011)
+    # The repr, too, is shown as printed, up to the digits of its factors.
+    digits = re.compile(r"\d+\.\d+")
+    own = README[README.index("\nAutoSubnetMulti") + 1 : README.index("\non the data:")]
+    assert digits.sub("0", own) == digits.sub("0", repr(names["posterior"]))
+    guide = names["guide"]
     # The data's noise, 0.1, of which the model knows nothing.
-    (noise,) = re.findall(r"^noise: ([\d.]+)$", printed, flags=re.MULTILINE)
-    assert f"\nnoise: {noise}\n" in README
-    assert float(noise) == pytest.approx(0.1, rel=0.25)
+    assert guide.noise_factor == pytest.approx(0.1, rel=0.25)
     on_data, between, beyond = (float(sd) for *_, sd in found)
     assert on_data < 0.05
     assert min(between, beyond) > 10 * on_data
-    guide = names["guide"]
     start = init_to_value(values=guide.median())
-    whole = AutoSubnetLaplace(names["model"], init_loc_fn=start)
+    whole = AutoSubnetLaplace(guide.user_model, init_loc_fn=start)
     train = names["train"]
     every = whole.laplace_approximation(names["x"][train], names["y"][train])
     every = every.with_prior_precision(guide.prior_factor)
@@ -64,7 +66,7 @@ def test_the_sites_first_page_has_the_same_example() -> None:
 
 
 def test_a_pyro_module_is_a_model() -> None:
-    names = run("import pyro\n" + MODEL)
+    names = run(MODEL)
     x, y, x_test = names["x"], names["y"], names["x_test"]
     guide = AutoSubnetLaplace(names["model"], subnet=0.05)
     posterior = guide.laplace_approximation(x[:40], y[:40])
@@ -81,21 +83,12 @@ def test_a_pretrained_network_needs_no_training() -> None:
     images, labels = torch.randn(20, 1, 6, 6), torch.randint(3, (20,))
     net(images)
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)
-    names: dict[str, Any] = {"net": net, "loader": loader, "images": images}
-    names = run(
-        MODEL.split("class Network")[0] + "import pyro\n" + SWAP_IMPORTS, **names
-    )
-    names = run(PRETRAINED, **names)
-    logits = names["logits"]
+    posterior = run(PRETRAINED, net=net, loader=loader)["posterior"]
+    logits = posterior.output_distribution(images)
     assert logits.batch_shape == (20,)
     assert logits.event_shape == (3,)
-    expected = net(images).log_softmax(-1).detach()
+    expected = net.eval()(images).log_softmax(-1).detach()
     assert_close(logits.loc, expected, **tolerance(torch.float32, "autograd"))
-
-
-SWAP_IMPORTS = "".join(
-    line + "\n" for line in GAP.splitlines() if line.startswith(("import", "from"))
-)
 
 
 @pytest.mark.parametrize(

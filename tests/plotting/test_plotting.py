@@ -200,6 +200,17 @@ def test_shift_curves() -> None:
     assert {ax.get_xlabel() for ax in axes} == {"rotation (degrees)"}
 
 
+@pytest.mark.parametrize("methods", [["MAP", "subnet"], ["subnet", "other", "MAP"]])
+def test_a_method_looks_the_same_in_every_picture(methods: list[str]) -> None:
+    (ax,) = plotting.plot_shift_curves(
+        [0.0, 1.0], {"ECE": {method: [0.0, 1.0] for method in methods}}
+    )
+    colours = {method: line(ax, method).get_color() for method in methods}
+    assert colours["subnet"] == "#0072B2"
+    assert colours["MAP"] == "#D55E00"
+    assert len(set(colours.values())) == len(methods)
+
+
 def test_six_methods_look_different() -> None:
     scores = {"ECE": {str(k): [0.0, float(k)] for k in range(6)}}
     (ax,) = plotting.plot_shift_curves([0.0, 1.0], scores)
