@@ -107,7 +107,7 @@ class SubnetLaplaceModel(Model):
         *,
         network: nn.Module | Sequence[int] = (50, 50),
         subnet: Any = None,
-        prior_scale: float | Sequence[float] = (0.3, 1.0),
+        prior_scale: float | Sequence[float] = 1.0,
         num_epochs: int = 500,
         lr: float = 0.01,
         input_transform: InputTransform | None = None,
@@ -130,7 +130,7 @@ class SubnetLaplaceModel(Model):
                 weights.
             prior_scale: Standard deviation of the weights' priors, where training
                 begins; of several, the training that ends in the highest evidence
-                counts.
+                counts. One by default: from a narrow one, few data are all noise.
             num_epochs: Passes over the data, which are one batch.
             lr: Learning rate of Adam, at the start.
             input_transform: As in BoTorch's models; by default ``InputStandardize``.
