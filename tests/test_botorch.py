@@ -395,6 +395,8 @@ FAST: dict[str, Any] = {
 }
 
 
+# A line search ends early in float32; BoTorch 0.13 says so and begins elsewhere.
+@pytest.mark.filterwarnings("ignore:Optimization failed in `gen_cand:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_a_network_is_trained_and_finds_the_top(dtype: torch.dtype) -> None:
     x, y = (part.to(dtype) for part in data())
@@ -409,7 +411,7 @@ def test_a_network_is_trained_and_finds_the_top(dtype: torch.dtype) -> None:
     for acquisition, q in (
         (LogExpectedImprovement(model, best_f=best), 1),
         (qLogExpectedImprovement(model, best_f=best), 2),
-        (qLogNoisyExpectedImprovement(model, x), 1),
+        (qLogNoisyExpectedImprovement(model, x, cache_root=False), 1),
     ):
         chosen, value = optimize_acqf(
             acquisition, bounds, q=q, num_restarts=2, raw_samples=16
