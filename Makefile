@@ -139,7 +139,7 @@ $(TUTORIALS): pyproject.toml constraints.txt | $(BIN)/python
 
 # The reference imports every module, so what they import is needed, too.
 $(DOCS): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -c constraints.txt -e ".[docs,arviz,tutorials]"
+	$(INSTALL) -c constraints.txt -e ".[docs,arviz,botorch,tutorials]"
 	@touch $@
 
 # The constraints but for ArviZ, of which they name the older one.

@@ -16,10 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
-from itertools import pairwise
-from numbers import Integral
 from typing import Any, final
 
 import numpy as np
@@ -32,7 +29,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from pyro_subnet.exceptions import OptionError
-from pyro_subnet.guides.map import AutoSubnetLaplace
+from pyro_subnet.guides.from_evidence import posterior_by_evidence
+from pyro_subnet.nn.hidden_layers import network_of
 from pyro_subnet.nn.likelihoods import classifier, regressor
 
 Array = NDArray[Any]
@@ -69,21 +67,6 @@ class _SubnetLaplace(BaseEstimator, ABC):
     def fit(self, X: Any, y: Any) -> Any:
         """Trains the network and fits the posterior."""
 
-    def _network(self, num_inputs: int, num_outputs: int) -> nn.Module:
-        """A copy of the network, or a new one of the hidden sizes, in float64."""
-        if isinstance(self.network, nn.Module):
-            return deepcopy(self.network)
-        sizes = [num_inputs, *self.network]
-        if not all(isinstance(size, Integral) and size > 0 for size in sizes):
-            raise OptionError(
-                "`network` must be a module or sizes of hidden layers; got "
-                f"{self.network!r}. Pass (50, 50), say."
-            )
-        layers: list[nn.Module] = []
-        for size, following in pairwise(sizes):
-            layers += [nn.Linear(size, following), nn.Tanh()]
-        return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs)).double()
-
     def _inputs(self, x: Array) -> Tensor:
         """Inputs in units of the training inputs' deviation, of the network's type."""
         return torch.as_tensor((x - self._center) / self._scale, dtype=self._dtype)
@@ -100,21 +83,16 @@ class _SubnetLaplace(BaseEstimator, ABC):
         val: Any,
     ) -> None:
         """Trains from each scale of the prior, and keeps what has most evidence."""
-        # From wide priors the evidence may rise to a network that fits the noise, from
-        # narrow ones to one that fits nothing.
-        best = -math.inf
-        for scale in np.atleast_1d(np.asarray(self.prior_scale, dtype=float)):
-            model = model_of(float(scale))
-            guide = AutoSubnetLaplace(model, self.subnet)
-            guide.train_by_evidence(
-                batches, num_epochs=self.num_epochs, lr=self.lr, val=val
-            )
-            if not guide.evidence_history:  # of few epochs, in batches
-                guide.evidence_step(batches, val=val)
-            evidence = max(step.log_evidence for step in guide.evidence_history)
-            if evidence > best:
-                best, self._model = evidence, model
-                self.posterior_ = guide.laplace_approximation_from(batches)
+        self.posterior_ = posterior_by_evidence(
+            model_of,
+            self.prior_scale,
+            self.subnet,
+            batches,
+            num_epochs=self.num_epochs,
+            lr=self.lr,
+            val=val,
+        )
+        self._model = self.posterior_.user_model
 
     def _batches(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         """All data in one batch, or in batches of a seeded order."""
@@ -234,7 +212,7 @@ class SubnetLaplaceRegressor(RegressorMixin, _SubnetLaplace):
         if self.standardize:
             self._y_center, self._y_scale = columns.mean(0), _deviation(columns)
         with _seeded(self.random_state):
-            net = self._network(x.shape[1], columns.shape[1])
+            net = network_of(self.network, x.shape[1], columns.shape[1])
             self._dtype = next(net.parameters()).dtype
             targets = torch.as_tensor(
                 (columns - self._y_center) / self._y_scale, dtype=self._dtype
@@ -328,7 +306,8 @@ class SubnetLaplaceClassifier(ClassifierMixin, _SubnetLaplace):
             )
         self._fit_scale(x)
         with _seeded(self.random_state):
-            net = self._network(x.shape[1], 1 if count == _TWO_CLASSES else count)
+            num_outputs = 1 if count == _TWO_CLASSES else count
+            net = network_of(self.network, x.shape[1], num_outputs)
             self._dtype = next(net.parameters()).dtype
             batches = self._batches(self._inputs(x), torch.as_tensor(numbers))
             self._train(partial(_classification, net), batches, None)

@@ -72,6 +72,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plotting": ("pictures of predictions, posteriors and subnets", ("diagnostics",)),
     "nn": ("torch networks as Pyro modules", ("tensors",)),
     "sklearn": ("estimators of scikit-learn", ("guides",)),
+    "botorch": ("a model for Bayesian optimization in BoTorch", ("guides",)),
     "": ("the public names", ("export", "plotting", "nn")),
 }
 # The first room whose files may import Pyro, with those above it.
@@ -93,6 +94,9 @@ CONFINED_TO = {
     "arviz": "export.inference_data",
     "matplotlib": "plotting.style",
     "sklearn": "sklearn",
+    "botorch": "botorch",
+    "gpytorch": "botorch",
+    "linear_operator": "botorch",
 }
 # Libraries that may be imported inside a function, so that the rest does without them.
 LAZILY_IMPORTED = {"matplotlib"}

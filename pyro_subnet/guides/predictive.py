@@ -48,7 +48,7 @@ class LinearizedPredictions(AutoAtMAP):
     @full_precision()
     @outside_inference_mode()
     def output_distribution(
-        self, *args: Any, joint: bool = False, **kwargs: Any
+        self, *args: Any, joint: bool | int = False, **kwargs: Any
     ) -> FullNormal:
         r"""Gaussian over the linearized outputs, in closed form, before any noise.
 
@@ -72,7 +72,9 @@ class LinearizedPredictions(AutoAtMAP):
             args: Positional arguments of the model; data of observed sites may be left
                 out where the model allows it.
             joint: Gives the covariance across inputs: event shape (N * C,), datum by
-                datum, in place of batch shape (N,) and event shape (C,).
+                datum, in place of batch shape (N,) and event shape (C,). A number q:
+                across every q inputs that follow one another, batch shape (N / q,) and
+                event shape (q * C,).
             kwargs: Keyword arguments of the model.
 
         Returns:
@@ -83,6 +85,7 @@ class LinearizedPredictions(AutoAtMAP):
 
         Raises:
             ModelError: If the observed sites have data axes of different lengths.
+            OptionError: If ``joint`` is a number that does not divide N.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """
@@ -133,7 +136,7 @@ class LinearizedPredictions(AutoAtMAP):
         self,
         *args: Any,
         link: str | None = None,
-        joint: bool = False,
+        joint: bool | int = False,
         site: str | None = None,
         num_samples: int = 1000,
         generator: torch.Generator | None = None,
@@ -163,7 +166,8 @@ class LinearizedPredictions(AutoAtMAP):
             link: How outputs become y; by default the family's best.
             joint: One distribution over all inputs: for exact Gaussian noise a
                 multivariate normal over N * E elements, datum by datum, else events of
-                shape ``(N, *datum)``.
+                shape ``(N, *datum)``. A number q, for exact Gaussian noise alone: one
+                over every q inputs that follow one another, batch shape (N / q,).
             site: The observed site; needed where there are several.
             num_samples: Draws of the outputs for ``"mc"``.
             generator: Source of the random numbers; torch's own by default.

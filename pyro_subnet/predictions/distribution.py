@@ -79,10 +79,18 @@ def _is_scale_moved(likelihood: Likelihood) -> bool:
 def _link(likelihood: Likelihood, options: PredictiveOptions) -> str:
     """The link that was asked for, or the best of those that are possible."""
     possible = _possible(likelihood, options.joint)
+    if not isinstance(options.joint, bool):
+        if possible[0] != "exact":
+            raise OptionError(
+                f"`joint` must be a bool for {likelihood.family.distribution.__name__} "
+                f"whose {', '.join(likelihood.moved)} the subnet moves; got "
+                f"{options.joint}. A number takes Gaussian noise of a fixed scale."
+            )
+        possible = ("exact",)
     if options.link is None:
         return possible[0]
     if options.link not in possible:
-        joint = " with joint=True" if options.joint else ""
+        joint = "" if options.joint is False else f" with joint={options.joint}"
         raise OptionError(
             f"`link` must be one of {', '.join(map(repr, possible))} for "
             f"{likelihood.family.distribution.__name__}{joint}; got "
@@ -91,7 +99,7 @@ def _link(likelihood: Likelihood, options: PredictiveOptions) -> str:
     return options.link
 
 
-def _possible(likelihood: Likelihood, joint: bool) -> tuple[str, ...]:
+def _possible(likelihood: Likelihood, joint: bool | int) -> tuple[str, ...]:
     """The links of a family, the best first."""
     kind, moved = likelihood.family.distribution, tuple(likelihood.moved)
     # exact: Gaussian noise of a fixed scale. quadrature: one scalar output an element,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_subnet.gaussians.base import Gaussian, standard_normal
 from pyro_subnet.predictions.full_normal import FullNormal
+from pyro_subnet.predictions.groups import group_size
 from pyro_subnet.predictions.links.integration import Integration, PredictiveOptions
 from pyro_subnet.predictions.links.likelihood import Likelihood
 from pyro_subnet.tensors.lower_factor import lower_factor
@@ -42,17 +43,22 @@ class OutputGaussian:
         r""":math:`\eta(x; \hat\theta)`, shape (N, C)."""
         return self.outputs.loc(self.gaussian.loc)
 
-    def moments(self, *, joint: bool) -> tuple[Tensor, Tensor]:
+    def moments(self, *, joint: bool | int) -> tuple[Tensor, Tensor]:
         """Mean (N, C) and factor (N, C, C), or (N C,) and (N C, N C) across inputs."""
         self._check_fits(joint=joint)
         with torch.set_grad_enabled(self.outputs.follows_inputs):
             # J P^-1 J^T = W W^T = T T^T with W = J L^-T, P = L L^T and T lower
             # triangular. Its only gradients are those to inputs that want them.
             loc, whitened = self.loc(), self._whitened()
-            if joint:
+            size = group_size(joint, len(loc))
+            if joint is True:
                 rows = torch.cat(list(whitened)).flatten(0, 1)
                 return loc.flatten(), lower_factor(rows)
-            return loc, torch.cat([lower_factor(rows) for rows in whitened])
+            # (N / q, q C) and (N / q, q C, q C) for a number q.
+            if size == 1:
+                return loc, torch.cat([lower_factor(rows) for rows in whitened])
+            grouped = torch.cat(list(whitened)).unflatten(0, (-1, size)).flatten(1, 2)
+            return loc.reshape(-1, size * loc.shape[1]), lower_factor(grouped)
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each output, (N, C), without covariances."""
@@ -60,12 +66,12 @@ class OutputGaussian:
             gaussian = self.gaussian
             return self.loc(), self.outputs.scales(gaussian.row_scales, gaussian.loc)
 
-    def _check_fits(self, *, joint: bool) -> None:
+    def _check_fits(self, *, joint: bool | int) -> None:
         """Refuses factors of the outputs' covariances that cannot be held."""
         shapes, like = self.outputs.outputs.shapes, self.gaussian.loc
         num_data = self.outputs.outputs.num_data
         total = sum(count * width for count, width in shapes)
-        numbers = total**2 if joint else total**2 // num_data
+        numbers = group_size(joint, num_data) * total**2 // num_data
         needed = _FACTORS_HELD * numbers * like.element_size()
         if needed > DEFAULT_BUDGET:  # smaller ones are not worth asking for
             check_fits(
@@ -77,7 +83,7 @@ class OutputGaussian:
                 "Predict at fewer inputs at once.",
             )
 
-    def distribution(self, *, joint: bool) -> FullNormal:
+    def distribution(self, *, joint: bool | int) -> FullNormal:
         """The Gaussian as a distribution: N of (C,), or one of (N C,) if joint."""
         loc, factor = self.moments(joint=joint)
         # A singular covariance has zeros on the factor's diagonal, which torch's check

@@ -221,3 +221,19 @@ def test_sklearn(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.85 < names["inside"].mean() < 1.0
     assert -names["search"].score(names["x_test"], names["labels_test"]) < 0.15
     assert "R2" in capsys.readouterr().out
+
+
+def test_botorch(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(program("botorch.md"), "botorch.md", "exec"), names)
+    assert names["draws"].shape == (100, 5, 3, 1)
+    sets = names["sets"]
+    clean, noisy = names["found"].variance, names["noisy"].variance
+    assert bool((noisy > clean).all())
+    assert bool((names["conditioned"].posterior(sets).variance < clean).all())
+    assert names["own"].posterior(sets / names["bounds"][1]).mean.shape == (5, 3, 1)
+    x, bounds = names["x"], names["bounds"]
+    assert x.shape == (22, 2)
+    assert bool(((x >= bounds[0]) & (x <= bounds[1])).all())
+    assert "best 0." in capsys.readouterr().out

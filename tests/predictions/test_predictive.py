@@ -129,6 +129,13 @@ def assert_closed_form(
     assert not each.loc.requires_grad
     assert not joint.scale_tril.requires_grad
 
+    for size in (n for n in range(1, num_data + 1) if num_data % n == 0):
+        some = posterior.output_distribution(x, joint=size, **kwargs)
+        rows = jac.reshape(num_data // size, size * num_outputs, -1)
+        assert some.event_shape == (size * num_outputs,)
+        assert_close(some.loc, eta.reshape(rows.shape[:2]), **EXACT)
+        assert_close(some.covariance_matrix, rows @ covariance @ rows.mT, **EXACT)
+
 
 # ----------------------------------------------------------------------------------
 # Families and shapes.

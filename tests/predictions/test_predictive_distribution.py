@@ -234,6 +234,42 @@ def test_several_columns_of_their_own_noise(joint: bool) -> None:
     assert_close(d.covariance_matrix, expected, **EXACT)
 
 
+@pytest.mark.parametrize("num_outputs", [1, 3])
+@pytest.mark.parametrize("noise_factor", [1.0, 1.7])
+def test_groups_of_inputs_share_a_distribution(
+    num_outputs: int, noise_factor: float
+) -> None:
+    noise = torch.tensor([0.3, 0.9, 0.1], dtype=torch.float64)[:num_outputs]
+    fit = Fit(lambda f: dist.Normal(f, noise).to_event(1), num_outputs)
+    for size in (1, NUM_TEST):
+        d = fit.predict(joint=size, noise_factor=noise_factor).distribution
+        loc, covariance = fit.moments()
+        covariance = covariance + (noise_factor * noise).repeat(NUM_TEST).diag() ** 2
+        width = size * num_outputs
+        blocks = [
+            covariance[first : first + width, first : first + width]
+            for first in range(0, len(covariance), width)
+        ]
+        assert d.batch_shape == (NUM_TEST // size,)
+        assert_close(d.loc, loc.reshape(-1, width), **EXACT)
+        assert_close(d.covariance_matrix, torch.stack(blocks), **EXACT)
+
+
+def test_groups_are_of_gaussian_noise_and_of_equal_size() -> None:
+    fit = Fit(lambda f: dist.Normal(f, 0.3).to_event(1), 1)
+    for function in (
+        fit.posterior.output_distribution,
+        fit.posterior.predictive_distribution,
+    ):
+        wrong = NUM_TEST - 1
+        message = rf"`joint` must be .* divides the {NUM_TEST} inputs; got {wrong}"
+        with pytest.raises(OptionError, match=message):
+            function(fit.x, joint=wrong)
+    counts = Fit(lambda f: dist.Poisson(f.exp()).to_event(1), 1)
+    with pytest.raises(OptionError, match=r"must be a bool for Poisson .*; got 1"):
+        counts.posterior.predictive_distribution(counts.x, joint=1)
+
+
 def test_one_column_declared_an_event() -> None:
     fit = Fit(lambda f: dist.Normal(f, 0.3).to_event(1), 1)
     d = fit.predict().distribution

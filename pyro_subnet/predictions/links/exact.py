@@ -6,6 +6,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from pyro_subnet.predictions.groups import group_size
 from pyro_subnet.predictions.links.gaussian_noise import multivariate, noisy
 from pyro_subnet.predictions.links.integration import Integrated, Integration
 
@@ -25,9 +26,10 @@ def exact(problem: Integration) -> Integrated:
         noise = noise * likelihood.noise_of_elements()[..., None, None]
     num_data, width = likelihood.shape[0], noise.shape[-1]
     # y ~ N(eta, J P^-1 J^T + N N^T), with the elements' noise factors in N's blocks.
-    noise = noise.reshape(*(() if joint else (num_data,)), -1, width, width)
+    groups = () if joint is True else (num_data // group_size(joint, num_data),)
+    noise = noise.reshape(*groups, -1, width, width)
     noise = _block_diagonal(noise)
-    if joint:
+    if joint is not False:
         return Integrated(problem.on_scale_of_y(multivariate(loc, factor, noise)))
     return Integrated(problem.of_shape(noisy(loc, factor, noise), event))
 

@@ -25,7 +25,7 @@ class PredictiveOptions:
 
     Attributes:
         link: The link; None for the family's best.
-        joint: Whether over all inputs at once.
+        joint: Whether over all inputs at once, or over how many that follow each other.
         site: Name of the observed site; None for the only one.
         num_samples: Draws of the outputs where a link needs them.
         noise_factor: Factor of the scale of Gaussian noise.
@@ -33,7 +33,7 @@ class PredictiveOptions:
     """
 
     link: str | None = None
-    joint: bool = False
+    joint: bool | int = False
     site: str | None = None
     num_samples: int = 1000
     noise_factor: float | Tensor = 1.0
@@ -66,7 +66,7 @@ class Integrated:
 class GaussianOutputs(Protocol):
     """A Gaussian over the outputs of some inputs."""
 
-    def moments(self, *, joint: bool) -> tuple[Tensor, Tensor]:
+    def moments(self, *, joint: bool | int) -> tuple[Tensor, Tensor]:
         """Mean and factor of the covariance, across inputs if joint."""
 
     def marginals(self) -> tuple[Tensor, Tensor]:

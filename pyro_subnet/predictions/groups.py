@@ -1,0 +1,28 @@
+"""How many inputs share one joint distribution."""
+
+from __future__ import annotations
+
+from pyro_subnet.exceptions import OptionError
+
+
+def group_size(joint: bool | int, num_data: int) -> int:
+    """The number of successive inputs in one joint distribution.
+
+    Args:
+        joint: Whether all of them are; or how many.
+        num_data: N, the number of inputs.
+
+    Returns:
+        A divisor of N.
+
+    Raises:
+        OptionError: If ``joint`` is a number that does not divide N.
+    """
+    if isinstance(joint, bool):
+        return num_data if joint else 1
+    if joint < 1 or num_data % joint:
+        raise OptionError(
+            f"`joint` must be a bool, or a number that divides the {num_data} inputs; "
+            f"got {joint}. Pass the number of inputs in each group."
+        )
+    return joint
