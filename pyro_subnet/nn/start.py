@@ -177,8 +177,9 @@ class InitToModule:
         found = _of_name(site["name"], weights)
         if found is not None and found[1].shape == shape:
             return found[1].detach().clone()
-        if STARTS_AT in site["infer"]:
-            return site["infer"][STARTS_AT].clone()
+        start = site.get("infer", {}).get(STARTS_AT)
+        if start is not None:
+            return start.clone()
         if self.fallback is not None:
             return self.fallback(site)
         if shape.numel() > 1 or any(value.shape == shape for _, value in weights):
