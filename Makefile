@@ -61,7 +61,7 @@ test-arviz1: export PYRO_SUBNET_ARVIZ = 1
 test-arviz1: $(DEV) $(ARVIZ1)/.stamp  ## Test the export, its page and its tutorial with ArviZ 1.x
 	PYTHONPATH=$(ARVIZ1_FIRST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
 		--dist loadfile -k "not (no_tensor or predictive_draws or hierarchical_prior)" \
-		tests/export tests/plotting tests/docs/test_docs.py::test_arviz
+		tests/export tests/docs/test_docs.py::test_arviz
 	PYTHONPATH=$(ARVIZ1_FIRST) OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --smoke \
 		5-arviz-workflow
 	rm -rf $(ARVIZ1_STORED) && mkdir $(ARVIZ1_STORED)
