@@ -16,6 +16,7 @@ from pyro_subnet.guides.base import AutoAtMAP
 from pyro_subnet.options import check_num_samples
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
 from pyro_subnet.predictions.full_normal import FullNormal
+from pyro_subnet.predictions.groups import joint_option
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
 from pyro_subnet.predictions.observations import error_at
 from pyro_subnet.predictions.outputs import OutputGaussian
@@ -89,7 +90,7 @@ class LinearizedPredictions(AutoAtMAP):
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """
-        return self._outputs(args, kwargs).distribution(joint=joint)
+        return self._outputs(args, kwargs).distribution(joint=joint_option(joint))
 
     @full_precision()
     @outside_inference_mode()
@@ -186,7 +187,12 @@ class LinearizedPredictions(AutoAtMAP):
         (bridge); Lu et al. (2020), arXiv 2006.07584 (pairwise).
         """
         options = PredictiveOptions(
-            link, joint, site, num_samples, self.noise_factor, generator
+            link,
+            joint_option(joint),
+            site,
+            num_samples,
+            self.noise_factor,
+            generator,
         )
         return self._predictive(args, kwargs, options).distribution
 

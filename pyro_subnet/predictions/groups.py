@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from pyro_subnet.exceptions import OptionError
+
+
+def joint_option(joint: Any) -> bool | int:
+    """The option with NumPy's truth values as Python's: True is all, 1 is one by one.
+
+    Args:
+        joint: As :func:`group_size` has it.
+
+    Returns:
+        The same, as a bool or a number.
+    """
+    found: bool | int = bool(joint) if isinstance(joint, np.bool_) else joint
+    return found
 
 
 def group_size(joint: bool | int, num_data: int) -> int:

@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import ModelError, NonFiniteError, OptionError
 from pyro_subnet.predictions.distribution import of_site, predictive_distribution
+from pyro_subnet.predictions.groups import joint_option
 from pyro_subnet.predictions.links.integration import Integrated, PredictiveOptions
 from pyro_subnet.predictions.outputs import OutputGaussian
 from pyro_subnet.predictions.raw_logits import with_raw_logits
@@ -241,18 +242,28 @@ def test_groups_of_inputs_share_a_distribution(
 ) -> None:
     noise = torch.tensor([0.3, 0.9, 0.1], dtype=torch.float64)[:num_outputs]
     fit = Fit(lambda f: dist.Normal(f, noise).to_event(1), num_outputs)
-    for size in (1, NUM_TEST):
+    fit.x = double(6, NUM_INPUTS)
+    loc, covariance = fit.moments()
+    covariance = covariance + (noise_factor * noise).repeat(6).diag() ** 2
+    for size in (1, 2, 3, 6):
         d = fit.predict(joint=size, noise_factor=noise_factor).distribution
-        loc, covariance = fit.moments()
-        covariance = covariance + (noise_factor * noise).repeat(NUM_TEST).diag() ** 2
         width = size * num_outputs
         blocks = [
             covariance[first : first + width, first : first + width]
             for first in range(0, len(covariance), width)
         ]
-        assert d.batch_shape == (NUM_TEST // size,)
+        assert d.batch_shape == (6 // size,)
         assert_close(d.loc, loc.reshape(-1, width), **EXACT)
         assert_close(d.covariance_matrix, torch.stack(blocks), **EXACT)
+
+
+def test_truth_values_of_numpy_are_no_numbers_of_inputs() -> None:
+    """As they come; the tests' own checks of types refuse them at public methods."""
+    assert joint_option(np.True_) is True
+    assert joint_option(np.False_) is False
+    assert joint_option(True) is True
+    assert joint_option(1) == 1
+    assert not isinstance(joint_option(1), bool)
 
 
 def test_groups_are_of_gaussian_noise_and_of_equal_size() -> None:
