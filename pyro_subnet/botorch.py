@@ -163,7 +163,7 @@ class SubnetLaplaceModel(Model):
             transforms[1](train_Y)[0].detach().to(like),
         )
         posterior = posterior_by_evidence(
-            partial(_regression, net),
+            partial(regressor, net, noise=1.0),
             prior_scale,
             subnet,
             [batch],
@@ -438,10 +438,6 @@ class _Seen:
         cross = factor[..., :size, :] @ factor[..., size:, :].mT
         moved = (cross @ self.weights.unsqueeze(-1)).squeeze(-1)
         return moved.unflatten(-1, (num_points, -1))
-
-
-def _regression(net: nn.Module, prior_scale: float) -> Any:
-    return regressor(net, noise=1.0, prior_scale=prior_scale)
 
 
 def _expanded(noise: Tensor, shape: torch.Size) -> Tensor:

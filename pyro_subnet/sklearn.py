@@ -78,7 +78,7 @@ class _SubnetLaplace(BaseEstimator, ABC):
 
     def _train(
         self,
-        model_of: Callable[[float], Any],
+        model_of: Callable[..., Any],
         batches: list[tuple[Tensor, Tensor]],
         val: Any,
     ) -> None:
@@ -222,7 +222,7 @@ class SubnetLaplaceRegressor(RegressorMixin, _SubnetLaplace):
             val, train = torch.randperm(len(x)).split([held_out, len(x) - held_out])
             batches = self._batches(inputs[train], targets[train])
             pair = (inputs[val], targets[val]) if held_out else None
-            self._train(partial(_regression, net), batches, pair)
+            self._train(partial(regressor, net, noise=1.0), batches, pair)
         scale = self.posterior_.noise_factor * self._y_scale
         self.noise_ = scale[0] if self._one_column else scale
         return self
@@ -310,7 +310,7 @@ class SubnetLaplaceClassifier(ClassifierMixin, _SubnetLaplace):
             net = network_of(self.network, x.shape[1], num_outputs)
             self._dtype = next(net.parameters()).dtype
             batches = self._batches(self._inputs(x), torch.as_tensor(numbers))
-            self._train(partial(_classification, net), batches, None)
+            self._train(partial(classifier, net), batches, None)
         return self
 
     def predict_proba(self, X: Any) -> Array:
@@ -338,14 +338,6 @@ class SubnetLaplaceClassifier(ClassifierMixin, _SubnetLaplace):
         """
         chosen = self.predict_proba(X).argmax(1)
         return self.classes_[chosen]
-
-
-def _regression(net: nn.Module, prior_scale: float) -> Any:
-    return regressor(net, noise=1.0, prior_scale=prior_scale)
-
-
-def _classification(net: nn.Module, prior_scale: float) -> Any:
-    return classifier(net, prior_scale=prior_scale)
 
 
 @contextmanager

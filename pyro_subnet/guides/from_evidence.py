@@ -15,7 +15,7 @@ from pyro_subnet.tracing.trace import Model
 
 
 def posterior_by_evidence(
-    model_of: Callable[[float], Model],
+    model_of: Callable[..., Model],
     prior_scales: float | Sequence[float],
     subnet: Any,
     batches: Sequence[Any],
@@ -30,7 +30,7 @@ def posterior_by_evidence(
     ones to one that fits nothing.
 
     Args:
-        model_of: From the standard deviation of the prior to the model.
+        model_of: Makes the model, from ``prior_scale``, a standard deviation.
         prior_scales: Where training begins: one, or several.
         subnet: As for :class:`AutoSubnetLaplace`.
         batches: As for :meth:`AutoSubnetLaplace.train_by_evidence`.
@@ -46,7 +46,7 @@ def posterior_by_evidence(
     """
     best, found = -math.inf, None
     for scale in np.atleast_1d(np.asarray(prior_scales, dtype=float)):
-        guide = AutoSubnetLaplace(model_of(float(scale)), subnet)
+        guide = AutoSubnetLaplace(model_of(prior_scale=float(scale)), subnet)
         guide.train_by_evidence(batches, num_epochs=num_epochs, lr=lr, val=val)
         if not guide.evidence_history:  # of few epochs, in batches
             guide.evidence_step(batches, val=val)
