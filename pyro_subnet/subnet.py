@@ -286,8 +286,10 @@ def place_elements(
 ) -> Float[Tensor, "..."]:
     """A new tensor: a site's values with elements ``within`` set to (batched) draws."""
     batch_shape = values.shape[:-1]
-    wide = base.flatten().expand(*batch_shape, -1)
-    value = wide.scatter(-1, within.expand_as(values), values.to(wide))
+    value = values.to(base, copy=True)
+    if within.numel() < base.numel():  # all of them, in order, are the site
+        wide = base.flatten().expand(*batch_shape, -1)
+        value = wide.scatter(-1, within.expand_as(values), value)
     # As in Pyro, batch dimensions stand left of the event's, in place of dimensions of
     # length 1 of the site's own.
     # Torch's own function imports a computer algebra system, for half a second.

@@ -14,7 +14,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_subnet.subnet import Subnet, place_elements
-from pyro_subnet.tracing.log_prior import prior_term
+from pyro_subnet.tracing.log_prior import log_density
 from pyro_subnet.tracing.trace import Latents, Model, Node, run_model
 
 # The one latent site of a hybrid model.
@@ -38,6 +38,7 @@ class SubnetSites:
         self.chosen = subnet.indices
         self._estimates = estimates
         self._base = latents.values
+        self._split: tuple[Tensor, dict[str, Tensor]] | None = None
         # A matrix of correlations has one axis less when unconstrained.
         self.extra_dims = {
             name: u.ndim - len(latents.transforms[name].forward_shape(u.shape))
@@ -57,7 +58,9 @@ class SubnetSites:
             base = self.latents.transforms[name].inv(self._estimates[name])
         if name not in self.chosen:
             return base
-        piece = self.subnet.split(theta)[name]
+        if self._split is None or self._split[0] is not theta:
+            self._split = theta, self.subnet.split(theta)
+        piece = self._split[1][name]
         return place_elements(base, self.chosen[name], piece, event_dim)
 
     def constrained(self, name: str, unconstrained: Tensor) -> Tensor:
@@ -139,10 +142,10 @@ class SubnetPrior(dist.TorchDistribution):
         values = {name: sites.constrained(name, u[name]) for name in u}
         nodes = run_model(self._model, self._args, self._kwargs, values, {}).nodes
         terms = [
-            prior_term(nodes[name], sites.latents.transforms[name], u[name])
+            log_density(nodes[name], sites.latents.transforms[name], u[name])
             for name in sites.names
         ]
-        return torch.stack([term.log_density for term in terms]).sum()
+        return torch.stack(terms).sum()
 
 
 @final
@@ -155,23 +158,34 @@ class GivenSites(Messenger):
         self._theta = theta
         # By name: a network that is called twice in a run meets its sites again.
         self._met: dict[str, tuple[Node, int]] = {}
+        # Values that a graph holds anyway; others not, as traces of many draws would
+        # hold all D elements of each.
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
 
     def log_prior(self) -> Tensor:
         """Unconstrained log density of the sites met, in nats, at ``theta`` (S,)."""
         terms = []
         for name, (node, event_dim) in self._met.items():
+            u, value = self._values(name, event_dim)
+            transform = self._sites.latents.transforms[name]
+            terms.append(log_density({**node, "value": value}, transform, u))
+        return torch.stack(terms).sum()
+
+    def _values(self, name: str, event_dim: int) -> tuple[Tensor, Tensor]:
+        """A site's value, unconstrained and as the model sees it."""
+        found = self._held.get(name)
+        if found is None:
             u = self._sites.unconstrained(name, self._theta, event_dim)
-            given = {**node, "value": self._sites.constrained(name, u)}
-            terms.append(prior_term(given, self._sites.latents.transforms[name], u))
-        return torch.stack([term.log_density for term in terms]).sum()
+            found = u, self._sites.constrained(name, u)
+            if self._theta.requires_grad:
+                self._held[name] = found
+        return found
 
     def _pyro_sample(self, msg: Message) -> None:
         name, sites = msg["name"], self._sites
         if name not in sites.names or msg["is_observed"]:
             return
         event_dim = msg["fn"].event_dim + sites.extra_dims[name]
-        # Without the value: traces of many draws would hold all D elements of each.
         self._met[name] = dict(msg), event_dim
-        u = sites.unconstrained(name, self._theta, event_dim)
-        msg["value"] = sites.constrained(name, u)
+        msg["value"] = self._values(name, event_dim)[1]
         msg["stop"] = True

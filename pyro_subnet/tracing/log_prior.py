@@ -54,21 +54,26 @@ def prior_term(node: Node, transform: Transform, leaf: Tensor) -> DensityTerm:
         transform = transform.base_transform
     plain = taken.base.event_shape == () and transform.domain.event_dim == 0
     return DensityTerm(
-        partial(_log_prior, node, transform, leaf, torch.is_grad_enabled()),
+        partial(_with_graph, node, transform, leaf, torch.is_grad_enabled()),
         node["name"],
         elementwise=plain,
         normal=_normal(node, taken, transform, leaf),
     )
 
 
-def _log_prior(node: Node, transform: Transform, leaf: Tensor, graph: bool) -> Tensor:
-    fn, value = node["fn"], node["value"]
+def _with_graph(node: Node, transform: Transform, leaf: Tensor, graph: bool) -> Tensor:
     with torch.set_grad_enabled(graph):
-        # log p(u) = log p(theta) + log |d theta / d u|
-        density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
-        # As in a Pyro guide, the change of volume takes the plates' scale alone.
-        volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
-        return density + volume
+        return log_density(node, transform, leaf)
+
+
+def log_density(node: Node, transform: Transform, leaf: Tensor) -> Tensor:
+    """Log density in nats of one latent site whose unconstrained value is ``leaf``."""
+    fn, value = node["fn"], node["value"]
+    # log p(u) = log p(theta) + log |d theta / d u|
+    density = scale_and_mask(fn.log_prob(value), node["scale"], node["mask"]).sum()
+    # As in a Pyro guide, the change of volume takes the plates' scale alone.
+    volume = transform.log_abs_det_jacobian(leaf, value).sum() * plate_scale(node)
+    return density + volume
 
 
 def _normal(
