@@ -38,32 +38,44 @@ class Draws:
 
     Args:
         call: The call of the user's model.
-        parents: Latent sites that the prior of a latent site depends on.
 
     Attributes:
         values: Constrained value of each site, with its batch dimensions.
         count: K, the number of draws in the batch dimensions; None without any.
     """
 
-    def __init__(self, call: ModelCall, parents: Mapping[str, frozenset[str]]):
+    def __init__(self, call: ModelCall):
         self.call = call
         self.values: dict[str, Tensor] = {}
         self.count: int | None = None
         self._prefix: torch.Size = torch.Size()
         self._outer: dict[int, int] = {}
         self._plates: dict[str, pyro.plate] = {}
-        priors: dict[str, Distribution] = {}
-        seen: set[str] = set()
-        for name in call.latents.layout.names:
-            node = call.trace.nodes[name]
-            fn = node["fn"]
-            if name in parents:
-                # One that depends on a site drawn since needs all priors read anew.
-                if not parents[name] <= seen:
-                    priors = self._priors(parents)
-                    seen = set(self.values)
-                fn = priors[name]
-            self._record(name, self._sample(node, fn))
+        self._parents: Mapping[str, frozenset[str]] = {}
+        self._priors: dict[str, Distribution] = {}
+        self._known: frozenset[str] = frozenset()
+
+    def follow(self, call: ModelCall, parents: Mapping[str, frozenset[str]]) -> None:
+        """Goes on with a call that was read anew.
+
+        Args:
+            call: It.
+            parents: Latent sites that the prior of a latent site depends on.
+        """
+        self.call, self._parents = call, parents
+        self._priors, self._known = {}, frozenset()
+
+    def show(self, name: str) -> None:
+        """Draws the next site, which the handlers around see."""
+        node = self.call.trace.nodes[name]
+        prior = node["fn"]
+        if name in self._parents:
+            # One that depends on a site drawn since needs all priors read anew.
+            if not self._parents[name] <= self._known:
+                self._priors = self._read_priors()
+                self._known = frozenset(self.values)
+            prior = self._priors[name]
+        self._record(name, self._sample(node, prior))
 
     def directions(self) -> dict[str, Tensor]:
         """theta - MAP, unconstrained, shaped as :meth:`unconstrained`."""
@@ -71,8 +83,8 @@ class Draws:
         return {name: u - base[name] for name, u in self.unconstrained().items()}
 
     def unconstrained(self) -> dict[str, Tensor]:
-        """Values drawn so far, (K, *site shape); without K where all draws agree."""
-        result = {}
+        """Values, (K, *site shape); without K where all draws agree or none is."""
+        result = dict(self.call.latents.values)
         for name, value in self.values.items():
             own = self.call.trace.nodes[name]["value"].shape
             # No more values than at the MAP: the same in all draws.
@@ -157,12 +169,12 @@ class Draws:
                 self._plates[frame.name] = pyro.plate(frame.name, **options)
         return self._plates[frame.name]
 
-    def _priors(self, parents: Mapping[str, Any]) -> dict[str, Distribution]:
+    def _read_priors(self) -> dict[str, Distribution]:
         """Priors of the sites with parents, at the values drawn so far."""
         base = self.call.latents.values
-        drawn = self.unconstrained()
+        parents, drawn = self._parents, self.unconstrained()
         if self.count is None:
-            nodes = self.call.run({**base, **drawn}).nodes
+            nodes = self.call.run(drawn).nodes
             return {name: nodes[name]["fn"] for name in parents}
         at_map = {
             name: SiteDistribution.of(node["fn"], node["value"])

@@ -2,8 +2,8 @@ r"""First-order expansions of a call about the MAP: :math:`J (\theta - \hat\thet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -20,23 +20,29 @@ from pyro_subnet.curvature.jacobian.general.full_batch import reverse_blocks
 from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
+from pyro_subnet.models.kept_jacobian import (
+    KeptJacobian,
+    Key,
+    flat_values,
+    moved_elements,
+    other_elements,
+    steps_from_map,
+)
 from pyro_subnet.models.seen import Seen
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable, full_precision
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.trace import is_deterministic, preserved_rng
 
-# What is expanded: the parameters of an output site, a deterministic site, or a tensor
-# among what the model returns.
-Key = tuple[str, str]
 # A row of a data point's Jacobian costs about as much as the derivative along a draw,
 # and the checks behind it a few more.
 _ROW_COST = 1
 # A call without gradients makes further calls likely, enough to pay for this many rows:
 # `Predictive` calls a model twice before it draws, then once for each draw.
 _ROWS_PER_CALL = 32
-# Elements of draws that are compared with the MAP at once: about what a cache holds.
-_COMPARED_AT_ONCE = 2**21
+# The use of J by which it is narrowed to what a draw moves: those before the first draw
+# are at draws of the prior, which move everything.
+_NARROWED_AT = 3
 
 
 @final
@@ -68,25 +74,6 @@ class Expansion:
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class _Jacobian:
-    """J at the chosen elements: one (numbers of the key, S) matrix for each key."""
-
-    keys: tuple[Key, ...]
-    chosen: Mapping[str, Tensor]
-    rows: tuple[Tensor, ...]
-    # Positions of the other elements of each site that has any, and their MAP.
-    others: Mapping[str, tuple[Tensor, Tensor]]
-
-    def covers(self, keys: Sequence[Key], u: Mapping[str, Tensor]) -> bool:
-        """Whether it has these keys' columns for all elements that any draw moves."""
-        return tuple(keys) == self.keys and all(
-            bool((u[site][:, at] == here).all())
-            for site, (at, here) in self.others.items()
-        )
-
-
-@final
 class Expander:
     """Expands calls of one model, and keeps the Jacobian of one that comes again.
 
@@ -97,47 +84,73 @@ class Expander:
 
     def __init__(self) -> None:
         self._seen: Seen | None = None
+        self._values: Mapping[Key, Tensor] = {}
         self._repeats = 0
         # What is returned of a draw, which the weights do not move.
         self._still: frozenset[Key] = frozenset()
-        self._jacobian: _Jacobian | None = None
+        # All columns that were asked for, and those of the usual draws among them.
+        self._jacobian: KeptJacobian | None = None
+        self._narrow: KeptJacobian | None = None
+        self._uses = 0
         self._forward_mode: bool | None = None
         # Whether derivatives hold, by what is expanded and how many draws at once.
         self._held: dict[Any, bool] = {}
 
-    @full_precision()
-    def tangents(self, call: ModelCall, draws: Draws) -> dict[Key, Tensor]:
-        r""":math:`J (\theta - \hat\theta)` by key, K in front if there are draws."""
-        seen = Seen.of(call)
+    @property
+    def keys(self) -> Collection[Key]:
+        """What is expanded of the present call."""
+        return self._values.keys()
+
+    def meet(self, call: ModelCall, seen: Seen) -> None:
+        """Takes up a call, on the arguments ``seen``, that was read."""
         if self._seen is None or not self._seen.has_arguments_of(seen):
             self._still = _still_returns(call)
         # A returned draw, another in each call, would be taken for another call.
         keys = [key for key in expanded_keys(call) if key not in self._still]
         values = Expansion(call, keys).read(call.trace)
-        self._meet(replace(seen, values=values))
+        self._values = dict(zip(keys, values, strict=True))
+        seen = replace(seen, values=values)
+        if self._seen is not None and self._seen.is_same(seen):
+            self._repeats += 1
+            return
+        self._seen, self._repeats = seen, 0
+        self._jacobian = self._narrow = None
+
+    def meet_again(self) -> None:
+        """Takes up the same call once more."""
+        self._repeats += 1
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a Jacobian of all that is expanded."""
+        return self._jacobian is not None and self._jacobian.keys == (*self.keys,)
+
+    @full_precision()
+    def tangents(self, draws: Draws) -> dict[Key, Tensor]:
+        r""":math:`J (\theta - \hat\theta)` by key, K in front if there are draws."""
         # For many draws, or a call that comes again, J is formed once, for the elements
         # that are moved. Otherwise one derivative for each draw is cheaper.
         found: dict[Key, Tensor] = {}
         if not torch.is_grad_enabled():
-            found = self._by_jacobian(call, draws, dict(zip(keys, values, strict=True)))
-        rest = [key for key in keys if key not in found]
+            found = self._by_jacobian(draws)
+        rest = [key for key in self._values if key not in found]
         if rest:
-            found.update(zip(rest, self._by_derivative(call, draws, rest), strict=True))
+            found.update(zip(rest, self._by_derivative(draws, rest), strict=True))
         return found
 
-    def _meet(self, seen: Seen) -> None:
-        again = self._seen is not None and self._seen.is_same(seen)
-        self._repeats = self._repeats + 1 if again else 0
-        if not again:
-            self._seen, self._jacobian = seen, None
+    @full_precision()
+    def tangents_by_kept(self, draws: Draws) -> dict[Key, Tensor] | None:
+        """The same without a run of the model; None if J lacks what the draws move."""
+        u = flat_values(draws.unconstrained(), draws.call.latents.values)
+        jacobian = self._covering(list(self._values), u)
+        return None if jacobian is None else self._products(jacobian, draws, u)
 
-    def _by_jacobian(
-        self, call: ModelCall, draws: Draws, values: Mapping[Key, Tensor]
-    ) -> dict[Key, Tensor]:
+    def _by_jacobian(self, draws: Draws) -> dict[Key, Tensor]:
         """Tangents of the keys that a Jacobian serves at less cost, if any."""
+        call = draws.call
         dense = {
             key: value
-            for key, value in values.items()
+            for key, value in self._values.items()
             if value.ndim and len(value) == call.num_data
         }
         rows = sum(value[0].numel() for value in dense.values())
@@ -147,13 +160,10 @@ class Expander:
         pays = _ROW_COST * rows < count or rows <= _ROWS_PER_CALL * calls
         if not dense or not (pays or self._jacobian is not None):
             return {}
-        u = {
-            site: value.reshape(-1, call.latents.values[site].numel())
-            for site, value in draws.unconstrained().items()
-        }
-        jacobian = self._jacobian
-        if jacobian is None or not jacobian.covers(list(dense), u):
-            moved = _moved(u, call.latents.values)
+        u = flat_values(draws.unconstrained(), draws.call.latents.values)
+        jacobian = self._covering(list(dense), u)
+        if jacobian is None:
+            moved = moved_elements(u, call.latents.values)
             size = sum(at.numel() for at in moved.values())
             numbers = sum(value.numel() for value in dense.values())
             fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
@@ -161,25 +171,42 @@ class Expander:
                 return {}
             # J is too large to keep: (theta - MAP) J^T, block by block.
             if not fits:
-                columns = _columns(u, moved, call, count)
+                columns = steps_from_map(u, moved, call.latents.values, count)
                 products = _from_blocks(
                     call, dense, moved, count, lambda rows: columns.to(rows) @ rows.mT
                 )
                 return _shaped(products, dense, draws.count)
             transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
             rows_by_key = tuple(part.mT for part in transposed)
-            others = _others(moved, call.latents.values)
-            jacobian = _Jacobian(tuple(dense), moved, rows_by_key, others)
+            others = other_elements(moved, call.latents.values)
+            jacobian = KeptJacobian(tuple(dense), moved, rows_by_key, others)
             self._jacobian = jacobian
-        # (theta - MAP) J^T of all draws, by one product for each key.
-        columns = _columns(u, jacobian.chosen, call, count)
-        products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
-        return _shaped(products, dense, draws.count)
+            self._narrow, self._uses = None, 0
+        return self._products(jacobian, draws, u)
 
-    def _by_derivative(
-        self, call: ModelCall, draws: Draws, keys: Sequence[Key]
-    ) -> tuple[Tensor, ...]:
+    def _covering(
+        self, keys: Sequence[Key], u: Mapping[str, Tensor]
+    ) -> KeptJacobian | None:
+        """The smallest kept Jacobian that has these keys and all that is moved."""
+        kept = (self._narrow, self._jacobian)
+        return next((j for j in kept if j is not None and j.covers(keys, u)), None)
+
+    def _products(
+        self, jacobian: KeptJacobian, draws: Draws, u: Mapping[str, Tensor]
+    ) -> dict[Key, Tensor]:
+        """(theta - MAP) J^T of all draws, by one product for each key."""
+        base = draws.call.latents.values
+        self._uses += 1
+        if self._uses == _NARROWED_AT:
+            jacobian = self._narrow = jacobian.narrowed(moved_elements(u, base), base)
+        columns = steps_from_map(u, jacobian.chosen, base, draws.count or 1)
+        products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
+        values = {key: self._values[key] for key in jacobian.keys}
+        return _shaped(products, values, draws.count)
+
+    def _by_derivative(self, draws: Draws, keys: Sequence[Key]) -> tuple[Tensor, ...]:
         """Tangents by one derivative for each draw."""
+        call = draws.call
         expansion, base = Expansion(call, keys), call.latents.values
         again = draws.count is not None or self._repeats > 0
         if self._forward_mode is None and (again or torch.is_grad_enabled()):
@@ -299,46 +326,6 @@ def _from_blocks(
     return joined_rows(
         blocks, len(values), lambda rows: function(rows.flatten(0, 1)), dim=1
     )
-
-
-def _moved(u: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Positions of the elements that any draw moves, for the sites that have any."""
-    found = {}
-    for site, rows in u.items():
-        here = base[site].flatten()
-        is_moved = torch.zeros_like(here, dtype=torch.bool)
-        for some in rows.split(max(1, _COMPARED_AT_ONCE // here.numel())):
-            is_moved |= (some != here).any(0)
-        if bool(is_moved.any()):
-            found[site] = is_moved.nonzero().squeeze(-1)
-    return found
-
-
-def _others(
-    chosen: Mapping[str, Tensor], base: Mapping[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Positions of the elements that are not chosen, by site, and their values."""
-    found = {}
-    for site, value in base.items():
-        is_other = torch.ones_like(value, dtype=torch.bool).flatten()
-        if site in chosen:
-            is_other[chosen[site]] = False
-        at = is_other.nonzero().squeeze(-1)
-        if at.numel():
-            found[site] = at, value.flatten()[at]
-    return found
-
-
-def _columns(
-    u: Mapping[str, Tensor], chosen: Mapping[str, Tensor], call: ModelCall, count: int
-) -> Tensor:
-    """theta - MAP of each draw at the chosen elements, (K, S)."""
-    base = call.latents.values
-    parts = [
-        (u[site][:, at] - base[site].flatten()[at]).expand(count, -1)
-        for site, at in chosen.items()
-    ]
-    return torch.cat(parts, dim=1) if parts else call.latents.loc.new_zeros(count, 0)
 
 
 def _shaped(

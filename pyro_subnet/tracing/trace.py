@@ -103,6 +103,12 @@ class Latents:
         """The MAP of every site, unconstrained: views of the packed vector."""
         return self.layout.unpack(self.loc)
 
+    @cached_property
+    def at_map(self) -> Mapping[str, Tensor]:
+        """The MAP of every site, as the model sees it."""
+        with torch.no_grad():
+            return self.constrain(self.values)
+
     @property
     def everything(self) -> Subnet:
         """The subnet of all D elements."""
