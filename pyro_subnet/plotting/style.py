@@ -74,9 +74,13 @@ def strokes() -> Iterator[Stroke]:
 
 def strokes_of(methods: Iterable[str]) -> dict[str, Stroke]:
     """A stroke for each method: its own, or for others one that is left, in order."""
+    # Those of the MAP and of the last layer are taken last: other methods then look the
+    # same in a picture with these two and in one without.
     names = list(dict.fromkeys(methods))
     own = {name: _OWN_STROKES[name] for name in names if name in _OWN_STROKES}
-    left = cycle([look for look in _STROKES if look not in own.values()] or _STROKES)
+    rivals = (_OWN_STROKES["MAP"], _OWN_STROKES["last layer"])
+    free = [look for look in _STROKES if look not in own.values()] or list(_STROKES)
+    left = cycle(sorted(free, key=rivals.__contains__))
     return {name: own[name] if name in own else next(left) for name in names}
 
 

@@ -28,6 +28,7 @@ from pyro_subnet.exceptions import (
     OptionError,
     SelectionError,
 )
+from pyro_subnet.plotting.style import strokes_of
 from pyro_subnet.plotting.subnet import site_map
 from pyro_subnet.subnet import Layout
 from tests.cases import DOUBLE, classification_mlp, double, draw, regression_mlp
@@ -209,6 +210,14 @@ def test_a_method_looks_the_same_in_every_picture(methods: list[str]) -> None:
     assert colours["subnet"] == "#0072B2"
     assert colours["MAP"] == "#D55E00"
     assert len(set(colours.values())) == len(methods)
+
+
+def test_others_look_the_same_beside_the_map_and_without() -> None:
+    others = ["LargestVariance", "LargestGradient", "PredictiveVariance", "random"]
+    alone = strokes_of(others)
+    beside = strokes_of([*others, "LastLayer", "MAP"])
+    assert alone == {name: beside[name] for name in others}
+    assert beside["MAP"] not in alone.values()
 
 
 def test_six_methods_look_different() -> None:
