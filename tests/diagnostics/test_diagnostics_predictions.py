@@ -220,11 +220,16 @@ def test_crps_of_a_normal_is_its_integral(y: float) -> None:
 
 
 @pytest.mark.parametrize("num_draws", [1, 2, 31])
-def test_crps_of_draws(num_draws: int) -> None:
-    draws, y = draw(1, num_draws, 5, 2), draw(2, 5, 2)
+@pytest.mark.parametrize("ties", [False, True])
+def test_crps_of_draws(num_draws: int, ties: bool, dtype: torch.dtype) -> None:
+    """The two means of its definition, over draws and over pairs of them."""
+    draws, y = draw(1, num_draws, 5, 2).to(dtype), draw(2, 5, 2).to(dtype)
+    if ties:
+        draws, y = draws.round(), y.round()
     apart = (draws.unsqueeze(0) - draws.unsqueeze(1)).abs().mean((0, 1))
     expected = (draws - y).abs().mean(0) - 0.5 * apart
-    assert_close(diagnostics.crps_from_draws(draws, y), expected, **CLOSED)
+    found = diagnostics.crps_from_draws(draws, y)
+    assert_close(found, expected, **tolerance(dtype, "closed_form"))
 
 
 def test_crps_of_many_draws_is_that_of_the_normal() -> None:
@@ -381,6 +386,8 @@ def test_shapes_that_would_broadcast() -> None:
     for call in (diagnostics.pit_from_draws, diagnostics.crps_from_draws):
         with pytest.raises(DataError, match=r"`y`.* got shapes \(3,\) and \(1,\)"):
             call(draw(0, 5, 3), draw(1, 1))
+        with pytest.raises(DataError, match=r"at least one .* got shape \(0, 3\)"):
+            call(draw(0, 0, 3), draw(1, 3))
     with pytest.raises(DataError, match=r"`loc`.* got shapes \(3, 1\) and \(3,\)"):
         diagnostics.crps_normal(draw(0, 3, 1), draw(1, 3).abs(), draw(2, 3))
     with pytest.raises(DataError, match=r"`scale`.* got shapes \(1,\) and \(3,\)"):
