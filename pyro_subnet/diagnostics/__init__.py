@@ -6,8 +6,6 @@ torchmetrics or scikit-learn, against whose numbers the tests check them. Others
 posterior, some with a pass over the training data.
 """
 
-# May import comparison.
-
 from pyro_subnet.comparison.kept_variance import kept_variance
 from pyro_subnet.diagnostics.absorbed_noise import absorbed_noise
 from pyro_subnet.diagnostics.calibration import (
