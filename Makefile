@@ -82,10 +82,11 @@ docs: $(DOCS)  ## Write the documentation site to build/docs; a warning is an er
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 
-lint: $(DEV)  ## Check style, formatting and types (`make test`: our own conventions)
+lint: $(DEV)  ## Check style, formatting, types and imports (`make test`: our own conventions)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(DEV)  ## Rewrite the files in the project's format
 	$(BIN)/python -m ruff check --fix-only .

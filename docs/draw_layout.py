@@ -11,8 +11,9 @@ import ast
 import graphlib
 import html
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyro_subnet"
@@ -30,40 +31,29 @@ def rooms() -> list[str]:
     return sorted(folders | files - LEFT_OUT)
 
 
-def sources(room: str) -> list[Path]:
-    """Files of a room."""
-    folder = PACKAGE / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
-
-
 def holds(room: str) -> str:
     """What a room holds: the first sentence of its own words."""
-    text = ast.get_docstring(ast.parse(sources(room)[0].read_text(encoding="utf-8")))
+    folder = PACKAGE / room
+    path = folder / "__init__.py" if folder.is_dir() else PACKAGE / f"{room}.py"
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     sentence = " ".join((text or "").split("\n\n")[0].split()).partition(". ")[0]
     return sentence.rstrip(".").replace("`", "")
 
 
-def imported_rooms(path: Path) -> Iterator[str]:
-    """Rooms that a file imports from."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, rest = node.module.partition(".")
-            if package == PACKAGE.name:
-                names = [alias.name for alias in node.names]
-                yield from [rest.split(".")[0]] if rest else names
-
-
 def imports() -> dict[str, set[str]]:
     """Rooms that each room imports from."""
-    known = rooms()
+    graph = grimp.build_graph(PACKAGE.name, cache_dir=None)
+    names = {room: f"{PACKAGE.name}.{room}" for room in rooms()}
+    for name in names.values():
+        graph.squash_module(name)
     return {
         room: {
             other
-            for path in sources(room)
-            for other in imported_rooms(path)
-            if other in known and other != room
+            for other in names
+            if other != room
+            and graph.direct_import_exists(importer=name, imported=names[other])
         }
-        for room in known
+        for room, name in names.items()
     }
 
 

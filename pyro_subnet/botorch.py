@@ -8,8 +8,6 @@ It needs BoTorch, which the extra ``botorch`` brings along::
     acquisition = LogExpectedImprovement(model, best_f=train_Y.max())
 """
 
-# May import guides, nn.
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ They need scikit-learn, which the extra ``sklearn`` brings along::
     mean, std = regressor.predict(x_test, return_std=True)
 """
 
-# May import guides, nn.
-
 from __future__ import annotations
 
 import math

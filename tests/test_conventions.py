@@ -1,7 +1,8 @@
-"""Holds the code to its conventions by reading it: rooms, imports, classes, asserts.
+"""Holds the code to its conventions by reading it: classes, asserts, comparisons.
 
 The tables come first. Each check is a function from a syntax tree to what it finds, and
-is itself tested on code that breaks its rule.
+is itself tested on code that breaks its rule. Who may import whom stands in
+pyproject.toml, for import-linter.
 """
 
 from __future__ import annotations
@@ -10,96 +11,14 @@ import ast
 import graphlib
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
 
-# The rooms of the package, from the ground up: what each holds, and which rooms it may
-# import, beside all that these may import. A room is a folder, or a file at the top.
-# The first sentence of each folder's `__init__.py`, and the tables in CONTRIBUTING.md
-# and docs/layout.md, say the same.
-ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "_version": ("the version", ()),
-    "exceptions": ("errors and warnings, each also a builtin's", ()),
-    "subnet": ("which elements of the packed vector are random", ("exceptions",)),
-    "options": ("what a user may ask for, in one vocabulary", ("exceptions",)),
-    "tensors": (
-        "work on tensors alone: factors in place, memory, modes set aside",
-        ("exceptions",),
-    ),
-    "curvature": (
-        "derivatives: families, Jacobians, their sums, the prior",
-        ("tensors", "subnet", "options"),
-    ),
-    "gaussians": (
-        "the precision G + s P0 in its forms, and the Gaussian of each",
-        ("curvature",),
-    ),
-    "laplace": ("the posterior in numbers: state, evidence, tuning", ("gaussians",)),
-    "tracing": (
-        "one call of a Pyro model at the MAP, as a function of its subnet",
-        ("curvature",),
-    ),
-    "models": (
-        "Pyro models made of the user's: linearized, hybrid",
-        ("tracing", "gaussians"),
-    ),
-    "predictions": (
-        "distributions of outputs, and of y, at new inputs",
-        ("laplace", "tracing"),
-    ),
-    "fit": ("one pass over the data, and what it sums", ("laplace", "tracing")),
-    "files": (
-        "what is written and read, whole or not at all",
-        ("laplace", "tracing", "nn", "_version"),
-    ),
-    "selection": ("strategies that choose a subnet", ("fit",)),
-    "training": (
-        "prior and noise learned by the evidence while a network trains",
-        ("fit",),
-    ),
-    "guides": (
-        "what users hold: the MAP guide, the posterior guide",
-        ("models", "predictions", "files", "selection", "training", "nn"),
-    ),
-    "comparison": ("a subnet beside the full posterior", ("guides",)),
-    "diagnostics": (
-        "how far predictions and a posterior can be trusted",
-        ("comparison",),
-    ),
-    "export": ("posteriors and chains as ArviZ reads them", ("guides",)),
-    "plotting": ("pictures of predictions, posteriors and subnets", ("diagnostics",)),
-    "nn": ("torch networks as Pyro modules", ("tensors",)),
-    "sklearn": ("estimators of scikit-learn", ("guides",)),
-    "botorch": ("a model for Bayesian optimization in BoTorch", ("guides",)),
-    "": ("the public names", ("export", "plotting", "nn")),
-}
-# The first room whose files may import Pyro, with those above it.
-WITHOUT_PYRO = {
-    "_version",
-    "exceptions",
-    "subnet",
-    "options",
-    "tensors",
-    "curvature",
-    "gaussians",
-    "laplace",
-}
 MAX_TOP_FILES = 8
 # Files on the longest way along imports.
 MAX_CHAIN = 16
-# Libraries that one module alone may import.
-CONFINED_TO = {
-    "arviz": "export.inference_data",
-    "matplotlib": "plotting.style",
-    "sklearn": "sklearn",
-    "botorch": "botorch",
-    "gpytorch": "botorch",
-    "linear_operator": "botorch",
-}
-# Libraries that may be imported inside a function, so that the rest does without them.
-LAZILY_IMPORTED = {"matplotlib"}
 # Lines of a file that are neither blank nor prose: docstrings make a file no harder.
 MAX_LINES = 300
 COMPARISONS = {"allclose", "array_equal", "equal", "isclose"}
@@ -132,86 +51,14 @@ Finding = tuple[int, str]
 Check = Callable[[ast.AST], Iterator[Finding]]
 
 
-def module_name(path: Path) -> str:
-    """Name below the package: "curvature.ggn", or "" for the package itself."""
-    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def label(path: Path) -> str:
     """Path from the root, for the name of a test."""
     return str(path.relative_to(ROOT))
 
 
-MODULES = {module_name(path): path for path in PACKAGE_FILES}
-
-
 def parse(path: Path) -> ast.Module:
     """Syntax tree of a file."""
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-@cache
-def allowed(room: str) -> frozenset[str]:
-    """Rooms that a room may import, itself among them."""
-    if room not in ROOMS:
-        pytest.fail(f"{room!r} is in no room. Add it to ROOMS in {__file__}")
-    below = (allowed(other) for other in ROOMS[room][1])
-    return frozenset({room}).union(*below)
-
-
-def room_of(module: str) -> str:
-    """Room of a module: its first component."""
-    return module.partition(".")[0]
-
-
-def imported(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """Full dotted names that an import statement names; none for other nodes."""
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        base = [node.module] if node.module else []
-        if node.level:
-            here = [PACKAGE, *filter(None, module.split("."))]
-            up = node.level - is_package
-            base = [*here[: len(here) - up], *base]
-        yield from (".".join([*base, alias.name]) for alias in node.names)
-
-
-def own_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[Finding]:
-    """Modules of the package that a module imports, as "curvature.ggn"."""
-    for node in ast.walk(tree):
-        for name in imported(node, module, is_package):
-            top, _, rest = name.partition(".")
-            if top != PACKAGE:
-                continue
-            # `from package import name` names a module or something inside one.
-            while rest and rest not in MODULES:
-                rest = rest.rpartition(".")[0]
-            yield node.lineno, rest
-
-
-def foreign_imports(tree: ast.AST) -> Iterator[Finding]:
-    """Top-level names of the libraries that a module imports."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            continue
-        for name in imported(node, "", False):
-            if name.split(".")[0] != PACKAGE:
-                yield node.lineno, name.split(".")[0]
-
-
-def upward_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[Finding]:
-    """Imports from rooms above, and libraries that the module may not use."""
-    room = room_of(module)
-    for line, target in own_imports(tree, module, is_package):
-        if room_of(target) not in allowed(room):
-            yield line, f"{module} imports {target or PACKAGE}, which is no room below"
-    for line, library in foreign_imports(tree):
-        if library == "pyro" and room in WITHOUT_PYRO:
-            yield line, f"{module} is below tracing/ and imports pyro"
-        if module != CONFINED_TO.get(library, module):
-            yield line, f"{module} imports {library}"
 
 
 def open_classes(tree: ast.AST) -> Iterator[Finding]:
@@ -229,19 +76,6 @@ def open_classes(tree: ast.AST) -> Iterator[Finding]:
         is_error = bases & {"Exception", "UserWarning"}
         if "final" not in decorators and not is_interface and not is_error:
             yield node.lineno, f"class {node.name} is neither abstract nor @final"
-
-
-def imports_in_functions(tree: ast.AST) -> Iterator[Finding]:
-    """Imports that run when a function is called."""
-    for outer in ast.walk(tree):
-        if not isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        for node in ast.walk(outer):
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            libraries = {name.split(".")[0] for name in imported(node, "", False)}
-            if not libraries <= LAZILY_IMPORTED:
-                yield node.lineno, ast.unparse(node)
 
 
 def asserts(tree: ast.AST) -> Iterator[Finding]:
@@ -342,7 +176,6 @@ def private_attributes(tree: ast.AST) -> Iterator[Finding]:
 
 
 PACKAGE_CHECKS: list[Check] = [
-    imports_in_functions,
     asserts,
     hidden_nans,
     exits,
@@ -358,76 +191,25 @@ def report(path: Path, findings: Iterator[Finding]) -> str:
 
 
 def test_there_are_modules_to_check() -> None:
-    assert MODULES
+    assert PACKAGE_FILES
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_the_rooms(module: str) -> None:
-    path = MODULES[module]
-    found = upward_imports(parse(path), module, path.name == "__init__.py")
-    assert not (text := report(path, found)), text
-
-
-def import_graph() -> dict[str, set[str]]:
-    """Modules of the package that each module imports."""
-    return {
-        module: {
-            target
-            for _, target in own_imports(
-                parse(path), module, path.name == "__init__.py"
-            )
-        }
-        for module, path in MODULES.items()
+def test_the_longest_way_along_imports_is_short() -> None:
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)
+    below = {
+        name: graph.find_modules_directly_imported_by(name) for name in graph.modules
     }
-
-
-def test_the_longest_way_along_imports_is_short_and_no_circle() -> None:
-    graph = import_graph()
-    try:
-        order = list(graphlib.TopologicalSorter(graph).static_order())
-    except graphlib.CycleError as error:
-        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
     ways: dict[str, list[str]] = {}
-    for module in order:
-        longest = max((ways[target] for target in graph[module]), key=len, default=[])
+    for module in graphlib.TopologicalSorter(below).static_order():
+        longest = max((ways[target] for target in below[module]), key=len, default=[])
         ways[module] = [*longest, module]
     way = max(ways.values(), key=len)
     assert len(way) <= MAX_CHAIN, " <- ".join(way)
 
 
-def test_rooms_have_no_circle() -> None:
-    graph = {room: set(below) for room, (_, below) in ROOMS.items()}
-    graphlib.TopologicalSorter(graph).prepare()
-
-
 def test_at_the_top_stand_folders_and_few_files() -> None:
     files = [path.name for path in (ROOT / PACKAGE).iterdir() if path.is_file()]
     assert len(files) <= MAX_TOP_FILES, files
-    tops = {room_of(module) for module in MODULES}
-    assert tops == set(ROOMS)
-
-
-FOLDERS = sorted(room for room in ROOMS if room and (ROOT / PACKAGE / room).is_dir())
-
-
-@pytest.mark.parametrize("room", FOLDERS)
-def test_a_folder_says_what_it_holds_and_may_import(room: str) -> None:
-    holds, below = ROOMS[room]
-    text = MODULES[room].read_text(encoding="utf-8")
-    assert text.startswith(f'"""{holds[0].upper()}{holds[1:]}.')
-    assert f"May import {', '.join(below)}." in text
-
-
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/layout.md"])
-def test_the_pages_show_the_rooms_as_they_are(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(r"^\| `(\w+)/?` \| (.+?) \| (.*?) \|$", text, flags=re.MULTILINE)
-    expected = [
-        (room, holds, ", ".join(f"`{other}`" for other in below) or "nothing")
-        for room, (holds, below) in ROOMS.items()
-        if room not in {"", "_version"}
-    ]
-    assert found == expected
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=label)
@@ -474,8 +256,6 @@ def test_modules_are_short(path: Path) -> None:
 @pytest.mark.parametrize(
     ("check", "code"),
     [
-        (imports_in_functions, "def f():\n    import torch"),
-        (imports_in_functions, "class A:\n    def f(self):\n        from a import b"),
         (asserts, "assert x"),
         (hidden_nans, "torch.nan_to_num(x)"),
         (hidden_nans, "x.nan_to_num_()"),
@@ -510,8 +290,6 @@ def test_a_broken_rule_is_found(check: Check, code: str) -> None:
 @pytest.mark.parametrize(
     ("check", "code"),
     [
-        (imports_in_functions, "import torch"),
-        (imports_in_functions, "def f():\n    import matplotlib.pyplot as plt"),
         (exits, "stack.exit_callback()"),
         (open_classes, "@final\n@dataclass\nclass A(B):\n    x: int"),
         (open_classes, "class A(Protocol):\n    x: int"),
@@ -529,39 +307,3 @@ def test_a_broken_rule_is_found(check: Check, code: str) -> None:
 )
 def test_a_kept_rule_is_left_alone(check: Check, code: str) -> None:
     assert not list(check(ast.parse(code)))
-
-
-@pytest.mark.parametrize(
-    ("module", "code"),
-    [
-        ("exceptions", "from pyro_subnet.subnet import Subnet"),
-        ("exceptions", "from .subnet import Subnet"),
-        ("subnet", "from pyro_subnet import Subnet"),
-        ("subnet", "import pyro_subnet"),
-        ("subnet", "from . import tracing"),
-        ("curvature.ggn", "from ..tracing.trace import read"),
-        ("curvature.ggn", "import pyro.distributions as dist"),
-        ("guides.map", "import matplotlib.pyplot as plt"),
-        ("guides.map", "from arviz import InferenceData"),
-    ],
-)
-def test_an_import_from_above_is_found(module: str, code: str) -> None:
-    assert len(list(upward_imports(ast.parse(code), module, False))) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "code"),
-    [
-        ("subnet", "from pyro_subnet.exceptions import SelectionError"),
-        ("curvature.ggn", "from ..subnet import Subnet"),
-        ("tracing.trace", "import pyro"),
-        ("export.inference_data", "import arviz"),
-    ],
-)
-def test_an_import_from_below_is_left_alone(module: str, code: str) -> None:
-    assert not list(upward_imports(ast.parse(code), module, False))
-
-
-def test_an_unknown_module_is_sent_to_the_table() -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"'utils' is in no room\. Add it"):
-        allowed("utils")

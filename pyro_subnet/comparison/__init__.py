@@ -1,4 +1,1 @@
-"""A subnet beside the full posterior.
-
-May import guides.
-"""
+"""A subnet beside the full posterior."""

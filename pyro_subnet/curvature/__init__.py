@@ -1,4 +1,1 @@
-"""Derivatives: families, Jacobians, their sums, the prior.
-
-May import tensors, subnet, options.
-"""
+"""Derivatives: families, Jacobians, their sums, the prior."""

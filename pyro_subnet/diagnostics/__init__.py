@@ -1,12 +1,12 @@
 """How far predictions and a posterior can be trusted.
 
 Some judge predictions, whatever model they come from: functions of tensors and
-distributions, each a few lines of torch with its source rather than a dependency on
-torchmetrics or scikit-learn, against whose numbers the tests check them. Others judge a
+distributions, each a few lines of torch with its source. A library is used where the
+core has it, as Pyro's score of draws; torchmetrics or scikit-learn would be one more
+dependency for less (each function says what they lack), and the tests compare with
+them. Others judge a
 posterior, some with a pass over the training data.
 """
-
-# May import comparison.
 
 from pyro_subnet.comparison.kept_variance import kept_variance
 from pyro_subnet.diagnostics.absorbed_noise import absorbed_noise

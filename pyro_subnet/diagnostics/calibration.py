@@ -143,6 +143,7 @@ def binned(
             f"`num_bins` must be positive; got {shown(num_bins)}. Pass a whole number, "
             "or leave it out for 15."
         )
+    # Not by torchmetrics, whose bins are [a, b), in float32, and have no counts.
     confidence = confidence.to(torch.float64).contiguous()
     edges = torch.linspace(0, 1, num_bins + 1).to(confidence)
     at = torch.bucketize(confidence, edges[1:-1])

@@ -15,9 +15,14 @@ import math
 
 import torch
 from jaxtyping import Float
+from pyro.ops.stats import crps_empirical
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_same_shape, tensors_of
+from pyro_subnet.diagnostics.probabilities import (
+    check_draws,
+    check_same_shape,
+    tensors_of,
+)
 from pyro_subnet.exceptions import DataError
 
 
@@ -52,6 +57,7 @@ def crps_normal(
             f"`scale` must be standard deviations, positive; got {float(scale.min())}. "
             "Pass `predictive.stddev`."
         )
+    # Pyro's score is of draws alone.
     z = (y - loc) / scale
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
     centred = torch.erf(z / math.sqrt(2))  # 2 Φ(z) - 1
@@ -72,13 +78,8 @@ def crps_from_draws(
         the score of the distribution that was drawn from. Costs a sort.
 
     Raises:
-        DataError: If draws and observations are of different data.
+        DataError: If draws and observations are of different data, or there is none.
     """
     draws, y = tensors_of(draws=draws, y=y)
-    check_same_shape("draws", draws.shape[1:], "y", y.shape)
-    count = len(draws)
-    ordered = draws.sort(0).values
-    # Σ_ij |y_i - y_j| / 2 = Σ_i (2 i - K - 1) y_(i), for ranks i from 1 on.
-    ranks = 2 * torch.arange(1, count + 1).to(draws) - count - 1
-    spread = torch.tensordot(ranks, ordered, dims=1) / count**2
-    return (draws - y).abs().mean(0) - spread
+    check_draws(draws, y)
+    return crps_empirical(draws, y)

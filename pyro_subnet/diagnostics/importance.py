@@ -193,13 +193,16 @@ def pareto_smoothed(
         log_weights: Raw log weights, up to a constant, shape (K,).
 
     Returns:
-        Normalized smoothed log weights, and :math:`\hat k`: minus infinity if all are
-        equal, infinity if too few differ for a fit.
+        Normalized smoothed log weights, in float64, and :math:`\hat k`: minus infinity
+        if all are equal, infinity if too few differ for a fit.
+
+    The fit is Pyro's, whose ``psis_diagnostic`` returns :math:`\hat k` without weights;
+    ArviZ has both, and would bring pandas, xarray and SciPy for these lines.
 
     Source: Vehtari et al. (2024), algorithm 1, arXiv 1507.02646.
     """
     (log_weights,) = tensors_of(log_weights=log_weights)
-    raw = log_weights - log_weights.max()
+    raw = log_weights.double() - log_weights.max()
     count = len(raw)
     if -float(raw.min()) < _EQUAL:
         return raw - raw.logsumexp(0), -math.inf
@@ -212,7 +215,8 @@ def pareto_smoothed(
     tail = values[is_tail]
     if len(tail) < _MIN_TAIL:
         return raw - raw.logsumexp(0), math.inf
-    k_hat, sigma = fit_generalized_pareto(tail.exp() - cutoff.exp())
+    # On the CPU, where Pyro makes the grid of its fit.
+    k_hat, sigma = fit_generalized_pareto((tail.exp() - cutoff.exp()).cpu())
     if math.isfinite(k_hat):
         places = (torch.arange(len(tail)).to(raw) + 0.5) / len(tail)
         excess = _pareto_quantiles(places, k_hat, sigma)

@@ -17,7 +17,7 @@ import torch.distributions as td
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.diagnostics.probabilities import check_same_shape, tensors_of
+from pyro_subnet.diagnostics.probabilities import check_draws, tensors_of
 from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError, shown
 from pyro_subnet.options import as_number
 
@@ -69,10 +69,10 @@ def pit_from_draws(
         Shape of y; draws equal to y count half.
 
     Raises:
-        DataError: If draws and observations are of different data.
+        DataError: If draws and observations are of different data, or there is none.
     """
     draws, y = tensors_of(draws=draws, y=y)
-    check_same_shape("draws", draws.shape[1:], "y", y.shape)
+    check_draws(draws, y)
     return ((draws < y).to(y) + 0.5 * (draws == y).to(y)).mean(0)
 
 

@@ -39,6 +39,8 @@ def auroc(
                 f"`{name}` must be numbers, one at least; got {scores.numel()}, of "
                 f"which {int(scores.isnan().sum())} NaN. Check the predictions."
             )
+    # Not by torchmetrics, which puts scores outside [0, 1] through a sigmoid, in
+    # float32, and so ties them; nor by scikit-learn, which refuses infinite ones.
     negatives, positives = negatives.flatten(), positives.flatten()
     dtype = torch.promote_types(negatives.dtype, positives.dtype)
     ordered = negatives.to(dtype).sort().values

@@ -94,3 +94,15 @@ def check_same_shape(
             f"`{name}` must have a datum for each of `{other}`, and at least one; got "
             f"shapes {tuple(shape)} and {tuple(expected)}. Pass both for the same data."
         )
+
+
+def check_draws(
+    draws: Float[Tensor, " draws *data"], y: Float[Tensor, "*data"]
+) -> None:
+    """Refuses draws of other data than the observations', and no draws."""
+    check_same_shape("draws", draws.shape[1:], "y", y.shape)
+    if not len(draws):
+        raise DataError(
+            "`draws` must be at least one of each datum; got shape "
+            f"{tuple(draws.shape)}. Draw from the predictive distribution."
+        )

@@ -1,4 +1,1 @@
-"""Posteriors and chains as ArviZ reads them.
-
-May import guides.
-"""
+"""Posteriors and chains as ArviZ reads them."""

@@ -1,4 +1,1 @@
-"""What is written and read, whole or not at all.
-
-May import laplace, tracing, nn, _version.
-"""
+"""What is written and read, whole or not at all."""

@@ -1,4 +1,1 @@
-"""One pass over the data, and what it sums.
-
-May import laplace, tracing.
-"""
+"""One pass over the data, and what it sums."""

@@ -1,4 +1,1 @@
-"""The precision G + s P0 in its forms, and the Gaussian of each.
-
-May import curvature.
-"""
+"""The precision G + s P0 in its forms, and the Gaussian of each."""

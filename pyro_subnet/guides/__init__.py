@@ -1,4 +1,1 @@
-"""What users hold: the MAP guide, the posterior guide.
-
-May import models, predictions, files, selection, training, nn.
-"""
+"""What users hold: the MAP guide, the posterior guide."""

@@ -1,4 +1,1 @@
-"""The posterior in numbers: state, evidence, tuning.
-
-May import gaussians.
-"""
+"""The posterior in numbers: state, evidence, tuning."""

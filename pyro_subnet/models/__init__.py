@@ -1,4 +1,1 @@
-"""Pyro models made of the user's: linearized, hybrid.
-
-May import tracing, gaussians.
-"""
+"""Pyro models made of the user's: linearized, hybrid."""

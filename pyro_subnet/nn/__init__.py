@@ -4,8 +4,6 @@
 guide at them. :func:`classifier` and :func:`regressor` make whole models of a network.
 """
 
-# May import tensors.
-
 from pyro_subnet.nn.bayesian import BayesianModule, bayesianize
 from pyro_subnet.nn.likelihoods import (
     NetworkClassifier,

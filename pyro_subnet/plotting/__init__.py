@@ -5,8 +5,6 @@ shows a figure or changes matplotlib's settings. Needs matplotlib, which is impo
 when the first picture is drawn.
 """
 
-# May import diagnostics.
-
 from pyro_subnet.plotting.classification import plot_reliability, plot_risk_coverage
 from pyro_subnet.plotting.comparison import plot_variance_kept
 from pyro_subnet.plotting.posterior import plot_correlation

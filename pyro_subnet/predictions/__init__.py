@@ -1,4 +1,1 @@
-"""Distributions of outputs, and of y, at new inputs.
-
-May import laplace, tracing.
-"""
+"""Distributions of outputs, and of y, at new inputs."""

@@ -4,8 +4,6 @@ Each is called with a guide at its MAP and the training data, and returns a
 :class:`~pyro_subnet.subnet.Subnet`. Any other callable of that form may be used.
 """
 
-# May import fit.
-
 from pyro_subnet.selection.base import Selector
 from pyro_subnet.selection.greedy_variance import GreedyVariance
 from pyro_subnet.selection.largest_gradient import LargestGradient

@@ -1,4 +1,1 @@
-"""Work on tensors alone: factors in place, memory, modes set aside.
-
-May import exceptions.
-"""
+"""Work on tensors alone: factors in place, memory, modes set aside."""

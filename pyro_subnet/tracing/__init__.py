@@ -1,4 +1,1 @@
-"""One call of a Pyro model at the MAP, as a function of its subnet.
-
-May import curvature.
-"""
+"""One call of a Pyro model at the MAP, as a function of its subnet."""

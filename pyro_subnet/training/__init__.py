@@ -1,4 +1,1 @@
-"""Prior and noise learned by the evidence while a network trains.
-
-May import fit.
-"""
+"""Prior and noise learned by the evidence while a network trains."""

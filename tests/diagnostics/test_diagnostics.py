@@ -37,15 +37,18 @@ WEIGHTS = {
 # is the same where that is whole; to a tail of five draws it fits nothing.
 @pytest.mark.parametrize("count", [225, 400] if IS_1 else [25, 400, 1000])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_smoothed_weights_are_arvizs(kind: str, count: int) -> None:
-    raw = WEIGHTS[kind](count)
-    expected, expected_k = psislw(raw.numpy())
+def test_smoothed_weights_are_arvizs(kind: str, count: int, dtype: torch.dtype) -> None:
+    raw = WEIGHTS[kind](count).to(dtype)
+    expected, expected_k = psislw(raw.double().numpy())
     found, k_hat = pareto_smoothed(raw)
     if math.isinf(k_hat):
         assert not math.isfinite(expected_k)  # 1.x says nan
     else:
         assert k_hat == pytest.approx(expected_k, abs=1e-6)
-    assert_close(found, torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
+    expected = torch.as_tensor(expected)
+    if dtype == torch.float32:  # of equal weights in the tail it is open which is which
+        found, expected = found.sort().values, expected.sort().values
+    assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert_close(found.logsumexp(0), torch.zeros((), dtype=DOUBLE), **CLOSED)
 
 

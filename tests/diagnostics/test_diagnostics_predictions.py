@@ -36,31 +36,37 @@ def classes(count: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("count", "num_classes"), [(1, 1), (7, 2), (203, 3)])
-def test_scores_of_classes(count: int, num_classes: int) -> None:
+def test_scores_of_classes(count: int, num_classes: int, dtype: torch.dtype) -> None:
     probs, labels = classes(count, num_classes)
+    probs = probs.to(dtype)
+    rel = 1e-12 if dtype == torch.float64 else 1e-5
     nll = diagnostics.negative_log_likelihood(dist.Categorical(probs), labels)
     brier = diagnostics.brier_score(probs, labels)
     for n in range(count):
         p, y = probs[n].tolist(), int(labels[n])
         expected = sum((p[c] - (c == y)) ** 2 for c in range(num_classes))
-        assert float(brier[n]) == pytest.approx(expected, rel=1e-12)
-        assert float(nll[n]) == pytest.approx(-math.log(p[y]), rel=1e-12, abs=1e-12)
+        assert float(brier[n]) == pytest.approx(expected, rel=rel, abs=rel)
+        assert float(nll[n]) == pytest.approx(-math.log(p[y]), rel=rel, abs=rel)
     if num_classes > 1:
-        every = list(range(num_classes))
+        every, probs = list(range(num_classes)), probs.double()
+        probs = probs / probs.sum(-1, keepdim=True)  # to the digits that it asks for
         by_sklearn = sklearn.metrics.log_loss(labels, probs, labels=every)
-        assert float(nll.mean()) == pytest.approx(by_sklearn, rel=1e-12)
+        assert float(nll.mean()) == pytest.approx(by_sklearn, rel=rel)
         # Class by class: scikit-learn takes several at once from 1.7 on alone.
         by_sklearn = sum(
             sklearn.metrics.brier_score_loss(labels == c, probs[:, c], pos_label=True)
             for c in every
         )
-        assert float(brier.mean()) == pytest.approx(by_sklearn, rel=1e-12)
+        assert float(brier.mean()) == pytest.approx(by_sklearn, rel=rel)
 
 
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
 @pytest.mark.parametrize(("count", "num_classes"), [(1, 3), (7, 2), (203, 3)])
-def test_calibration_errors(count: int, num_classes: int, num_bins: int) -> None:
+def test_calibration_errors(
+    count: int, num_classes: int, num_bins: int, dtype: torch.dtype
+) -> None:
     probs, labels = classes(count, num_classes)
+    probs = probs.to(dtype)
     expected = metrics.classification.multiclass_calibration_error(
         probs, labels, num_classes, n_bins=num_bins
     )
@@ -220,11 +226,16 @@ def test_crps_of_a_normal_is_its_integral(y: float) -> None:
 
 
 @pytest.mark.parametrize("num_draws", [1, 2, 31])
-def test_crps_of_draws(num_draws: int) -> None:
-    draws, y = draw(1, num_draws, 5, 2), draw(2, 5, 2)
+@pytest.mark.parametrize("ties", [False, True])
+def test_crps_of_draws(num_draws: int, ties: bool, dtype: torch.dtype) -> None:
+    """The two means of its definition, over draws and over pairs of them."""
+    draws, y = draw(1, num_draws, 5, 2).to(dtype), draw(2, 5, 2).to(dtype)
+    if ties:
+        draws, y = draws.round(), y.round()
     apart = (draws.unsqueeze(0) - draws.unsqueeze(1)).abs().mean((0, 1))
     expected = (draws - y).abs().mean(0) - 0.5 * apart
-    assert_close(diagnostics.crps_from_draws(draws, y), expected, **CLOSED)
+    found = diagnostics.crps_from_draws(draws, y)
+    assert_close(found, expected, **tolerance(dtype, "closed_form"))
 
 
 def test_crps_of_many_draws_is_that_of_the_normal() -> None:
@@ -269,13 +280,25 @@ def test_draws_that_are_sure_of_different_classes() -> None:
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(1, 1), (7, 13), (200, 31)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_auroc_is_sklearns(inside: int, outside: int, ties: bool) -> None:
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "close", "infinite"])
+def test_auroc_is_sklearns(
+    inside: int, outside: int, kind: str, dtype: torch.dtype
+) -> None:
     negatives, positives = draw(1, inside), draw(2, outside) + 0.5
-    if ties:
+    if kind == "ties":
         negatives, positives = negatives.round(), positives.round()
+    elif kind == "equal":
+        negatives, positives = torch.zeros(inside).double(), torch.zeros(outside)
+    elif kind == "close":  # by some units of the last place in float32
+        negatives, positives = 1 + 1e-7 * negatives, 1 + 1e-7 * positives
+    elif kind == "infinite":
+        negatives, positives = negatives.log(), positives.round().log().abs()
+        negatives, positives = negatives.nan_to_num(-math.inf), positives.nan_to_num(2)
+    negatives, positives = negatives.to(dtype), positives.to(dtype)
     truth = [0] * inside + [1] * outside
-    expected = sklearn.metrics.roc_auc_score(truth, torch.cat([negatives, positives]))
+    # Their ranks, as it refuses infinite scores.
+    ranks = scipy.stats.rankdata(torch.cat([negatives, positives]))
+    expected = sklearn.metrics.roc_auc_score(truth, ranks)
     assert diagnostics.auroc(negatives, positives) == pytest.approx(expected, rel=1e-12)
 
 
@@ -381,6 +404,8 @@ def test_shapes_that_would_broadcast() -> None:
     for call in (diagnostics.pit_from_draws, diagnostics.crps_from_draws):
         with pytest.raises(DataError, match=r"`y`.* got shapes \(3,\) and \(1,\)"):
             call(draw(0, 5, 3), draw(1, 1))
+        with pytest.raises(DataError, match=r"at least one .* got shape \(0, 3\)"):
+            call(draw(0, 0, 3), draw(1, 3))
     with pytest.raises(DataError, match=r"`loc`.* got shapes \(3, 1\) and \(3,\)"):
         diagnostics.crps_normal(draw(0, 3, 1), draw(1, 3).abs(), draw(2, 3))
     with pytest.raises(DataError, match=r"`scale`.* got shapes \(1,\) and \(3,\)"):

@@ -27,6 +27,7 @@ from pyro_subnet import (
     selection,
 )
 from pyro_subnet.nn import bayesianize
+from tests.docs.pages import ROOT, run_page
 
 # What a user meets through other calls, or does not call.
 NOT_BY_TASK = {
@@ -34,19 +35,11 @@ NOT_BY_TASK = {
     *("scaled_at_map", "state", "summary", "tunings"),
     *("compare_routes", "init_to_module", "pareto_smoothed"),
 }
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def program(page: str) -> str:
-    """All code of a page, in order."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
 
 
 def test_the_posteriors_toolkit(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(compile(program("posterior.md"), "posterior.md", "exec"), names)
+    names = run_page("posterior.md")
     posterior, x_test = names["posterior"], names["x_test"]
     assert names["functions"].shape == (20, len(x_test), 1)
     assert bool(names["gradient"].isfinite().all())
@@ -75,8 +68,7 @@ def nll(posterior: Any, x: Any, y: Any) -> float:
 
 def test_priors(capsys: pytest.CaptureFixture[str]) -> None:
     """The page's noise is 0.3, of 180 data; its model says 1.0."""
-    names: dict[str, Any] = {}
-    exec(compile(program("priors.md"), "priors.md", "exec"), names)
+    names = run_page("priors.md")
     posterior = names["posterior"]
     assert 0.2 < posterior.noise_factor < 0.45
     for guide in (names["guide"], names["looped"]):
@@ -90,9 +82,8 @@ def test_the_cheat_sheet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where it keeps its checkpoint
-    names: dict[str, Any] = {}
     with matplotlib.rc_context({"backend": "agg"}):
-        exec(compile(program("cheatsheet.md"), "cheatsheet.md", "exec"), names)
+        names = run_page("cheatsheet.md")
         plt.close("all")
     assert names["posterior"].subnet.size == 9
     assert names["predictive"].batch_shape == names["y_new"].shape
@@ -103,7 +94,7 @@ def test_the_cheat_sheet(
 
 
 def test_the_cheat_sheet_has_a_line_for_every_call() -> None:
-    text = (DOCS / "cheatsheet.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "cheatsheet.md").read_text(encoding="utf-8")
     modules = (pyro_subnet, nn_models, diagnostics, plotting, selection)
     calls = [
         name
@@ -124,9 +115,8 @@ def test_the_cheat_sheet_has_a_line_for_every_call() -> None:
 
 def test_diagnostics() -> None:
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
     with matplotlib.rc_context({"backend": "agg"}):
-        exec(compile(program("diagnostics.md"), "diagnostics.md", "exec"), names)
+        names = run_page("diagnostics.md")
         assert len(plt.get_fignums()) == 6
         plt.close("all")
     assert 0 < names["determined"] < names["posterior"].subnet.size
@@ -152,8 +142,7 @@ def test_arviz(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the page writes its file
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(compile(program("arviz.md"), "arviz.md", "exec"), names)
+    names = run_page("arviz.md")
     assert list(names["laplace"].posterior["v_elem"].values) == ["0", "1", "2"]
     assert names["laplace"].predictions["y"].shape == (2, 500, 5)
     assert set(names["table"].index) == {"laplace", "nuts"}
@@ -175,9 +164,8 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
     dataset = TensorDataset(torch.randn(300, 2), torch.randn(300))
     guide = AutoSubnetLaplace(model, subnet=None)
-    names: dict[str, Any] = {"dataset": dataset, "guide": guide}
     try:
-        exec(compile(program("scaling.md"), "scaling.md", "exec"), names)
+        names = run_page("scaling.md", dataset=dataset, guide=guide)
     finally:
         td.destroy_process_group()
     assert names["posterior"].state.num_seen == 300
@@ -186,8 +174,7 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 # The page's network was never trained, and says so.
 @pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 def test_huggingface(capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, Any] = {}
-    exec(compile(program("huggingface.md"), "huggingface.md", "exec"), names)
+    names = run_page("huggingface.md")
     posterior = names["posterior"]
     assert posterior.state.num_seen == 64
     expected = names["net"].eval()(**names["inputs"]).logits.log_softmax(-1)
@@ -206,8 +193,7 @@ def test_lightning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": weights}, "last.ckpt")
-    names: dict[str, Any] = {}
-    exec(compile(program("lightning.md"), "lightning.md", "exec"), names)
+    names = run_page("lightning.md")
     x = names["x"]
     found = names["posterior"].output_distribution(x).loc
     expected = net(x).log_softmax(-1).detach()
@@ -215,8 +201,7 @@ def test_lightning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_sklearn(capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, Any] = {}
-    exec(compile(program("sklearn.md"), "sklearn.md", "exec"), names)
+    names = run_page("sklearn.md")
     assert names["r2"] > 0.3
     assert 0.85 < names["inside"].mean() < 1.0
     assert -names["search"].score(names["x_test"], names["labels_test"]) < 0.15
@@ -225,8 +210,7 @@ def test_sklearn(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_botorch(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(compile(program("botorch.md"), "botorch.md", "exec"), names)
+    names = run_page("botorch.md")
     assert names["draws"].shape == (100, 5, 3, 1)
     sets = names["sets"]
     clean, noisy = names["found"].variance, names["noisy"].variance

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
@@ -48,6 +49,21 @@ def test_the_picture_shows_every_room_above_what_it_imports() -> None:
     for room, below in graph.items():
         assert all(levels[room] > levels[other] for other in below)
         assert f"{room}/<" in module.drawing() or f"{room}.py<" in module.drawing()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/layout.md"])
+def test_the_pages_show_the_rooms_from_the_ground_up(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^\| `(\w+/?)` \| (.+?) \|$", text, flags=re.MULTILINE)
+    module = script()
+    holds = {
+        f"{room}/" if (PACKAGE / room).is_dir() else room: module.holds(room).lower()
+        for room in module.rooms()
+    }
+    assert {name: words.lower() for name, words in found} == holds
+    order = [name.rstrip("/") for name, _ in found]
+    for room, below in module.imports().items():
+        assert all(order.index(other) < order.index(room) for other in below), room
 
 
 class Network(PyroModule):

@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -31,19 +30,16 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetMultivariateNormal
 from pyro_subnet.exceptions import MonteCarloFisherWarning, UntrainedWarning
+from tests.docs.pages import ROOT, blocks, run
 from tests.tolerances import tolerance
 
 Model = Callable[..., Any]
 Names = dict[str, Any]
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+PATH = ROOT / "docs" / "models.md"
 TEXT = PATH.read_text(encoding="utf-8")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOGRAD = tolerance(torch.float64, "autograd")
-
-
-def blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 USE, SETTING = blocks(TEXT.split("\n## ")[0])
@@ -68,20 +64,14 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def run(code: str, names: Names) -> Names:
-    exec(compile(code, str(PATH), "exec"), names)
-    return names
-
-
 def fitted(code: str) -> Names:
     """What the page's code makes of an idiom's: its names, ``posterior`` among them."""
-    names = run(SETTING, {})
-    names = run(code, names)
+    names = run(code, **run(SETTING))
     # Where a section needs a subnet of its own it says so.
     use = USE if "subnet" not in names else USE.replace("subnet=0.5", "subnet=subnet")
     if torch.get_default_dtype() == torch.float32:  # once trained is enough
         use = use.replace("range(200)", "range(5)")
-    return run(use, names)
+    return run(use, **names)
 
 
 # ----------------------------------------------------------------------------------
@@ -308,7 +298,7 @@ def test_zero_inflated_counts_are_fitted_from_draws(dtype: str) -> None:
 
 def test_minibatches() -> None:
     with precision(torch.float64):
-        names = run(MINIBATCHES, run(SETTING, {}))
+        names = run(MINIBATCHES, **run(SETTING))
         posterior = names["posterior"]
         one_call = names["guide"].laplace_approximation(names["x"], names["y"])
         names.update(args=(names["x"], names["y"]), posterior=one_call)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,17 +12,12 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_subnet import AutoSubnetLaplace
+from tests.docs.pages import ROOT, blocks, run
 from tests.tolerances import tolerance
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-GAP, PRETRAINED, MODEL = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
-
-def run(code: str, **names: Any) -> dict[str, Any]:
-    exec(compile(code, "README.md", "exec"), names)
-    return names
+GAP, PRETRAINED, MODEL = blocks(README)
 
 
 def test_the_first_example_shows_a_gap(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from pyro_subnet import (
     AutoSubnetMultivariateNormal,
     compare_routes,
 )
+from pyro_subnet.diagnostics import pareto_smoothed
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LargestVariance, RandomSubnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
@@ -174,6 +175,15 @@ def test_draws_stay_on_the_gpu(parallel: bool) -> None:
     )
     for value in predictive(x).values():
         assert value.device.type == "cuda"
+
+
+def test_the_tail_of_weights_on_the_gpu_is_fitted() -> None:
+    raw = torch.randn(400, dtype=torch.float64)
+    expected, expected_k = pareto_smoothed(raw)
+    found, k_hat = pareto_smoothed(raw.to("cuda"))
+    assert found.device.type == "cuda"
+    assert k_hat == pytest.approx(expected_k)
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 def test_a_posterior_moves_to_the_cpu() -> None:

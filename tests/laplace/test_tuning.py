@@ -13,6 +13,7 @@ import psutil
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -172,6 +173,28 @@ def test_a_search_finds_the_lower_of_two_minima() -> None:
     found = minimize(loss, WIDE, "evidence")
     assert abs(math.log(found.best) - 5.2) < 1e-4
     assert not found.at_bound
+
+
+@pytest.mark.parametrize("prior", [1e-4, 0.3, 50.0])
+def test_a_search_is_as_good_as_scipys(prior: float, dtype: torch.dtype) -> None:
+    """Of one minimum: the evidence of weights, each by its own curvature."""
+    curvature = (2 * draw(3, 40)).exp().to(dtype)
+    squares = draw(4, 40).square().to(dtype) / prior
+
+    def loss(s: float) -> float:
+        determined = (curvature / s).log1p()  # 2 nats each
+        return float(0.5 * (determined + s * squares).sum())
+
+    found = minimize(loss, WIDE, "evidence")
+    peer = scipy.optimize.minimize_scalar(
+        lambda log: loss(math.exp(log)),
+        bounds=[math.log(bound) for bound in WIDE],
+        method="bounded",
+        options={"xatol": 1e-8},
+    )
+    single = dtype == torch.float32  # whose round-off is the objective's last 1e-6
+    assert loss(found.best) <= peer.fun * (1 + (1e-5 if single else 1e-9))
+    assert math.log(found.best) == pytest.approx(peer.x, abs=1e-2 if single else 1e-4)
 
 
 def test_a_search_steps_around_what_does_not_exist() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -15,6 +17,7 @@ from pyro_subnet.predictions.links.nodes import gauss_hermite
 from pyro_subnet.predictions.links.pairwise import pairwise
 from pyro_subnet.predictions.links.probit import probit
 from pyro_subnet.predictions.links.quadrature import mean_logistic
+from tests.tolerances import tolerance
 
 
 def adaptive(loc: float, scale: float) -> float:
@@ -70,6 +73,18 @@ def test_nodes_integrate_polynomials(num_nodes: int) -> None:
         moment = math.prod(range(degree - 1, 0, -2)) if degree % 2 == 0 else 0
         found = (log_weights.exp() * nodes**degree).sum()
         assert float(found) == pytest.approx(moment, rel=1e-9, abs=1e-7)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 5, 32, 64])
+def test_every_weight_has_its_digits(num_nodes: int, dtype: torch.dtype) -> None:
+    """Those of the tails, too, by scipy: sums of logarithms weigh them as well."""
+    every, weights = scipy.special.roots_hermitenorm(num_nodes)
+    kept = weights > 1e-24 * weights.sum()
+    found = gauss_hermite(num_nodes, torch.empty((), dtype=dtype))
+    log_weights = np.log(weights[kept] / weights.sum())
+    for ours, exact in zip(found, (every[kept], log_weights), strict=True):
+        expected = torch.as_tensor(exact, dtype=dtype)
+        assert_close(ours, expected, **tolerance(dtype, "closed_form"))
 
 
 def test_a_bridge_does_not_overflow() -> None:

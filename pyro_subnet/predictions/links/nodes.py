@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 # Nodes of a mixture. An error is stated as the difference that half the nodes make.
 _NUM_NODES = 64
 # Weights below this move no sum in float64, and their nodes may overflow.
 _LEAST_WEIGHT = 1e-24
+# As arrays: a tensor that was first made in inference mode would have no gradients.
+_hermite = lru_cache(maxsize=32)(hermegauss)
 
 
 def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,22 +22,12 @@ def gauss_hermite(num_nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
     For z standard normal; exact for polynomials of degree 2K - 1. Nodes of weight below
     1e-24 are left out.
-
-    Source: Golub and Welsch (1969), doi 10.1090/S0025-5718-69-99647-1.
     """
-    nodes, log_weights = _hermite(num_nodes)
-    return nodes.to(like), log_weights.to(like)
-
-
-@lru_cache(maxsize=32)
-def _hermite(num_nodes: int) -> tuple[Tensor, Tensor]:
-    off = torch.arange(1, num_nodes, dtype=torch.float64).sqrt()
-    # Eigenvalues of the Jacobi matrix of the Hermite polynomials are the nodes, and the
-    # squared first components of its eigenvectors the weights.
-    nodes, vectors = torch.linalg.eigh(off.diag(1) + off.diag(-1))
-    weights = vectors[0].square()
+    nodes, weights = _hermite(num_nodes)
+    weights = weights / weights.sum()
     kept = weights > _LEAST_WEIGHT
-    return nodes[kept], (weights[kept] / weights[kept].sum()).log()
+    at, log_weights = (torch.as_tensor(a[kept]) for a in (nodes, np.log(weights)))
+    return at.to(like), log_weights.to(like)
 
 
 def mixture_nodes(like: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
