@@ -1,13 +1,18 @@
+import copy
 import gzip
 import math
 import struct
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from laplace import Laplace
+from laplace.curvature import CurvlinopsGGN
 from matplotlib.image import imread
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.harness.journal import read
 from benchmarks.harness.runner import run
@@ -21,12 +26,15 @@ from benchmarks.paper.images import (
     fashion,
     methods,
     reporting,
+    rivals,
     rotated,
 )
 from benchmarks.paper.images.case import (
+    CURVE,
     ON_SHIFT,
     OWN_PRIOR,
     WITHIN_ERRORS,
+    at_temperature,
     mixture,
     nll,
 )
@@ -236,6 +244,36 @@ class TestNetworks:
         assert path.stat().st_mtime_ns == stamp
         torch.testing.assert_close(again(x), net(x))
 
+    @pytest.mark.parametrize("dropout", [0.0, 0.2])
+    def test_a_run_that_was_killed_goes_on(self, tmp_path, dropout):
+        """From the end of the last epoch: the same weights to the last digit."""
+        write_sets(tmp_path)
+        part = read_images("mnist", tmp_path).train
+        recipe = Recipe("cnn", 4, 0.05, batch_size=9, augment="shift")
+        path = tmp_path / "network.epoch"
+
+        class Killed(Exception):
+            pass
+
+        def killed(module, inputs):
+            if killed.left == 0:
+                raise Killed
+            killed.left -= 1
+
+        def started():
+            return make_network("cnn", 0, dropout=dropout)
+
+        whole, begun, goes_on = started(), started(), started()
+        fit(whole, part, recipe, 7, path)
+        killed.left = 2 * (len(part) // 9) + 1  # in the third epoch
+        begun.register_forward_pre_hook(killed)
+        with pytest.raises(Killed, match=r"^$"):
+            fit(begun, part, recipe, 7, path)
+        assert path.exists()
+        fit(goes_on, part, recipe, 7, path)
+        assert not path.exists()
+        torch.testing.assert_close(goes_on.state_dict(), whole.state_dict())
+
     def test_weight_decay_is_the_prior(self, tmp_path):
         # At the optimum of SGD with weight decay, the log joint density is flat.
         write_sets(tmp_path)
@@ -336,6 +374,54 @@ class TestMethods:
         logs = [torch.randn(4, 3, dtype=torch.float64).log_softmax(1) for _ in range(5)]
         by_hand = sum(part.exp() for part in logs) / 5
         torch.testing.assert_close(mixture(logs).exp(), by_hand)
+
+    @pytest.mark.parametrize("name", [*baselines.WITH_PRIOR, "VaLLA"])
+    def test_posteriors_of_laplace_torch_spread(self, case, name):
+        """Probabilities are wider than the MAP's, and tuned ones fit images better."""
+        x = to_unit(case.data.test.images)
+        at_map = methods.fit("MAP", case).predict(x).exp()
+        own = name if name == "VaLLA" else f"{name}{OWN_PRIOR}"
+        probs = methods.fit(own, case).predict(x).exp()
+        torch.testing.assert_close(
+            probs.sum(1), torch.ones(len(x), dtype=torch.float64)
+        )
+        assert float((probs - at_map).abs().max()) > 1e-4
+        entropy = lambda p: -(p * p.log()).sum(1).mean()  # noqa: E731
+        assert float(entropy(probs)) > float(entropy(at_map))
+        if name in baselines.WITH_PRIOR:
+            tuned = methods.fit(name, case)
+            x, y = case.tune[""]
+            assert nll(tuned.predict, (x, y)) <= nll(
+                methods.fit(own, case).predict, (x, y)
+            )
+
+    def test_a_part_of_the_data_is_scaled_up_to_all(self, case):
+        """By a temperature: the posterior of images thrice is that of a third."""
+        few = case.data.train[:12]
+        thrice = Part(few.images.repeat(3, 1, 1, 1), few.labels.repeat(3))
+        networks = SimpleNamespace(get=lambda *args, **options: case.net())
+        recipe = replace(case.setup.recipe, most=None, weight_decay=1e-3)
+        setup = replace(case.setup, recipe=recipe, fitted=None)
+        data = replace(case.data, train=thrice)
+        all_of_it = replace(case, data=data, setup=setup, networks=networks)
+        part = replace(all_of_it, setup=replace(setup, fitted=12))
+        assert rivals.temperature(all_of_it) == 1.0
+        assert rivals.temperature(part) == pytest.approx(1 / 3)
+        x, y = to_unit(few.images), few.labels
+        loader = DataLoader(TensorDataset(x, y), 12)
+        by_hand = Laplace(
+            copy.deepcopy(case.net()),
+            "classification",
+            prior_precision=rivals.own_precision(part),
+            temperature=rivals.temperature(part),
+            backend=CurvlinopsGGN,
+        )
+        by_hand.fit(loader)
+        found = methods.fit(f"{baselines.WITH_PRIOR[1]}{OWN_PRIOR}", all_of_it)
+        expected = by_hand(x, link_approx="probit").detach().double()
+        torch.testing.assert_close(
+            found.predict(x).exp(), expected, rtol=1e-3, atol=1e-5
+        )
 
     def test_ensemble_by_hand(self, case):
         x = to_unit(case.data.test.images)
@@ -446,10 +532,12 @@ class TestMethods:
         labels = torch.tensor([0, 1, 2, 3, 4, 5])
         log_probs = torch.randn(6, 10, dtype=torch.float64).log_softmax(1)
         table = torch.cat([log_probs, log_probs[:2]])
+        base = torch.rand(6, dtype=torch.float64)
         found = evaluation.score(
             lambda x: table[: len(x)],
             [("", Part(images, labels))],
             {"other": images[:2]},
+            [base],
         )
         by_name = {(each.shift, each.metric): each.value for each in found}
         picked = [float(log_probs[n, n]) for n in range(6)]
@@ -463,6 +551,10 @@ class TestMethods:
         pairs = [
             (float(b > a) + 0.5 * float(b == a)) for a in entropy for b in entropy[:2]
         ]
+        own = torch.tensor([-value for value in picked])
+        for name, values in [("nll_error", own), ("gain_error", base - own)]:
+            error = float(values.var().div(6).sqrt())
+            assert by_name["", name] == pytest.approx(error)
         assert by_name["ood=other", "auroc"] == pytest.approx(sum(pairs) / 12)
 
 
@@ -536,6 +628,47 @@ class TestExperiments:
         text = reporting.table("T", [reporting.Column("x=*", "nll")], [*rows, *other])
         # Standard deviation 10 over the root of 3.
         assert "| MAP | 12.00 ± 5.77 |" in text
+
+    def test_gain_beside_a_temperature_of_the_same_price(self):
+        """Of a curve that first helps and then costs: price (t - 1)^2 - 0.1, gain t."""
+
+        def row(method, metric, shift, value):
+            return {
+                "method": method,
+                "metric": metric,
+                "shift": shift,
+                "seed": 0,
+                "value": value,
+            }
+
+        rows = [row("MAP", "nll", shift, value) for shift, value in [("", 1), ("s", 9)]]
+        for t in CURVE:
+            name = at_temperature(t)
+            rows.append(row("MAP", name, "", 1 + (t - 1) ** 2 - 0.1))
+            rows.append(row("MAP", name, "s", 9 - t))
+        column = reporting.Column("s", "nll", to_temperature=True)
+        for price, shifted, expected in [
+            (0.5, 7.0, 7.0 - (9 - (1 + 0.6**0.5))),
+            (-0.2, 7.0, 7.0 - 8.0),  # better in distribution than any temperature
+            (99.0, 7.0, 7.0 - (9 - CURVE[-1])),
+        ]:
+            own = [row("SWAG", "nll", "", 1 + price), row("SWAG", "nll", "s", shifted)]
+            (found,) = reporting.by_seed([*rows, *own], "SWAG", column)
+            assert found == pytest.approx(expected, abs=0.01)
+        assert reporting.by_seed(rows[:2], "MAP", column) == []
+
+    def test_errors_of_one_seed_are_those_over_images(self):
+        values = {"nll": 0.5, "nll_error": 0.02, "gain_error": 0.01}
+        rows = [
+            {"method": name, "metric": metric, "shift": "", "seed": 0, "value": value}
+            for name in ("MAP", "SWAG")
+            for metric, value in values.items()
+        ]
+        assert reporting.cell(rows, "SWAG", reporting.Column("", "nll")) == (
+            "0.500 ± 0.020"
+        )
+        to_map = reporting.Column("", "nll", to_map=True)
+        assert reporting.cell(rows, "SWAG", to_map) == "0.000 ± 0.010"
 
     def test_sets_side_by_side(self):
         first = [

@@ -7,6 +7,7 @@ Every search has as many values as the library's search of the prior precision: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,17 @@ def gaussian_of_iterates(case: Case) -> Swag:
     )
 
 
+def _of_laplace_torch(name: str) -> Callable[[Case, str], Fitted]:
+    """Imported when it is run: other experiments do without that library."""
+
+    def fit(case: Case, shown: str) -> Fitted:
+        rivals = import_module("benchmarks.paper.images.rivals")
+        found: Fitted = getattr(rivals, name)(case, shown)
+        return found
+
+    return fit
+
+
 BASELINES: dict[str, Callable[[Case, str], Fitted]] = {
     "MAP": _map,
     "MAP with temperature": _temperature,
@@ -148,4 +160,9 @@ BASELINES: dict[str, Callable[[Case, str], Fitted]] = {
     "deep ensemble with temperature": _tempered_ensemble,
     "MC dropout": _dropout,
     "SWAG": _swag,
+    "ELLA": _of_laplace_torch("ella"),
+    "VaLLA": _of_laplace_torch("valla"),
+    "last layer, Kronecker (laplace-torch)": _of_laplace_torch("last_layer_kron"),
 }
+# Those that may keep the prior of the MAP.
+WITH_PRIOR = ("ELLA", "last layer, Kronecker (laplace-torch)")

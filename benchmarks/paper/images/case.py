@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.task import Score
-from benchmarks.paper.images.readers import ImageSet
+from benchmarks.paper.images.readers import ImageSet, Part
 from benchmarks.paper.images.setups import Setup
 from benchmarks.paper.images.training import Networks
 
@@ -26,6 +26,13 @@ OWN_PRIOR = ", own prior"
 # within two standard errors of the best.
 WITHIN_ERRORS = ", within two errors"
 NUM_ERRORS = 2.0
+# Temperatures of the MAP whose gain and price are drawn as a curve.
+CURVE = tuple(2 ** (step / 8) for step in range(25))
+
+
+def at_temperature(temperature: float) -> str:
+    """The metric's name: NLL at a temperature."""
+    return f"nll at {temperature:.3f}"
 
 
 class Fitted(NamedTuple):
@@ -63,6 +70,13 @@ class Case:
         return self.networks.get(
             self.data, self.setup.recipe, self.seed, member=member, dropout=dropout
         )
+
+    def fitted_part(self) -> Part:
+        """The training images that curvatures are summed over, a random choice."""
+        everything = self.setup.recipe.training_part(self.data)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(everything), generator=generator)
+        return everything[order[: self.setup.fitted]]
 
     def file(self, folder: str, name: str) -> Path:
         """Of something fitted to this case, named by all that it depends on."""

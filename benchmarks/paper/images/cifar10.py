@@ -20,6 +20,8 @@ METHODS = (
     "subnet RandomSubnet",
     "subnet LastLayer",
     "subnet PredictiveVariance",
+    "ELLA",
+    "last layer, Kronecker (laplace-torch)",
 )
 
 

@@ -45,11 +45,11 @@ def named_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
 def corrupted(
     data: ImageSet, setup: Setup, names: Sequence[str]
 ) -> Iterator[tuple[str, Part]]:
-    """The first test images under each corruption at each severity."""
+    """Some test images under each corruption at each severity."""
     yield in_distribution(data, setup)
     for name in names:
         count = setup.shifted if name in NAMED else max(1, setup.shifted // _FEWER)
-        part = data.test[:count]
+        part = data.test.some(count)
         for severity in SEVERITIES:
             images = corrupt(part.images, name, severity)
             yield f"{name}={severity}", Part(images, part.labels)

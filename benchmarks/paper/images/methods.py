@@ -189,13 +189,9 @@ def _fit(
     name: str, case: Case, shown: str, net: nn.Module, model: Any
 ) -> AutoSubnetMultivariateNormal:
     kind, setup = _POSTERIORS[name], case.setup
-    everything = setup.recipe.training_part(case.data)
-    order = torch.randperm(
-        len(everything), generator=torch.Generator().manual_seed(case.seed)
-    )
-    part = everything[order[: setup.fitted]]
+    num_data = len(setup.recipe.training_part(case.data))
     device = next(net.parameters()).device
-    loader = _Batches(part, setup.batch_size, device)
+    loader = _Batches(case.fitted_part(), setup.batch_size, device)
     size = max(1, round(kind.times * setup.num_subnet))
     guide = AutoSubnetLaplace(
         model,
@@ -206,7 +202,7 @@ def _fit(
     with warnings.catch_warnings():
         # That a subnet moves no training output is a result here.
         warnings.simplefilter("ignore", NoOutputVarianceWarning)
-        return guide.laplace_approximation_from(loader, num_data=len(everything))
+        return guide.laplace_approximation_from(loader, num_data=num_data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,11 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def some(self, count: int) -> Part:
+        """As many of them, chosen at random, the same in every run."""
+        generator = torch.Generator().manual_seed(_SPLIT_SEED)
+        return self[torch.randperm(len(self), generator=generator)[:count]]
+
     def __getitem__(self, rows: Tensor | slice) -> Part:
         return Part(self.images[rows], self.labels[rows])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.harness.reporting import mean_and_error
 from benchmarks.harness.task import Row
-from benchmarks.paper.images.case import ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS
+from benchmarks.paper.images.case import (
+    CURVE,
+    ON_SHIFT,
+    OWN_PRIOR,
+    WITHIN_ERRORS,
+    at_temperature,
+)
 from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
 from pyro_subnet.plotting.style import frame, strokes
 
@@ -59,20 +66,27 @@ class Column(NamedTuple):
         shift: Shifts to average over; ``*`` stands for anything.
         metric: It.
         to_map: Whether to show the difference from the MAP, seed by seed.
+        to_temperature: Whether to show the difference from one temperature of the MAP
+            that costs as much in distribution, seed by seed.
     """
 
     shift: str
     metric: str
     to_map: bool = False
+    to_temperature: bool = False
 
     @property
     def head(self) -> str:
         words = self.shift.replace("=*", "").replace("*", "all").replace("=", " ")
-        return f"{self.metric} {words}".strip() + (", to MAP" if self.to_map else "")
+        to = ", to MAP" if self.to_map else ""
+        to = ", to a temperature of its price" if self.to_temperature else to
+        return f"{self.metric} {words}".strip() + to
 
 
 def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
     """A method's mean over the shifts, of each seed."""
+    if column.to_temperature:
+        return _to_temperature(rows, method, column.shift)
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row["method"], row["metric"]) == (method, column.metric):
@@ -86,6 +100,57 @@ def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
     if len(base) != len(means):
         return []
     return [mean - other for mean, other in zip(means.values(), base, strict=True)]
+
+
+def has_curve(rows: Sequence[Row]) -> bool:
+    """Whether the MAP was scored at temperatures."""
+    return any(row["metric"] == at_temperature(CURVE[0]) for row in rows)
+
+
+def _to_temperature(rows: Sequence[Row], method: str, shift: str) -> list[float]:
+    """NLL under shift, less that of the MAP at the temperature of the same price."""
+    differences = []
+    for seed in sorted({row["seed"] for row in rows if row["method"] == method}):
+        own = [row for row in rows if row["seed"] == seed]
+        inside = by_seed(own, method, Column("", "nll"))
+        shifted = by_seed(own, method, Column(shift, "nll"))
+        curve = [
+            (
+                *by_seed(own, _BASE, Column("", name)),
+                *by_seed(own, _BASE, Column(shift, name)),
+            )
+            for name in map(at_temperature, CURVE)
+        ]
+        if not inside or not shifted or any(len(point) != 2 for point in curve):
+            return []
+        differences.append(shifted[0] - _at_price(curve, inside[0]))
+    return differences
+
+
+def _at_price(curve: Sequence[tuple[float, ...]], price: float) -> float:
+    """NLL under shift where the curve, by rising temperature, last has this price."""
+    # In distribution a temperature first helps and then costs.
+    for (inside, shifted), (above, further) in reversed([*pairwise(curve)]):
+        if inside <= price < above:
+            share = (price - inside) / (above - inside)
+            return shifted + share * (further - shifted)
+    # It costs more than all of them, or is better in distribution than any.
+    if price >= curve[-1][0]:
+        return curve[-1][1]
+    return min(curve)[1]
+
+
+def cell(rows: Sequence[Row], method: str, column: Column) -> str:
+    """Mean and standard error: over seeds, or over images where there is one seed."""
+    values = by_seed(rows, method, column)
+    if column.to_temperature:
+        return mean_and_error(values)
+    error = "gain_error" if column.to_map else f"{column.metric}_error"
+    # Of several shifts of the same images, as if all moved together.
+    errors = by_seed(rows, method, Column(column.shift, error))
+    if len(values) == 1 and errors:
+        return f"{values[0]:.3f} ± {errors[0]:.3f}"
+    return mean_and_error(values)
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
@@ -161,9 +226,7 @@ def _table(title: str, methods: Sequence[str], parts: Sequence[Block]) -> str:
             counts = ", ".join(map(str, sorted(set(own))))
             name = f"{name} ({counts} of {max(seeds)} seeds)"
         cells = [
-            mean_and_error(by_seed(part.rows, method, column))
-            for part in parts
-            for column in part.columns
+            cell(part.rows, method, column) for part in parts for column in part.columns
         ]
         found.append([name, *cells])
     heading = f"**{title}** ({max(seeds)} seed{'s' if max(seeds) > 1 else ''})"

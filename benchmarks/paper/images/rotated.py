@@ -20,6 +20,7 @@ from benchmarks.paper.images.readers import ImageSet, Part, read_images
 from benchmarks.paper.images.reporting import (
     Block,
     Column,
+    has_curve,
     lines,
     picture,
     side_by_side,
@@ -43,17 +44,17 @@ def tasks(settings: Settings) -> list[Task]:
 
 
 def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:
-    """The first test images at every angle, and some of the other set."""
-    first = data.test[: setup.shifted]
+    """Some test images at every angle, and some of the other set."""
+    some = data.test.some(setup.shifted)
 
     def shifts() -> Iterator[tuple[str, Part]]:
         yield in_distribution(data, setup)
         for degrees in DEGREES:
-            images = rotated(first.images, degrees)
-            yield f"rotation={degrees}", Part(images, first.labels)
+            images = rotated(some.images, degrees)
+            yield f"rotation={degrees}", Part(images, some.labels)
 
     other = _OTHER[data.name]
-    outside = read_images(other, data_dir).test[: setup.shifted].images
+    outside = read_images(other, data_dir).test.some(setup.shifted).images
     return Tests(shifts(), {other: outside})
 
 
@@ -67,6 +68,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         columns = [
             Column("rotation=*", "nll", to_map=True),
             Column("", "nll", to_map=True),
+            *([Column("rotation=*", "nll", to_temperature=True)] * has_curve(own)),
             Column(f"ood={other}", "auroc"),
         ]
         sides.append(Block(f"{name}:", columns, own))

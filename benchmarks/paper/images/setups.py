@@ -20,11 +20,13 @@ class Setup:
             sum is scaled up to all. None for all.
         tuned: Held-out images that scales and rates are chosen on.
         test: Test images in distribution; None for all.
-        shifted: Test images of each shift, the first ones.
+        shifted: Test images of each shift, a random choice, the same in every run.
         members: Networks of an ensemble.
         passes: Networks drawn for MC dropout and SWAG.
         swag_epochs: Passes over the training data from the MAP on.
         swag_tries: Scales of SWAG that are tried.
+        valla: Inducing inputs of VaLLA, and steps of its optimizer, of which a hundred
+            is its library's default.
         batch_size: Images whose Jacobian is held at once.
     """
 
@@ -39,6 +41,7 @@ class Setup:
     passes: int = 30
     swag_epochs: int = 1
     swag_tries: int = 45
+    valla: tuple[int, int] = (100, 100)
     batch_size: int = 250
 
 
@@ -53,11 +56,9 @@ _SMALL = {
     ),
     "cifar10": Setup(
         "cifar10",
-        Recipe("conv-bn-7", 12, 0.1, augment="flip", bfloat16=True),
+        Recipe("airbench", 20, 0.1, augment="flip", bfloat16=True),
         fitted=2000,
         tuned=500,
-        test=5000,
-        shifted=250,
         passes=10,
         swag_tries=9,
     ),
@@ -84,6 +85,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
             members=2,
             passes=2,
             swag_tries=3,
+            valla=(3, 2),
             batch_size=25,
         )
     return Setup(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from benchmarks.paper.images.readers import ImageSet, Part, to_unit
 _MOMENTUM = 0.9
 _MOST_SHIFT = 2  # pixels; 4 of a padded CIFAR image, as is usual
 _WARM_UP = 0.25  # share of the steps in which the learning rate rises
+_PER_EPOCH = 1_000_000  # between the seeds of an epoch and of the next
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Networks:
         ).to(self.device)
         path = self.folder / f"{_name(data, recipe, seed, member, dropout)}.safetensors"
         if not path.exists():
-            fit(net, recipe.training_part(data), recipe, 1000 * seed + member)
+            part = recipe.training_part(data)
+            fit(net, part, recipe, 1000 * seed + member, path.with_suffix(".epoch"))
             write_whole(net.state_dict(), path)
         net.load_state_dict(load_file(path, device=self.device))
         return net.eval()
@@ -110,10 +113,20 @@ def write_whole(tensors: dict[str, Tensor], path: Path) -> None:
     temporary.replace(path)
 
 
-def fit(net: nn.Module, part: Part, recipe: Recipe, seed: int) -> None:
+def fit(
+    net: nn.Module, part: Part, recipe: Recipe, seed: int, path: Path | None = None
+) -> None:
     """SGD with momentum and one cycle of the learning rate, on the log joint density.
 
     Source: Smith and Topin (2017), arXiv 1708.07120, for the cycle.
+
+    Args:
+        net: Trained in place, and left in eval mode.
+        part: What it is trained on.
+        recipe: How.
+        seed: Of order, augmentation and dropout.
+        path: Of a file that is written after each epoch, from which a run that was
+            killed goes on; deleted at the end.
     """
     device = next(net.parameters()).device
     optimizer = torch.optim.SGD(
@@ -123,26 +136,42 @@ def fit(net: nn.Module, part: Part, recipe: Recipe, seed: int) -> None:
         nesterov=True,
         weight_decay=recipe.weight_decay,
     )
-    steps = recipe.epochs * max(1, len(part) // recipe.batch_size)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         recipe.learning_rate,
-        total_steps=steps + 1,
+        total_steps=recipe.epochs * max(1, len(part) // recipe.batch_size) + 1,
         pct_start=_WARM_UP,
         cycle_momentum=False,
     )
     # Convolutions are faster in this layout, most of all in bfloat16.
     layout = torch.channels_last
     net.train().to(memory_format=layout)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # dropout
-        for x, y in batches(part, recipe, seed, steps):
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                logits = net(x.to(device, memory_format=layout))
-            F.cross_entropy(logits.float(), y.to(device)).backward()
-            optimizer.step()
-            cycle.step()
+    state, done = {"net": net, "optimizer": optimizer, "cycle": cycle}, 0
+    if path is not None and path.exists():
+        saved = torch.load(path)
+        done = saved["epochs"]
+        for name, each in state.items():
+            each.load_state_dict(saved[name])
+    for epoch in range(done, recipe.epochs):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + _PER_EPOCH * epoch)  # dropout
+            for x, y in epoch_batches(part, recipe, seed + _PER_EPOCH * epoch):
+                optimizer.zero_grad()
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=recipe.bfloat16
+                ):
+                    logits = net(x.to(device, memory_format=layout))
+                F.cross_entropy(logits.float(), y.to(device)).backward()
+                optimizer.step()
+                cycle.step()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".part")
+            saved = {name: each.state_dict() for name, each in state.items()}
+            torch.save({"epochs": epoch + 1, **saved}, temporary)
+            temporary.replace(path)
+    if path is not None:
+        path.unlink(missing_ok=True)
     net.eval()
 
 
@@ -150,13 +179,18 @@ def batches(
     part: Part, recipe: Recipe, seed: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled minibatches, augmented, in passes over the data."""
+    epochs = (epoch_batches(part, recipe, seed + _PER_EPOCH * at) for at in count())
+    return islice(chain.from_iterable(epochs), steps)
+
+
+def epoch_batches(
+    part: Part, recipe: Recipe, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the data, shuffled and augmented; a part of a batch is left out."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
     size = min(recipe.batch_size, len(part))
-    for _ in range(steps):
-        if len(order) < size:
-            order = torch.randperm(len(part), generator=generator)
-        rows, order = order[:size], order[size:]
+    order = torch.randperm(len(part), generator=generator)
+    for rows in order[: len(part) // size * size].split(size):
         batch = part[rows]
         x = to_unit(batch.images)
         if recipe.augment in ("shift", "flip"):
