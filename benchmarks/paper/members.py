@@ -133,7 +133,9 @@ class Schedule:
     Attributes:
         num_steps: Of Adam.
         batch: Data of a step.
-        learning_rate: Of the first step; the last one's is a hundredth.
+        learning_rate: Of the first step; the last one's is a hundredth. Ten times as
+            much for the logarithm of the noise's scale, which of data without noise has
+            a long way to go.
         every: Steps between looks at the held-out data; the best is kept. None: the
             last is.
         noise_scale: Standardized; None to learn it with the weights.
@@ -174,8 +176,10 @@ def train(
         log_scale.fill_(schedule.noise_scale).log_()
     log_scale.requires_grad_(learned)
     members = Members(start.shape, tuple(parameters), log_scale)
-    every = [*parameters, log_scale] if learned else parameters
-    optimizer = torch.optim.Adam(every, lr=schedule.learning_rate, fused=True)
+    groups = [{"params": parameters}]
+    if learned:
+        groups.append({"params": [log_scale], "lr": 10 * schedule.learning_rate})
+    optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
     decay = 0.01 ** (1 / schedule.num_steps)
     best = Best(held_out)
     order = batches(len(x), schedule, len(log_scale), generator)

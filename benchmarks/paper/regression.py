@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ Selector = Callable[[int], Any]  # of a size
 # What prior precisions are multiplied by: as many as SWAG has scales of its covariance.
 SCALES = tuple(10.0**power for power in range(-6, 7))
 _CHUNK = 4096  # inputs that draws of a network see at once
+RIVALS = ("ELLA", "VaLLA")
+# Of training by the evidence: data of a step, and looks at the evidence.
+_BATCH, _LOOKS = 1000, 25
 
 
 class Mixture(NamedTuple):
@@ -153,6 +157,43 @@ class Network:
     def at_map(self) -> Fitted:
         return _drawn(lambda x: (_outputs(self.members[:1], x), self.members[:1]))
 
+    def at_map_with_held_out_noise(self) -> Fitted:
+        """The MAP with the noise of highest held-out density: the root mean square."""
+        member = self.members[:1]
+        x, y = self.split.held_out
+        errors = _outputs(member, x) - y
+        log_scale = errors.square().mean(1).sqrt().log().to(member.log_scale)
+        noisy = replace(member, log_scale=log_scale)
+        return _drawn(
+            lambda at: (_outputs(noisy, at), noisy), {"noise": float(log_scale.exp())}
+        )
+
+    def by_evidence(self, size: int) -> Fitted:
+        """A subnet of a network trained by the evidence, its noise on held-out data."""
+        start = Members.random(
+            self.shape, self.split.train[0].shape[1], 1, self._generator(4)
+        )
+        net = start.module(0)
+        guide = AutoSubnetLaplace(
+            pyro_model(net, 1.0), size, init_loc_fn=init_to_module(net)
+        )
+        x, y = self.split.train
+        batches = [*zip(x.split(_BATCH), y.split(_BATCH), strict=True)]
+        epochs = -(-self.plan.schedule.num_steps // len(batches))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            guide.train_by_evidence(
+                batches,
+                num_epochs=epochs,
+                burn_in=epochs // 6,
+                every=max(1, epochs // _LOOKS),
+                val=self.split.held_out,
+            )
+            posterior = guide.laplace_approximation(x, y)
+        (factor,) = set(guide.factors.prior.values())
+        notes = {"S": float(size), "scale": factor, "noise": guide.noise_factor}
+        return of_posterior(posterior, notes)
+
     def ensemble(self) -> Fitted:
         return _drawn(lambda x: (_outputs(self.members, x), self.members))
 
@@ -262,6 +303,13 @@ class Network:
     def size_of(self, share: float) -> int:
         """S of a share."""
         return max(1, round(share * self.num_params))
+
+
+def fit_rival(name: str, network: Network) -> Fitted:
+    """Of laplace-torch, imported when it is run: other methods do without."""
+    rivals = import_module("benchmarks.paper.rivals")
+    found: Fitted = getattr(rivals, name.lower())(network)
+    return found
 
 
 def of_posterior(

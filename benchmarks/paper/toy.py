@@ -10,7 +10,14 @@ from torch import Tensor
 
 from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.members import Schedule, Shape
-from benchmarks.paper.regression import Fitted, Network, Plan, of_posterior
+from benchmarks.paper.regression import (
+    RIVALS,
+    Fitted,
+    Network,
+    Plan,
+    fit_rival,
+    of_posterior,
+)
 from benchmarks.selectors.data import Split
 from pyro_subnet.selection import GreedyVariance, LargestVariance, PredictiveVariance
 
@@ -41,6 +48,7 @@ OTHERS = (
     "MC dropout",
     "SWAG",
     "deep ensemble",
+    *RIVALS,
 )
 # More weights than move a training datum.
 _LEFT_OUT = {f"subnet LargestVariance, alive {share}" for share in ("50.0%", "100.0%")}
@@ -141,6 +149,7 @@ def fit(network: Network, method: str) -> Fitted:
         "deep ensemble": network.ensemble,
         "MC dropout": network.mc_dropout,
         "SWAG": network.swag_draws,
+        **{name: partial(fit_rival, name, network) for name in RIVALS},
         "full Laplace": partial(network.subnet, None),
         "diagonal Laplace": partial(network.subnet, None, covariance="diag"),
         "Kronecker Laplace": partial(network.subnet, None, covariance="kron"),

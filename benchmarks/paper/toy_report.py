@@ -128,7 +128,9 @@ def _shared_table(found: Found) -> str:
 
 
 def _scores(found: Found, variant: str) -> str:
-    methods = (*OTHERS, *(f"subnet {name} 5.0%" for name in SELECTORS))
+    there = {cell.method for cell in found}
+    rows = (*OTHERS, *(f"subnet {name} 5.0%" for name in SELECTORS))
+    methods = [name for name in rows if name in there]
     lines = []
     for method in methods:
         cells = [

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.members import Schedule, Shape, parse_hidden
-from benchmarks.paper.regression import Fitted, Network, Plan
+from benchmarks.paper.regression import RIVALS, Fitted, Network, Plan, fit_rival
 from benchmarks.selectors.data import Kind, Split, uci_split
 
 SETS = (
@@ -41,6 +41,7 @@ SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
 # Of the largest network alone: a choice of thousands of weights takes seconds.
 GREEDY = "subnet PredictiveVariance, greedy"
 ENSEMBLE = "ensemble of subnets"
+MAP_NOISE, EVIDENCE = "MAP, held-out noise", "subnet, by evidence"
 SWAG_SUBNET = "subnet LargestVariance (SWAG)"
 # Whose D is the size of further subnets. In the largest network every subnet has the
 # size of the smallest: 3% to 8% of its weights, in place of 5%.
@@ -61,7 +62,8 @@ def methods_of(variant: str) -> tuple[str, ...]:
     greedy = (GREEDY,) if variant == ENDS[1] else ()
     laplace = (*SUBNETS, *greedy, *sized, "diagonal Laplace", "full Laplace")
     ensembles = ("deep ensemble", ENSEMBLE, f"{ENSEMBLE} (PredictiveVariance)")
-    return ("MAP", *laplace, *ensembles, SWAG_SUBNET, "SWAG", "MC dropout")
+    rivals = (SWAG_SUBNET, "SWAG", "MC dropout", *RIVALS)
+    return ("MAP", MAP_NOISE, *laplace, EVIDENCE, *ensembles, *rivals)
 
 
 def plan_of(settings: Settings) -> Plan:
@@ -149,6 +151,9 @@ def fit_of(network: Network, method: str) -> Callable[[], Fitted] | None:
     """How a method is fitted; None where it does not fit."""
     simple: dict[str, Callable[[], Fitted]] = {
         "MAP": network.at_map,
+        MAP_NOISE: network.at_map_with_held_out_noise,
+        **{name: partial(fit_rival, name, network) for name in RIVALS},
+        EVIDENCE: lambda: network.by_evidence(size_of(network)),
         "deep ensemble": network.ensemble,
         "MC dropout": network.mc_dropout,
         "SWAG": network.swag_draws,

@@ -20,7 +20,7 @@ from benchmarks.paper.members import (
     parse_hidden,
     train,
 )
-from benchmarks.paper.regression import Fitted, Mixture, Network, Plan
+from benchmarks.paper.regression import Fitted, Mixture, Network, Plan, fit_rival
 from benchmarks.paper.swag import SCALES, STEPS, swag
 from benchmarks.selectors.data import Split, uci_split
 from pyro_subnet.selection import RandomSubnet
@@ -129,6 +129,62 @@ def test_training_learns_the_function_and_the_noise() -> None:
         start, split.train, split.held_out, Schedule(400, batch=30), generator=seeded()
     )
     torch.testing.assert_close(again.packed(), trained.packed(), rtol=0, atol=0)
+
+
+def test_training_reaches_a_noise_of_a_thousandth() -> None:
+    """As on naval: of a linear network, whose error is the noise."""
+    generator = seeded(5)
+    x = torch.randn(300, 2, generator=generator)
+    y = x @ torch.tensor([0.5, -0.3]) + 1e-3 * torch.randn(300, generator=generator)
+    start = Members.random(Shape(()), 2, 1, seeded())
+    schedule = Schedule(1500, every=None)
+    trained = train(start, (x, y), (x, y), schedule, generator=seeded())
+    errors = (trained(x) - y).square().mean(1).sqrt()
+    torch.testing.assert_close(trained.log_scale.exp(), errors, rtol=0.15, atol=0)
+    assert 0.8e-3 < float(errors) < 1.5e-3
+
+
+def test_held_out_noise_is_the_best_for_them(network: Network) -> None:
+    x, y = network.split.held_out
+    found = network.at_map_with_held_out_noise()
+    own = network.at_map().predict(x)
+    best = found.predict(x)
+    torch.testing.assert_close(best.loc, own.loc)
+    assert best.nll(y) <= own.nll(y)
+    for factor in (0.9, 1.1):
+        other = Mixture(best.loc, factor * best.scale)
+        assert best.nll(y) < other.nll(y)
+
+
+def test_training_by_the_evidence_keeps_its_priors_and_noise(network: Network) -> None:
+    found = network.by_evidence(5)
+    assert found.notes["S"] == 5
+    assert found.notes["scale"] > 0
+    assert found.notes["noise"] > 0
+    x, y = network.split.train
+    assert found.predict(x).rmse(y) < float(y.std(correction=0))
+    # Noise, and a function that five weights move.
+    assert (found.predict(x).scale > found.notes["noise"]).any()
+
+
+def test_ella_of_all_directions_is_full_laplace_on_its_inputs(network: Network) -> None:
+    """Gradients of the training inputs lie in the span of their kernel."""
+    own = replace(network, plan=replace(network.plan, tuned=False))
+    found, whole = fit_rival("ELLA", own), own.subnet(None)
+    x, _ = network.split.train
+    assert 10 < found.notes["directions"] <= 20
+    torch.testing.assert_close(found.spread(x), whole.spread(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.predict(x).loc, whole.predict(x).loc)
+
+
+def test_rivals_take_the_best_of_what_is_tried(network: Network) -> None:
+    x, y = network.split.held_out
+    own = replace(network, plan=replace(network.plan, tuned=False))
+    best = fit_rival("ELLA", network).predict(x).nll(y)
+    assert best <= fit_rival("ELLA", own).predict(x).nll(y)
+    found = fit_rival("VaLLA", network)
+    assert found.notes["rate"] in (1e-3, 1e-2)
+    assert (found.spread(x) > 0).all()
 
 
 def test_a_given_noise_stays() -> None:
