@@ -121,6 +121,14 @@ def alternative_texts(app: Sphinx, doctree: nodes.document) -> None:
             image["alt"] = f"Picture of the section: {title}"
 
 
+def errors_beside_means(app: Sphinx, doctree: nodes.document) -> None:
+    """Keeps a mean and its standard error in one line, where columns are narrow."""
+    together = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+    for text in list(doctree.findall(nodes.Text)):
+        if " ± " in text:
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", together)))
+
+
 def fields_of_selectors_as_parameters(  # noqa: PLR0917 - Sphinx's own order
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
@@ -145,5 +153,6 @@ def setup(app: Sphinx) -> None:
         "autodoc-process-docstring", fields_of_selectors_as_parameters, priority=400
     )
     app.connect("doctree-read", alternative_texts)
+    app.connect("doctree-read", errors_beside_means)
     app.connect("doctree-read", name_as_documented)
     app.connect("build-finished", redirect_to_the_first_page)

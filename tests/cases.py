@@ -429,7 +429,7 @@ def latent_noise(like: Tensor) -> Case:
 
 
 def weighted_poisson(like: Tensor) -> Case:
-    """A count with a weight for each datum, and some data missing."""
+    """A count with a weight for each observation, and some data missing."""
     net, x = MLP(like, 2, 3, 1), inputs(2)
     weights = double([0.5, 2.0, 1.0, 3.0, 1.0, 0.1, 4.0])
     seen = torch.tensor([True, True, False, True, True, True, False])

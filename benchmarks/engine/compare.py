@@ -142,7 +142,7 @@ def compare(
 def best(rows: Iterable[Row | Failure], part: str) -> Row | None:
     """The row that the case's target is held against, if its numbers are right.
 
-    Of the backends the fastest per datum, unless the target speaks of one of them.
+    Of the backends the fastest per observation, unless the target speaks of one.
     """
     index = 0 if part == "fit" else 1
     rows = list(rows)

@@ -17,6 +17,7 @@ from pyro_subnet.plotting.style import Axes
 TIE = 0.01
 # A held-out NLL that moves by less, in nats, over all scales tried says nothing.
 FLAT = 1e-3
+_DOTS = 160  # an inch of a picture: two for one of a page
 
 
 class Cell(NamedTuple):
@@ -121,12 +122,12 @@ def by_dataset(
         yield [name, *(mean_and_error(cell.values()) for cell in cells)]
 
 
-def saved(panels: Sequence[Axes], path: Path) -> str:
-    """Writes the figure of some axes, and shows it in Markdown."""
+def saved(panels: Sequence[Axes], path: Path, alternative: str) -> str:
+    """Writes the figure of some axes, and shows it in Markdown, with a text for it."""
     figure = panels[0].figure
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=_DOTS)
     plt.close(figure)
-    return f"![{path.stem}]({path.name})"
+    return f"![{alternative}]({path.name})"
 
 
 def legend_below(panels: Sequence[Axes], **options: object) -> None:

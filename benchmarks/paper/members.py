@@ -149,7 +149,7 @@ class Schedule:
 
 
 def loss_of(members: Members, outputs: Tensor, y: Tensor, num_data: int) -> Tensor:
-    """Negative log joint a datum of each, shape (M,), under N(0, 1) priors."""
+    """Negative log joint per observation of each, shape (M,), under N(0, 1) priors."""
     errors = (outputs - y) * torch.exp(-members.log_scale).unsqueeze(-1)
     penalty = members.packed().square().sum(1)
     return members.log_scale + 0.5 * errors.square().mean(1) + 0.5 * penalty / num_data

@@ -51,7 +51,7 @@ class Mixture(NamedTuple):
     scale: Tensor
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """Log density of each datum, shape (N,)."""
+        """Log density of each observation, shape (N,)."""
         parts = torch.distributions.Normal(self.loc, self.scale).log_prob(y)
         return parts.logsumexp(0) - math.log(len(self.loc))
 

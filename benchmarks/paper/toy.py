@@ -50,7 +50,7 @@ OTHERS = (
     "deep ensemble",
     *RIVALS,
 )
-# More weights than move a training datum.
+# More weights than move a training output.
 _LEFT_OUT = {f"subnet LargestVariance, alive {share}" for share in ("50.0%", "100.0%")}
 FULL = "full Laplace"
 # Whose functions a picture shows.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.harness.looks import look
 from benchmarks.harness.reporting import (
     Cell,
     Found,
@@ -31,10 +32,10 @@ from benchmarks.paper.toy import (
     function,
     toy_split,
 )
-from pyro_subnet.plotting.style import BLUE, INK, SKY, frame, new_row, strokes
+from pyro_subnet.plotting.style import INK, frame, new_row
 
 _DATASET = "clusters"
-# As many as there are strokes; those left out lie between.
+# Those left out lie between.
 _LINES = (
     "LargestVariance",
     "LargestVariance (SWAG)",
@@ -149,7 +150,7 @@ def _scores(found: Found, variant: str) -> str:
 def _kept_picture(found: Found, path: Path) -> str:
     panels = new_row(None, len(NETWORKS), "network", (4.6, 3.6))
     for ax, variant in zip(panels, NETWORKS, strict=True):
-        for name, look in zip(_LINES, strokes(), strict=False):
+        for name in _LINES:
             points = [
                 (100 * share, estimate(kept(found, variant, Sized(name).method(share))))
                 for share in SHARES
@@ -160,13 +161,16 @@ def _kept_picture(found: Found, path: Path) -> str:
                 [value.mean for _, value in there],
                 [value.error for _, value in there],
                 label=name,
-                **look.options(),
+                **look(name),
             )
         ax.set_xscale("log")
         ax.set_title(variant)
         frame(ax, "weights in the subnet, %", "std in the gap / full Laplace's")
     legend_below(panels, ncols=3)
-    return saved(panels, path)
+    text = (
+        "Share of the full posterior's standard deviation in the gap, by subnet's size"
+    )
+    return saved(panels, path, text)
 
 
 def _functions(found: Found, variant: str, path: Path) -> str:
@@ -179,16 +183,17 @@ def _functions(found: Found, variant: str, path: Path) -> str:
             [found.get(at(variant, method, shift, part), {}).get(0) for shift in shifts]
             for part in ("mean", "std")
         )
+        color = look(method.removesuffix(" 5.0%"))["color"]
         ax.set_title(method.removeprefix("subnet "), fontsize=9)
         if None not in (*mean, *std):
             low, high = (
                 [m + sign * s for m, s in zip(mean, std, strict=True)]
                 for sign in (-2, 2)
             )
-            ax.fill_between(GRID, low, high, color=SKY, alpha=0.4, linewidth=0)
-            ax.plot(GRID, mean, color=BLUE)
+            ax.fill_between(GRID, low, high, color=color, alpha=0.3, linewidth=0)
+            ax.plot(GRID, mean, color=color)
         ax.plot(GRID, function(GRID), color=INK, linestyle=":", linewidth=1)
         ax.plot(x.squeeze(-1), y, ".", color=INK, markersize=2)
         ax.set_ylim(-3, 3)
         frame(ax, "x", "y")
-    return saved(panels, path)
+    return saved(panels, path, f"Functions and bands of each method, {variant}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.harness.looks import look
 from benchmarks.harness.reporting import (
     Cell,
     Estimate,
@@ -30,7 +31,7 @@ from benchmarks.paper.uci import (
     SMALL,
     methods_of,
 )
-from pyro_subnet.plotting.style import INK, frame, new_row, strokes
+from pyro_subnet.plotting.style import INK, frame, new_row
 
 KINDS = {"standard": "", "gap": "gap"}
 # Short heads for nine columns.
@@ -350,7 +351,7 @@ def _picture(found: Found, kind: str, path: Path) -> str:
         return ""
     (ax,) = new_row(None, 1, "kind", (8.5, 4.0))
     base = (ENDS[1], "MAP")
-    for place, (method, look) in enumerate(zip(DRAWN, strokes(), strict=False)):
+    for place, method in enumerate(DRAWN):
         by_set = to_base(found, kind, (ENDS[1], method), base)
         points = [
             (at + 0.12 * (place - 2.5), each)
@@ -361,13 +362,12 @@ def _picture(found: Found, kind: str, path: Path) -> str:
             [at for at, _ in points],
             [each.mean for _, each in points],
             [each.error for _, each in points],
-            color=look.color,
-            marker=look.marker,
-            linestyle="none",
             label=method,
+            **{**look(method), "linestyle": "none"},
         )
     ax.axhline(0.0, color=INK, linewidth=0.8)
     frame(ax, f"{kind} splits", "log likelihood less the MAP's, nats")
     ax.set_xticks(range(len(names)), [SHORT.get(name, name) for name in names])
     legend_below([ax], ncols=3)
-    return saved([ax], path)
+    text = f"Log likelihood less the MAP's of each method, by set, {kind} splits"
+    return saved([ax], path, text)

@@ -104,7 +104,7 @@ def _descend(net: nn.Module, split: Split, log_scale: Tensor, num_steps: int) ->
 def log_joint_loss(
     net: nn.Module, split: Split, log_scale: Tensor, rows: Tensor
 ) -> Tensor:
-    """Negative log joint a training datum, estimated on some of them."""
+    """Negative log joint per training observation, estimated on some of them."""
     x, y = (part[rows] for part in split.train)
     if split.target_scale is None:
         loss = nn.functional.cross_entropy(net(x), y)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 
+from benchmarks.harness.looks import look
 from benchmarks.harness.reporting import (
     TIE,
     Cell,
@@ -45,11 +46,12 @@ _LAST_SHIFTS = ("gap", "90 degrees")
 _GAPS = ", gaps"
 _TEMPERED_TO = 0.1  # price, nats, to which temperatures are drawn at least
 _ERRORS = 2.0  # standard errors that a difference must have to count
+# What is drawn: its name in the picture, and in the other benchmarks' pictures.
 _DRAWN = {
-    sized(DEFAULT, _SHARE): "the default, 5%",
-    sized("LargestVariance ggn", _SHARE): "largest variance, 5%",
-    LAST: "last layer",
-    FULL: "all weights",
+    sized(DEFAULT, _SHARE): ("the default, 5%", "PredictiveVariance"),
+    sized("LargestVariance ggn", _SHARE): ("largest variance, 5%", "LargestVariance"),
+    LAST: ("last layer", "LastLayer"),
+    FULL: ("all weights", "full Laplace"),
 }
 
 
@@ -145,7 +147,7 @@ def _equal_price(found: Found, place: Place) -> str:
         for step, value in enumerate(TEMPERATURES)
         if value >= 1
     }
-    # Prices rise with the temperature in the end: the last that is not dearer.
+    # Prices rise with the temperature in the end: the last that costs no more.
     fair = [step for step, price in prices.items() if price and price.mean <= most]
     step = max(fair, default=TEMPERATURES.index(1.0))
     found_nll = _nll(found, place, TEMPERATURE, f"step {step}")
@@ -326,19 +328,19 @@ def _picture(found: Found, places: Sequence[Place], path: Path) -> str:
     )
     panels = list(axes.flat)
     for panel, (place, inside) in zip(panels, shifted, strict=False):
-        dearest = _TEMPERED_TO
-        for method, label in _DRAWN.items():
+        highest = _TEMPERED_TO
+        for method, (label, name) in _DRAWN.items():
             for prior, marker in (("own", "o"), ("evidence", "^")):
                 point = _point(found, place, inside, method, prior)
                 if point is not None:
-                    color = f"C{list(_DRAWN).index(method)}"
                     text = f"{label}, {prior} prior"
-                    panel.plot(*point, marker, color=color, label=text)
-                    dearest = max(dearest, point[0])
+                    panel.plot(*point, marker, color=look(name)["color"], label=text)
+                    highest = max(highest, point[0])
         steps = [s for s, value in enumerate(TEMPERATURES) if value >= 1]
         points = [_point(found, place, inside, TEMPERATURE, f"step {s}") for s in steps]
-        drawn = [point for point in points if point is not None and point[0] <= dearest]
-        panel.plot(*zip(*drawn, strict=True), color="0.6", label="MAP, temperature")
+        drawn = [point for point in points if point is not None and point[0] <= highest]
+        tempered = look("MAP with temperature")["color"]
+        panel.plot(*zip(*drawn, strict=True), color=tempered, label="MAP, temperature")
         panel.axhline(0, color="0.8", linewidth=0.8)
         panel.axvline(0, color="0.8", linewidth=0.8)
         panel.set_title(str(place), fontsize=9)
@@ -348,7 +350,8 @@ def _picture(found: Found, places: Sequence[Place], path: Path) -> str:
         panel.remove()
     figure.supylabel("gain under shift, nats")
     legend_below(panels, ncols=3)
-    return saved(panels, path)
+    text = "Gain under shift against price in distribution, a panel for each problem"
+    return saved(panels, path, text)
 
 
 def _point(

@@ -267,12 +267,12 @@ def dual_pays(num_rows: int, size: int, dtype: torch.dtype) -> bool:
     own_bytes = 8 * (num_rows * size + _KERNEL_MATRICES * num_rows**2)
     in_memory = own_bytes <= width * size**2
     # Float64 operations count twice against those of a float32 factor.
-    dearer = 8 // width
+    weight = 8 // width
     # A fit: R^2 S + R^3/3, against R S^2 + S^3/3; both times three, for whole numbers.
-    own_fit = dearer * (3 * num_rows**2 * size + num_rows**3)
+    own_fit = weight * (3 * num_rows**2 * size + num_rows**3)
     fit = own_fit <= 3 * num_rows * size**2 + size**3
     # Each draw or whitened row: 4 R S + 2 R^2, against S^2. This decides nearly always,
     # at R about 0.22 S for a float64 factor and 0.12 S for a float32 one, where memory
     # and fit have long been cheaper.
-    each_row = dearer * (4 * num_rows * size + 2 * num_rows**2) <= size**2
+    each_row = weight * (4 * num_rows * size + 2 * num_rows**2) <= size**2
     return in_memory and fit and each_row

@@ -117,9 +117,9 @@ class Sampled(Information):
         moments.check_regular(d)
         warn(
             f"The Fisher information of {type(d).__name__} has no closed form here: it "
-            f"is a mean over {NUM_DRAWS} draws a datum, with a relative error of about "
-            f"{moments.relative_error():.1%} for each datum. Observe one of the known "
-            "families to have it exactly.",
+            f"is a mean over {NUM_DRAWS} draws per observation, with a relative error "
+            f"of about {moments.relative_error():.1%} for each. Observe one of the "
+            "known families to have it exactly.",
             MonteCarloFisherWarning,
         )
         return moments.second

@@ -1,9 +1,10 @@
 r"""The data's gradient, against those that data drawn from the model would have.
 
 A row of the weighted Jacobian is :math:`W_n = \sqrt{w_n} R_n J_n` with
-:math:`R_n^\top R_n = \Lambda_n`. Of a datum's score :math:`r_n = \nabla_\eta \log p`
-take u with :math:`\sqrt{w_n} R_n^\top u_n = w_n r_n`: then :math:`\sum_n W_n^\top u_n`
-is the gradient over the subnet, at no pass of its own. Were the data drawn from the
+:math:`R_n^\top R_n = \Lambda_n`. Of an observation's score
+:math:`r_n = \nabla_\eta \log p` take u with
+:math:`\sqrt{w_n} R_n^\top u_n = w_n r_n`: then :math:`\sum_n W_n^\top u_n` is the
+gradient over the subnet, at no pass of its own. Were the data drawn from the
 model at these weights, the u would be uncorrelated, of mean 0 and variance w: random
 signs in their place show how large a gradient chance alone makes.
 """

@@ -48,8 +48,8 @@ def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*da
     shape = tuple(marginal.batch_shape)
     if shape != tuple(y.shape) or not y.numel():
         raise DataError(
-            f"`y` must have the shape of the predictions, {shape}, and hold a datum; "
-            f"got {tuple(y.shape)}. Pass both for the same data."
+            f"`y` must have the shape of the predictions, {shape}, and hold at "
+            f"least one observation; got {tuple(y.shape)}. Pass both for the same data."
         )
     found: Tensor = marginal.cdf(y)
     # Mixtures sum weights, which may pass one by round-off.

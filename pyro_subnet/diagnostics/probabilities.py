@@ -43,7 +43,7 @@ def check_probabilities(probs: Float[Tensor, "*batch classes"]) -> None:
     """Refuses rows that are no distribution over classes, such as logits."""
     if not probs.numel():
         raise DataError(
-            "`probs` must hold at least one datum and one class; got shape "
+            "`probs` must hold at least one observation and one class; got shape "
             f"{tuple(probs.shape)}. Pass the probabilities of some data."
         )
     if not probs.is_floating_point():
@@ -91,8 +91,9 @@ def check_same_shape(
     """Refuses tensors of different data, which would broadcast, or of none."""
     if shape != expected or not expected.numel():
         raise DataError(
-            f"`{name}` must have a datum for each of `{other}`, and at least one; got "
-            f"shapes {tuple(shape)} and {tuple(expected)}. Pass both for the same data."
+            f"`{name}` must have an observation for each of `{other}`, and at least "
+            f"one; got shapes {tuple(shape)} and {tuple(expected)}. Pass both for the "
+            "same data."
         )
 
 
@@ -103,6 +104,6 @@ def check_draws(
     check_same_shape("draws", draws.shape[1:], "y", y.shape)
     if not len(draws):
         raise DataError(
-            "`draws` must be at least one of each datum; got shape "
+            "`draws` must be at least one of each observation; got shape "
             f"{tuple(draws.shape)}. Draw from the predictive distribution."
         )

@@ -61,6 +61,6 @@ def brier_score(
     """
     probs, labels = tensors_of(probs=probs, labels=labels)
     check_labels(probs, labels)
-    # Each datum's own: scikit-learn has the mean alone, torchmetrics nothing.
+    # Each observation's own: scikit-learn has the mean alone, torchmetrics nothing.
     target = F.one_hot(labels.long(), probs.shape[-1]).to(probs)
     return (probs - target).square().sum(-1)

@@ -67,8 +67,9 @@ class OutputDraws:
     ) -> OutputDraws:
         """The same with the factors of the data, where all sites have theirs.
 
-        A factor adds to the one observed site whose plates it shares, datum by datum,
-        or else stands under its own name. The network runs once for each draw.
+        A factor adds to the one observed site whose plates it shares, observation by
+        observation, or else stands under its own name. The network runs once for each
+        draw.
 
         Args:
             call: The call, as before.
@@ -98,7 +99,7 @@ class OutputDraws:
         return replace(self, log_likelihood=pointwise, total=total)
 
     def _site_of(self, call: ModelCall, factor: str, density: Tensor) -> str | None:
-        """The one observed site that stands in a factor's plates, datum by datum."""
+        """The one observed site in a factor's plates, observation by observation."""
         plates = set(call.factors[factor]["cond_indep_stack"])
         alike = [
             site.name

@@ -58,7 +58,7 @@ class DataCounts:
         shown = call.shown(None)
         for name, node in nodes.items():
             scale, seen = node["scale"], shown[name]
-            if isinstance(scale, Tensor):  # with an axis it is a weight of each datum
+            if isinstance(scale, Tensor):  # with an axis it weighs each observation
                 scale = math.nan if scale.ndim else float(scale)
             own = scale / plate_scale(node)
             self._scaled.setdefault(name, []).append((own, seen or 0))
@@ -116,8 +116,8 @@ class DataCounts:
         if name in self._partly and 0 < size < shown:
             raise DataError(
                 f"The size of plate {name!r} must be the number of all data; got "
-                f"{size}, and {shown} data so far. Show each datum once, and pass the "
-                "plate the number of all data."
+                f"{size}, and {shown} data so far. Show each observation once, and "
+                "pass the plate the number of all data."
             )
 
     def _left_out(self) -> list[str]:
@@ -147,8 +147,8 @@ class DataCounts:
                 if any(scale != 1 for scale, _ in pairs):
                     found.append(
                         f"The scale of site {name!r} seems to be N/B, by "
-                        "`poutine.scale`: each datum of the batches counts that often. "
-                        "Leave it out of the fit, or scale by `pyro.plate(name, N, "
-                        "subsample_size=B)`, which is left out of a sum of batches."
+                        "`poutine.scale`: each observation of the batches counts that "
+                        "often. Leave it out of the fit, or scale by `pyro.plate(name, "
+                        "N, subsample_size=B)`, which is left out of a sum of batches."
                     )
         return found

@@ -264,7 +264,8 @@ class DataPass(Generic[Prior]):
                 "The log prior at the MAP must be the same for every batch; got "
                 f"{first:.6g} and {value:.6g}. A prior or `pyro.factor` that "
                 "depends on the data needs `laplace_approximation` on all of them; a "
-                "factor that each datum has for itself belongs in the data's plate."
+                "factor that each observation has for itself belongs in the data's "
+                "plate."
             )
 
     def _data_terms(self, graph: Graph) -> list[DensityTerm]:

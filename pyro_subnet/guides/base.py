@@ -1,7 +1,7 @@
 """What both guides share: the user's model, its sites at the MAP, and copies.
 
 ``AutoGuide.__getstate__`` sets the model of the guide that is being pickled to None;
-these guides stay alive.
+these guides keep theirs.
 """
 
 from __future__ import annotations

@@ -298,7 +298,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         .. math:: P = \sum_n w_n J_n^\top \Lambda_n J_n + P_0,\qquad
             q(\theta_S) = N(\hat\theta_S, P^{-1})
 
-        with :math:`J_n` the Jacobian of datum n's distribution parameters,
+        with :math:`J_n` the Jacobian of observation n's distribution parameters,
         :math:`\Lambda_n` their Fisher information, :math:`w_n` the site's scale times
         mask, and :math:`P_0` the negative Hessian of the log prior. Other choices of
         ``curvature`` replace the sum. The guide itself stays as it was.
@@ -333,7 +333,7 @@ class AutoSubnetLaplace(AutoAtMAP):
         checkpoint_every: int = 100,
         process_group: Any = None,
     ) -> AutoSubnetMultivariateNormal:
-        """Fits the subnet's Gaussian from minibatches that show each datum once.
+        """Fits the subnet's Gaussian from minibatches that show each observation once.
 
         Equal to :meth:`laplace_approximation` on all data, whatever the batches' sizes
         and order; the N/B of a subsampling plate is left out of the sum.
@@ -361,7 +361,7 @@ class AutoSubnetLaplace(AutoAtMAP):
             checkpoint_every: After how many batches it is written.
             process_group: True, or a group of ``torch.distributed``, where each rank
                 makes the call with batches of its own: the sums are added up over
-                ranks, and all get the same posterior. Every datum must be in one
+                ranks, and all get the same posterior. Every observation must be in one
                 rank's batches. With ``checkpoint``, each has its own file.
 
         Returns:

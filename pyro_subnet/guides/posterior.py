@@ -459,8 +459,8 @@ class AutoSubnetMultivariateNormal(LinearizedPredictions):
         .. math:: P = \gamma G + \sum_{n\ \text{new}} w_n J_n^\top \Lambda_n J_n + s P_0
 
         With :math:`\gamma = 1` it equals the fit to all data at once at the same MAP,
-        which stays where it is. Each new datum counts once: the N/B of a subsampling
-        plate is left out of the sum, as in :meth:`update_from`.
+        which stays where it is. Each new observation counts once: the N/B of a
+        subsampling plate is left out of the sum, as in :meth:`update_from`.
 
         Args:
             args: Positional arguments of the model, with the new data alone.
@@ -491,7 +491,7 @@ class AutoSubnetMultivariateNormal(LinearizedPredictions):
         progress: bool = False,
         process_group: Any = None,
     ) -> AutoSubnetMultivariateNormal:
-        """The posterior after more data, from minibatches that show each datum once.
+        """The posterior after more data, from minibatches that show each once.
 
         Args:
             batches: As for :meth:`AutoSubnetLaplace.laplace_approximation_from`.

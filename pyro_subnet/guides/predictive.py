@@ -60,10 +60,10 @@ class LinearizedPredictions(AutoAtMAP):
         of a model with latent noise ``subnet=None`` has one column more than a subnet
         without it. ``names`` says which is which.
         For each site, in trace order, and each parameter of its family, the elements
-        of one datum follow in row-major order. Categorical logits are log-probabilities
-        at the MAP: softmax is blind to a constant per row. Where no chosen weight
-        reaches any of the inputs, as of an expert that they never enter, the outputs
-        are those of the MAP, with zero covariance.
+        of one observation follow in row-major order. Categorical logits are
+        log-probabilities at the MAP: softmax is blind to a constant per row. Where no
+        chosen weight reaches any of the inputs, as of an expert that they never enter,
+        the outputs are those of the MAP, with zero covariance.
 
         The covariance may be singular (logits that sum to one, inputs that the subnet
         does not move); draws and ``covariance_matrix`` are exact then as well.
@@ -72,8 +72,8 @@ class LinearizedPredictions(AutoAtMAP):
         Args:
             args: Positional arguments of the model; data of observed sites may be left
                 out where the model allows it.
-            joint: Gives the covariance across inputs: event shape (N * C,), datum by
-                datum, in place of batch shape (N,) and event shape (C,). A number q:
+            joint: Gives the covariance across inputs: event shape (N * C,), input by
+                input, in place of batch shape (N,) and event shape (C,). A number q:
                 across every q inputs that follow one another, batch shape (N / q,) and
                 event shape (q * C,).
             kwargs: Keyword arguments of the model.
@@ -108,8 +108,8 @@ class LinearizedPredictions(AutoAtMAP):
             \quad \theta_k \sim N(\hat\theta, P^{-1})
 
         For many outputs: classes, tokens, pixels. Exact, it takes a backward pass for
-        each output of a datum, in bounded memory; a few in all where the chosen weights
-        are a last layer's and outputs are numbers. (Of classes, outputs are
+        each output of an observation, in bounded memory; a few in all where the chosen
+        weights are a last layer's and outputs are numbers. (Of classes, outputs are
         log-probabilities, to which all logits add.) From draws it takes three forward
         passes for each, however many outputs there are, and each variance has the
         relative standard error :math:`\sqrt{2 / K}`.
@@ -121,9 +121,9 @@ class LinearizedPredictions(AutoAtMAP):
             kwargs: As for :meth:`output_distribution`.
 
         Returns:
-            Shape (N, C); with the axes of a datum, as (N, H, W), where it has several
-            elements: of pixels' or tokens' classes these come last. Exact ones are
-            differentiable in the inputs.
+            Shape (N, C); with the axes of an observation, as (N, H, W), where it has
+            several elements: of pixels' or tokens' classes these come last. Exact ones
+            are differentiable in the inputs.
 
         Raises:
             OptionError: If ``num_samples`` is less than 1.
@@ -156,7 +156,7 @@ class LinearizedPredictions(AutoAtMAP):
         the model gave them, since none of the three is blind to a constant per row.
         ``"pairwise"``, the probit approximation of every pair of classes, is, and takes
         covariances of the logits. Families of one scalar output: ``"quadrature"``. All:
-        ``"mc"``, which alone keeps the correlation between elements of one datum.
+        ``"mc"``, which alone keeps the correlation between elements of one observation.
         Masks of the site do not enter.
 
         Differentiable, once, in tensor arguments that require gradients.
@@ -166,16 +166,17 @@ class LinearizedPredictions(AutoAtMAP):
                 left out where the model allows it.
             link: How outputs become y; by default the family's best.
             joint: One distribution over all inputs: for exact Gaussian noise a
-                multivariate normal over N * E elements, datum by datum, else events of
-                shape ``(N, *datum)``. A number q, for exact Gaussian noise alone: one
-                over every q inputs that follow one another, batch shape (N / q,).
+                multivariate normal over N * E elements, observation by observation,
+                else events of N times an observation's shape. A number q, for exact
+                Gaussian noise alone: one over every q inputs that follow one another,
+                batch shape (N / q,).
             site: The observed site; needed where there are several.
             num_samples: Draws of the outputs for ``"mc"``.
             generator: Source of the random numbers; torch's own by default.
             kwargs: Keyword arguments of the model.
 
         Returns:
-            Batch shape (N,) and events of a datum's shape.
+            Batch shape (N,) and events of an observation's shape.
 
         Raises:
             OptionError: If the link means nothing for the family; names those possible.

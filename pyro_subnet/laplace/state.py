@@ -318,7 +318,7 @@ class PosteriorState:
         if isinstance(factor, Mapping) or factor * _NOTHING <= 1:
             return False
         own = self.with_prior_factor(1.0)._determined()  # judged by training's outputs
-        # Weights that no datum moves are determined by none, but for round-off.
+        # Weights that move no output are determined by no data, but for round-off.
         return self._determined() <= max(_NOTHING * own, _ROUND_OFF * self.subnet.size)
 
     def _determined(self) -> float:

@@ -17,7 +17,8 @@ from pyro_subnet.exceptions import DataError, ModelError, OptionError, shown
 from pyro_subnet.nn.bayesian import BayesianModule, Prior, bayesianize
 from pyro_subnet.nn.start import STARTS_AT
 
-# A network's outputs have a row for each datum, and one more axis where they are many.
+# A network's outputs have a row for each observation, and one more axis where they
+# are many.
 _ROWS, _MATRIX = 1, 2
 # What a network's outputs are called where it returns a mapping.
 _OUTPUT = "logits"

@@ -77,7 +77,7 @@ def _in_trace(site: str) -> Tensor | None:
 
 @contextmanager
 def _without(plates: list[Any]) -> Iterator[None]:
-    """Takes the model's plates off the stack: in one, each datum has its own weight."""
+    """Takes the model's plates off the stack: in one, each row has its own weight."""
     before = list(_PYRO_STACK)
     without = [one for one in before if one not in plates]
     try:

@@ -256,8 +256,8 @@ def _weights(site: OutputSite, num_data: int) -> Tensor:
     by_datum = weights.reshape(num_data, -1)
     if bool((by_datum != by_datum[:, :1]).any()):
         raise OptionError(
-            "`val` must have one weight for all elements of a datum; got masks or "
-            f"scales that differ within data of site {site.name!r}. Leave partly "
+            "`val` must have one weight for all elements of an observation; got masks "
+            f"or scales that differ within data of site {site.name!r}. Leave partly "
             "observed data out."
         )
     return by_datum[:, 0]

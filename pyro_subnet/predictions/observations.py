@@ -34,7 +34,7 @@ def error_at(y: Any, found: Integrated, like: Tensor) -> Tensor:
 
 
 def log_density_of(predictive: Any, y: Tensor) -> Tensor:
-    """Log predictive density of each datum, shape (N,), nats.
+    """Log predictive density of each observation, shape (N,), nats.
 
     Args:
         predictive: The distribution of y at each input, batch shape (N,).

@@ -91,7 +91,7 @@ def largest(scores: Float[Tensor, " params"], size: int, noise: float = 0.0) -> 
     reach = 4 * noise * threshold.abs() if bool(threshold.isfinite()) else 0.0
     candidates = (scores >= threshold - reach).nonzero().squeeze(-1)
     # Rounding keeps the order, so that the last one chosen is the rounded threshold.
-    # What is equal to it, as most weights are that no datum moves, goes by position.
+    # What is equal to it, as weights that move no output mostly are, goes by position.
     few, last = _rounded(scores[candidates], noise), _rounded(threshold, noise)
     above, equal = (at.nonzero().squeeze(-1) for at in (few > last, few == last))
     above = above[few[above].sort(descending=True, stable=True).indices]

@@ -122,14 +122,14 @@ class LargestVariance(Selector):
         if not self.keep_dead:
             # Curvature that should be zero differs from it by round-off.
             smallest = torch.finfo(latents.loc.dtype).eps * curvature.ggn.max()
-            alive = curvature.ggn > smallest
-            if int(alive.sum()) < size:
+            moving = curvature.ggn > smallest
+            if int(moving.sum()) < size:
                 raise SelectionError(
-                    f"`size` must be at most the number of weights that the training "
-                    f"data move, {int(alive.sum())}, with keep_dead=False; got {size}. "
+                    f"`size` must be at most the number of weights that move an "
+                    f"output, {int(moving.sum())}, with keep_dead=False; got {size}. "
                     "Choose fewer, or keep the others."
                 )
-            scores = scores.where(alive, -torch.inf)
+            scores = scores.where(moving, -torch.inf)
         positions = largest(scores, size, noise)
         explained = explained_variance(curvature, variance, positions)
         return Subnet.from_positions(layout, positions, explained)

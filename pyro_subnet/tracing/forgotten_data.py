@@ -36,7 +36,7 @@ def check_forgotten(call: ModelCall, graph: Graph) -> None:
 
 
 def _stands_with_data(node: Node, plates: set[str], rows: set[int]) -> bool:
-    """Whether a latent site is in an observed one's plate, or has a row a datum."""
+    """Whether a latent site is in an observed one's plate, or has a row for each."""
     value = node["value"]
     return bool(plates & _plates(node)) or (value.ndim > 0 and value.shape[0] in rows)
 

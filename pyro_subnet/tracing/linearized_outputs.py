@@ -43,8 +43,8 @@ from pyro_subnet.tracing.trace import Node, preserved_rng
 # Blocks of fewer rows are put together before they are solved for: a solve reads the
 # whole factor, which at large S takes longer than the operations of a few rows.
 _FEW_ROWS = 512
-# Outputs of a datum, and numbers of all rows of J and of their cotangents, from which
-# on it pays to find out which weights reach which output.
+# Outputs of an observation, and numbers of all rows of J and of their cotangents, from
+# which on it pays to find out which weights reach which output.
 _MANY_ROWS, _MANY_NUMBERS = 32, 2**18
 # Outputs in all, numbers of their gradients and bytes of activations up to which all
 # rows of J come from the run that showed what the subnet moves, as of one input in
@@ -116,7 +116,7 @@ class LinearizedOutputs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each of the C outputs of one datum is, such as ``"logits[2]"``."""
+        """What each of the C outputs of one observation is, such as ``"logits[2]"``."""
         several = len(self.subnet_call.call.sites) > 1
         found = list[str]()
         for site in self.sites:
@@ -193,7 +193,7 @@ class LinearizedOutputs:
 
     @property
     def shape_of_datum(self) -> tuple[int, ...]:
-        """Axes of the outputs of one datum; one of them all where sites are several."""
+        """Axes of an observation's outputs; one of all where sites are several."""
         names = len(self.names)
         if len(self.sites) > 1:
             return (names,)

@@ -33,7 +33,7 @@ _ONCE = (SequentialSampler, SubsetRandomSampler)
 def loader_doubts(
     batches: Any, num_data: int | None, over_ranks: bool = False
 ) -> list[str]:
-    """Why the batches of a loader may not show each datum of its dataset once."""
+    """Why the batches of a loader may not show each observation of its dataset once."""
     # Over ranks each loader shows a part, and `check_seen_once` counts them.
     if not isinstance(batches, DataLoader) or isinstance(
         batches.dataset, IterableDataset

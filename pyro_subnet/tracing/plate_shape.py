@@ -18,8 +18,8 @@ def check_shape(node: Node) -> None:
     """Refuses a site whose data broadcast beyond its plates, by Pyro's own rule.
 
     Means of shape (N, 1) with data of shape (N,) are N x N elements, in which every
-    datum counts N times. Outside of all plates, where Pyro takes one element alone, it
-    suffices that no datum is repeated.
+    observation counts N times. Outside of all plates, where Pyro takes one element
+    alone, it suffices that no observation is repeated.
 
     Raises:
         ModelError: If the log probability has another shape than the plates, or the
@@ -41,7 +41,7 @@ def check_shape(node: Node) -> None:
     except ValueError as err:
         raise ModelError(_does_not_fit(name, fn, value)) from err
     if shape == batch and not any(f.vectorized for f in node["cond_indep_stack"]):
-        return  # no plate, but every datum counts once
+        return  # no plate, but every observation counts once
     log_prob = torch.empty(()).expand(shape)
     try:
         check_site_shape({**node, "log_prob": log_prob}, math.inf)

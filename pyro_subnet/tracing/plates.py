@@ -91,14 +91,14 @@ def num_seen(
     lengths = set(counts.values())
     seen = lengths.pop() if len(lengths) == 1 else None
     names = [{frame.name for frame in node["cond_indep_stack"]} for node in nodes]
-    # Sites of one length may be parts of the data, too, not outputs of each datum.
+    # Sites of one length may be parts of the data, too, not outputs of each row.
     apart = len(nodes) > 1 and not set.intersection(*names) and rows is not None
     if seen is None or (apart and seen != rows):
         shown = counts if len(counts) <= _FEW else f"{len(counts)} sites"
         raise DataError(
             f"`num_data` needs observed sites of one length; got {shown} (None: no "
             "plate stands out as the one over the data), and first arguments of "
-            f"length {rows}. Put each datum in one plate that all sites share, or "
-            "leave `num_data` out and pass all data."
+            f"length {rows}. Put each observation in one plate that all sites share, "
+            "or leave `num_data` out and pass all data."
         )
     return seen

@@ -94,9 +94,9 @@ def _explain_weights_in_plates(
     if frame is None:
         return
     raise ModelError(
-        "Weights must be drawn outside of the plate over the data, in which each datum "
-        f"has its own; got site {name!r} in plate {frame.name!r}, and then: "
-        f"{error.__cause__ or error}. "
+        "Weights must be drawn outside of the plate over the data, in which each "
+        f"observation has its own; got site {name!r} in plate {frame.name!r}, and "
+        f"then: {error.__cause__ or error}. "
         "Where one weight serves all data, call the network before the plate, as in "
         "`mean = net(x)`."
     ) from error

@@ -30,8 +30,8 @@ class Learnable:
         has_noise: Whether all data have normal noise that no latent site moves.
         left_alone: Why other latent sites keep their prior, and data their noise.
         is_diagonal: Whether all priors are normal, and no two weights depend.
-        num_outputs: C, parameters of the observed distributions that weights move, a
-            datum.
+        num_outputs: C, parameters of the observed distributions that weights move,
+            per observation.
     """
 
     groups: tuple[tuple[str, ...], ...]

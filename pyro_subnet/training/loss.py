@@ -61,7 +61,7 @@ def negative_log_joint(
 
 @torch.no_grad()
 def _mean_square(nodes: Iterable[Node]) -> float:
-    """Squared residuals over the noise's variance, a datum of normal sites."""
+    """Squared residuals over the noise's variance, per observation of normal sites."""
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for node in nodes:
         taken = SiteDistribution.of(node["fn"], node["value"])

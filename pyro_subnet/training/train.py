@@ -176,7 +176,7 @@ class Trainer:
         return residual_noise(self._trainee.at_map, self._data)
 
     def _losses(self) -> Iterator[tuple[Tensor, float]]:
-        """Each batch's loss, a datum, whose gradient ``loc`` holds; mean square."""
+        """Each batch's mean loss, whose gradient ``loc`` holds; mean square."""
         at_map, loc = self._trainee.at_map, self._trainee.loc
         num_data, several = self._evidence.num_data, self._evidence.num_batches > 1
         for batch in self._data.calls("Epoch"):

@@ -118,7 +118,7 @@ def test_what_is_compared_with_nothing_is_no_problem() -> None:
     assert problem(TOY, []) is None
 
 
-def test_the_best_backend_is_the_fastest_per_datum() -> None:
+def test_the_best_backend_is_the_fastest_per_observation() -> None:
     few = Row("few", (10, 10), (8, 8), {"fit": Ratio(1, 2, 2)}, Ratio(1, 1, 1), 0, True)
     all_data = replace(few, num_data=(100, 100), parts={"fit": Ratio(1, 10, 10)})
     assert best([few, all_data, Failure("none", "")], "fit") is all_data

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.harness import command, digest, runner
+from benchmarks.harness import command, digest, looks, runner
 from benchmarks.harness.journal import VERSIONS, Journal, key, read
 from benchmarks.harness.reporting import (
     Cell,
@@ -31,6 +31,7 @@ from benchmarks.harness.reporting import (
 )
 from benchmarks.harness.task import Experiment, Row, Score, Settings, Task
 from benchmarks.paper.experiments import EXPERIMENTS
+from pyro_subnet.plotting.style import strokes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = [Score("", "nll", 0.5), Score("gap", "nll", math.inf), Score("", "S", 3.0)]
@@ -52,6 +53,7 @@ RUN = """
 import sys, torch
 from benchmarks.harness.command import main
 from benchmarks.paper.experiments import EXPERIMENTS
+from pyro_subnet.plotting.style import strokes_of
 
 threads = torch.get_num_threads()
 assert main("benchmarks.paper", EXPERIMENTS, sys.argv[1:]) == 0
@@ -292,6 +294,16 @@ def test_all_methods_run_at_smoke_size(tmp_path: Path, name: str) -> None:
     pictures = [part.split(")")[0] for part in text.split("](")[1:]]
     assert pictures
     assert all((out / picture).stat().st_size > 1000 for picture in pictures)
+
+
+def test_methods_look_like_those_of_the_package_and_like_no_other() -> None:
+    same = {"subnet": "PredictiveVariance", "MAP": "MAP", "full": "full Laplace"}
+    same["last layer"] = "subnet LastLayer"
+    for name, stroke in strokes_of(same).items():
+        assert looks.look(same[name]) == stroke.options()
+    names = (*looks.FILLED, *looks.HOLLOW)
+    points = [{**looks.look(name), "linestyle": ""} for name in names]
+    assert all(points.count(found) == 1 for found in points)
 
 
 PAPER = ROOT / "benchmarks" / "paper"

@@ -585,10 +585,11 @@ class TestExperiments:
         widths = []
         for end in (OWN_PRIOR, ON_SHIFT, ""):
             path = tmp_path / "found.png"
-            assert reporting.picture(found, path, "x") == "![NLL](found.png)"
+            text = reporting.picture(found, path, "size")
+            assert text == "![NLL of each method by size](found.png)"
             widths.append(imread(path).shape[1])
             found[f"subnet LastLayer{end}"] = points
-        assert widths == [80 * (1 + 4.2 * count) // 1 for count in (1, 2, 3)]
+        assert widths == [160 * (1 + 4.2 * count) // 1 for count in (1, 2, 3)]
 
     @pytest.mark.slow
     def test_a_run_and_its_report(self, tmp_path):

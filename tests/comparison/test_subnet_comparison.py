@@ -94,7 +94,7 @@ def distance(first: Tensor, second: Tensor, chosen: list[int]) -> float:
 
 
 def normal_kl(first: Tensor, second: Tensor) -> Tensor:
-    """By torch's multivariate normals, one datum at a time."""
+    """By torch's multivariate normals, one observation at a time."""
     return torch.stack(
         [
             torch.distributions.kl_divergence(

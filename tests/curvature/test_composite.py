@@ -207,7 +207,7 @@ def made(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize(
     ("share", "budget"),
     [(1.0, SMALL), (0.02, LARGE)],
-    ids=["every weight, a datum at a time", "hardly any"],
+    ids=["every weight, one observation at a time", "hardly any"],
 )
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_rows_are_dense_autograds(kind: str, share: float, budget: int) -> None:

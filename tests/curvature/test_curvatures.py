@@ -27,7 +27,7 @@ from tests.tolerances import num_standard_errors, tolerance
 
 DOUBLE_TOLERANCE = tolerance(torch.float64, "autograd")
 REORDERED = tolerance(torch.float64, "reordered")
-# One datum at a time, some at a time, and all at once.
+# One observation at a time, some at a time, and all at once.
 BUDGETS = [1, 20_000, 2**26]
 EXACT: list[Curvature] = ["ef", "hessian"]
 
@@ -232,7 +232,7 @@ def test_sampled_labels_give_the_ggn_on_average(name: str) -> None:
     assert bool((gap < num_standard_errors(60) * error).all())
 
 
-def test_sampled_labels_take_one_row_a_datum() -> None:
+def test_sampled_labels_take_one_row_per_observation() -> None:
     case = CASES["classification_mlp"](DOUBLE)
     everything = list(range(case.num_params))
     torch.manual_seed(0)

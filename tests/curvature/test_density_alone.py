@@ -118,7 +118,7 @@ def test_an_empirical_fisher_needs_a_density_alone(
 
 
 def test_labels_of_a_mixture_give_the_fisher_information_that_it_has() -> None:
-    """Of two equal normals it is that of one, 1 / scale^2 a datum."""
+    """Of two equal normals it is that of one, 1 / scale^2 per observation."""
     count, scale = 4000, 0.5
 
     def model(y: Tensor) -> None:

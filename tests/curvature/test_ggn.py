@@ -47,7 +47,7 @@ from tests.cases import (
 )
 from tests.tolerances import tolerance
 
-# Bytes: one datum and one row at a time, several at a time, and all at once.
+# Bytes: one observation and one row at a time, several at a time, and all at once.
 ONE, SEVERAL, ALL = 1, 20_000, 2**30
 # Sites without a data axis that they share, or whose first axis is another one.
 NO_DATA_AXIS = {"two_lengths", "scalar_sites", "plates"}
@@ -377,7 +377,7 @@ def test_as_many_classes_as_data() -> None:
     assert_close(jac, case.jacobian(0), **DOUBLE_TOLERANCE)
 
 
-def test_one_datum() -> None:
+def test_one_observation() -> None:
     case = first_data(regression_mlp(DOUBLE), 1)
     full = regression_mlp(DOUBLE)
     jac = full.jacobian(0)[:1]

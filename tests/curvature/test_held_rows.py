@@ -141,7 +141,7 @@ def of_weights(net: nn.Module, x: Tensor) -> Scalar:
 
 
 def dense_jacobian(net: nn.Module, x: Tensor, **options: bool) -> Tensor:
-    """J of every output and datum, (N, C, D)."""
+    """J of every output and observation, (N, C, D)."""
     found = jacobian(of_weights(net, x), weights(net)[1], **options)
     return torch.cat([part.flatten(2) for part in found], dim=-1)
 

@@ -42,7 +42,7 @@ Model = Callable[..., None]
 DTYPE = torch.float64
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 N, C = 5, 3
-LARGE, SMALL = 2**30, 1  # budgets: all data at once, and one datum at a time
+LARGE, SMALL = 2**30, 1  # budgets: all data at once, and one observation at a time
 
 
 def images(channels: int = 2, *sides: int) -> Tensor:

@@ -172,7 +172,7 @@ def test_draws_come_from_a_stream_of_their_own() -> None:
     assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
     torch.manual_seed(1)
     assert_close(family.fisher(d, family.part_names), first, rtol=0, atol=0)
-    # Another minibatch and another datum get other draws.
+    # Another minibatch and another observation get other draws.
     assert (family.fisher(other, family.part_names) != first).any()
     assert (first[0] != first[1]).any()
 

@@ -381,7 +381,8 @@ def check(seed: int, depth: int) -> None:
     with torch.no_grad():
         y = likelihood.at(net(x)).sample()
         if not likelihood.at(net(x)).support.is_discrete:
-            y = y.where(y != 0, torch.finfo(dtype).tiny)  # what underflows is no datum
+            # What underflows is outside of the support.
+            y = y.where(y != 0, torch.finfo(dtype).tiny)
     guide = AutoSubnetLaplace(
         model, masks, init_loc_fn=init_to_module(net), form="primal"
     )
@@ -395,7 +396,7 @@ def check(seed: int, depth: int) -> None:
     precision += torch.eye(len(chosen), dtype=precision.dtype)
     scaled_close(posterior.get_posterior().precision_matrix, precision, dtype)
 
-    assert bool(caught) == (not bool(jac.any()))  # as of words that no datum has
+    assert bool(caught) == (not bool(jac.any()))  # as of words in no observation
     jac = dense_jacobian(exact, at.double(), likelihood.eta)[..., chosen]
     covariance = jac @ torch.linalg.solve(precision, jac.mT)
     scaled_close(posterior.output_distribution(at).covariance_matrix, covariance, dtype)

@@ -18,7 +18,7 @@ from pyro_subnet.curvature.jacobian.structured.recording import NotLayered
 from tests.curvature.test_layered import CLOSE, DTYPE, N, dense_rows, output_map
 
 F, C = 12, 8
-LARGE, SMALL = 2**30, 1  # budgets: all data at once, and one datum at a time
+LARGE, SMALL = 2**30, 1  # budgets: all data at once, and one observation at a time
 
 
 class Changed(nn.Module):
@@ -75,7 +75,7 @@ SERVED: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(F, C),
     "one output": lambda: nn.Linear(F, 1),
     "divided": lambda: Changed(divided),
-    "dead at some data": lambda: Changed(lambda z, _: z.relu()),
+    "zero at some data": lambda: Changed(lambda z, _: z.relu()),
     "by the inputs": lambda: Changed(lambda z, x: z * x[:, :C].cos()),
     "several elements": lambda: Changed(lambda z, _: z.unflatten(1, (2, 4)).mT),
     "heads": Heads,
@@ -99,7 +99,7 @@ def inputs() -> Tensor:
 
 
 def dense(outputs: OutputMap) -> Tensor:
-    """All rows of J by autograd, (N, rows of a datum, S)."""
+    """All rows of J by autograd, (N, rows of an observation, S)."""
     rows = dense_rows(outputs, identity_factors(outputs))
     return rows.reshape(outputs.num_data, -1, outputs.size)
 
@@ -123,13 +123,13 @@ def test_rows_are_dense_autograds(kind: str, budget: int, share: float) -> None:
     assert_close(filled(outputs, budget), dense(outputs), **CLOSE)
 
 
-def test_one_datum() -> None:
+def test_one_observation() -> None:
     outputs = output_map(nn.Linear(F, C), inputs()[-1:], 1.0)
     assert_close(filled(outputs, LARGE), dense(outputs), **CLOSE)
 
 
 def leaking(z: Tensor, x: Tensor) -> Tensor:
-    """One datum's last logit holds a little of its first."""
+    """One observation's last logit holds a little of its first."""
     return torch.cat([z[:, :-1], z[:, -1:] + 1e-6 * (x[:, 3:4] > 2) * z[:, :1]], dim=1)
 
 
@@ -138,7 +138,7 @@ def coupled(z: Tensor, _: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
-    "one entry of one datum": lambda: Changed(leaking),
+    "one entry of one observation": lambda: Changed(leaking),
     "data": lambda: Changed(coupled),
     "a constant a row": lambda: Changed(lambda z, _: z.log_softmax(-1)),
     "no sum": lambda: Changed(lambda z, _: z - z.mean(-1, keepdim=True)),

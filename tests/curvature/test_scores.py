@@ -75,7 +75,7 @@ class Problem:
         return likelihood(self.kind, f).log_prob(y)
 
     def expected_gain(self) -> float:
-        """g' P^-1 g / 2 a datum, the lesser with and without the prior."""
+        """g' P^-1 g / 2 per observation, the lesser with and without the prior."""
         w = self.w.double().requires_grad_()
         (own,) = torch.autograd.grad(self.log_likelihood(w).sum(), w)
         # The GGN is the Hessian of the divergence from the weights to themselves.

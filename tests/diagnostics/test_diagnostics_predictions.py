@@ -210,7 +210,7 @@ def test_a_calibrated_predictive_covers_what_it_says() -> None:
     )
 
 
-def test_draws_equal_to_the_datum_count_half() -> None:
+def test_draws_equal_to_the_observation_count_half() -> None:
     draws, y = double([[0.0], [1.0], [1.0], [2.0]]), double([1.0])
     assert_close(diagnostics.pit_from_draws(draws, y), double([0.5]), **CLOSED)
 
@@ -362,7 +362,9 @@ def test_what_is_no_prediction_of_classes(score: Any) -> None:
         score(probs * math.nan, labels)
     with pytest.raises(DataError, match=r"in \[0, C=3\); got .* to 3"):
         score(probs, labels.index_fill(0, torch.tensor([1]), 3))
-    with pytest.raises(DataError, match=r"at least one datum .* got shape \(0, 3\)"):
+    with pytest.raises(
+        DataError, match=r"at least one observation .* got shape \(0, 3\)"
+    ):
         score(probs[:0], labels[:0])
 
 

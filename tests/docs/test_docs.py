@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from pyro_subnet import (
     plotting,
     selection,
 )
+from pyro_subnet.exceptions import MonteCarloFisherWarning, UntrainedWarning, warn
 from pyro_subnet.nn import bayesianize
-from tests.docs.pages import ROOT, run_page
+from tests.docs.pages import ROOT, blocks, run, run_page
 
 # What a user meets through other calls, or does not call.
 NOT_BY_TASK = {
@@ -169,6 +171,35 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     finally:
         td.destroy_process_group()
     assert names["posterior"].state.num_seen == 300
+
+
+def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where the page writes its files
+    torch.manual_seed(0)
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    setting, save, load, resume = blocks(text)
+    names = run(setting + save)
+    first = names["posterior"]
+    names = run(load, **names)
+    same = dict(names["posterior"].named_buffers())
+    for name, value in first.named_buffers():
+        assert torch.equal(same.pop(name), value)
+    assert not same
+    assert names["draws"]["y"].shape == (50, 20)
+    names = run(resume, **names)
+    torch.testing.assert_close(names["posterior"].ggn(), first.ggn())
+    # A posterior's file stays; the checkpoint goes when the fit has ended well.
+    assert [path.name for path in tmp_path.iterdir()] == ["posterior.safetensors"]
+
+
+def test_errors() -> None:
+    """The page silences one warning by its class, and no other."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_page("errors.md")
+        warn("not heard", MonteCarloFisherWarning)
+        warn("heard", UntrainedWarning)
+    assert [str(warning.message) for warning in caught] == ["heard"]
 
 
 # The page's network was never trained, and says so.

@@ -291,7 +291,7 @@ def test_zero_inflated_counts_are_fitted_from_draws(dtype: str) -> None:
         probs = log_prob(theta).exp()
     assert float(probs.sum()) == pytest.approx(len(x), rel=1e-9)
     fisher = (scores * probs.unsqueeze(-1)).mT @ scores
-    # Three standard errors of some 3%, if one datum were all that counts.
+    # Three standard errors of some 3%, if one observation were all that counts.
     gap = torch.linalg.norm(posterior.ggn().double() - fisher)
     assert float(gap / torch.linalg.norm(fisher)) < 0.09
 

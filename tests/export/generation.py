@@ -41,7 +41,7 @@ def comparison(models: dict[str, Any]) -> Any:
 
 
 def loo_pit(data: Any, name: str) -> Array:
-    """Where each datum falls in its prediction from the others."""
+    """Where each observation falls in its prediction from the others."""
     found = az.loo_pit(data, var_names=name)[name] if IS_1 else az.loo_pit(data, y=name)
     return np.asarray(found)
 

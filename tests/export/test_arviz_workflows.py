@@ -218,7 +218,7 @@ def test_pit_of_leaving_one_out(name: str, posteriors: dict[str, Any]) -> None:
     _, errors = errors_of_loo(data)
     assert (abs(found - exact) < num_standard_errors(NUM_DATA) * errors).all()
     # From the same draws, by the definition: the weights' tails are not smoothed here,
-    # which moves no value by as much as leaving a datum out does.
+    # which moves no value by as much as leaving an observation out does.
     weights = 1 / np.exp(flat(data, "log_likelihood", "y"))
     below = flat(data, "posterior_predictive", "y") <= y
     direct = (weights * below).sum(0) / weights.sum(0)

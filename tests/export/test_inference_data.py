@@ -108,7 +108,7 @@ def test_log_likelihood_is_pointwise(linearized: bool, subnet: Any) -> None:
 
 
 def classes(x: Tensor, y: Tensor | None = None) -> None:
-    """Three classes, two labels a datum, one of them missing, a tempered likelihood."""
+    """Three classes, pairs of labels, one of them missing, a tempered likelihood."""
     w = pyro.sample("w", dist.Normal(torch.zeros(3, 2, dtype=DOUBLE), 1.0).to_event(2))
     b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
     logits = (x @ w.mT + b * torch.tensor([0.0, 1.0, 2.0], dtype=DOUBLE)).tanh()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import signal
 import stat
 import subprocess
@@ -250,23 +249,6 @@ def test_every_form_has_its_axes(form: Any) -> None:
     for name, letters in axes.items():
         for letter, length in zip(letters, own[name].shape, strict=True):
             assert lengths.setdefault(letter, length) == length, name
-
-
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "files.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks[:2]:
-        exec(compile(block, str(page), "exec"), names)
-    first = names["posterior"]
-    exec(compile(blocks[2], str(page), "exec"), names)
-    identical(dict(names["posterior"].named_buffers()), dict(first.named_buffers()))
-    assert names["draws"]["y"].shape == (50, 20)
-    exec(compile(blocks[3], str(page), "exec"), names)
-    assert_close(names["posterior"].ggn(), first.ggn())
-    assert len(blocks) == 4
-    assert os.listdir() == ["posterior.safetensors"]
 
 
 # ----------------------------------------------------------------------------------

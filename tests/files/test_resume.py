@@ -40,7 +40,7 @@ from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.selection import LargestVariance, RandomSubnet
 from pyro_subnet.tracing.data import Data
 
-N, BATCH, D, C = 11, 2, 12, 3  # six batches, the last of one datum
+N, BATCH, D, C = 11, 2, 12, 3  # six batches, the last of one observation
 NUM_BATCHES = -(-N // BATCH)
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(1)).double()
 Y = torch.arange(N) % C

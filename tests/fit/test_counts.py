@@ -75,7 +75,7 @@ def right(x: Tensor = X, scale: float = 1.0) -> Tensor:
 
 
 class Repeating(Sampler[int]):
-    """Shows the first datum in place of the last."""
+    """Shows the first observation in place of the last."""
 
     def __init__(self) -> None:
         pass
@@ -88,7 +88,7 @@ class Repeating(Sampler[int]):
 
 
 class Halving(Repeating):
-    """Shows every other datum."""
+    """Shows every other observation."""
 
     def __iter__(self) -> Iterator[int]:
         yield from range(0, N, 2)
@@ -130,7 +130,7 @@ def test_a_loader_that_loses_or_repeats_data(name: str) -> None:
         {"batch_sampler": BatchSampler(SequentialSampler(DATA), 4, drop_last=False)},
     ],
 )
-def test_a_loader_that_shows_each_datum_once(options: dict[str, Any]) -> None:
+def test_a_loader_that_shows_each_observation_once(options: dict[str, Any]) -> None:
     loader = DataLoader(DATA, **options)
     torch.manual_seed(3)
     state = torch.get_rng_state()

@@ -66,7 +66,7 @@ def unobserved(x: Tensor, time: Tensor, event: Tensor) -> None:
 
 
 def log_likelihood(w: Tensor, x: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """Datum by datum, as a textbook writes it."""
+    """Observation by observation, as a textbook writes it."""
     rate = (x @ w).exp()
     return event * rate.log() - rate * time
 

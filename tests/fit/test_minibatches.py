@@ -32,7 +32,7 @@ from tests.tolerances import tolerance
 
 REORDERED = tolerance(torch.float64, "reordered")
 SIZES = [1, 3, NUM_DATA]
-# Cases whose arguments all are tensors with a row for each datum.
+# Cases whose arguments all are tensors with a row for each observation.
 NAMES = [
     "regression_mlp",
     "classification_mlp",
@@ -143,7 +143,7 @@ def subsampled(plate: Callable[..., Any]) -> Case:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("plate", [by_size, by_index])
-def test_a_subsampling_plate_counts_no_datum_twice(
+def test_a_subsampling_plate_counts_no_observation_twice(
     plate: Callable[..., Any], size: int
 ) -> None:
     plain, case = CASES["regression_mlp"](DOUBLE), subsampled(plate)
@@ -402,7 +402,7 @@ def test_a_prior_that_depends_on_the_batch() -> None:
     tilted.guide().laplace_approximation(*case.args)
 
 
-def test_a_latent_site_for_each_datum() -> None:
+def test_a_latent_site_for_each_observation() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))

@@ -338,7 +338,7 @@ def test_agrees_with_laplace_torch(
 
 
 @pytest.mark.parametrize("likelihood", ["regression", "classification"])
-def test_one_datum_is_exact_within_blocks(likelihood: str) -> None:
+def test_one_observation_is_exact_within_blocks(likelihood: str) -> None:
     net, x, y = mlp(3), torch.randn(1, 4), labels(likelihood, 3, 1)
     model = network_model(net, likelihood)
     at_map = at_map_of(model, net, x, y)
@@ -351,7 +351,7 @@ def test_one_datum_is_exact_within_blocks(likelihood: str) -> None:
         start += size
 
 
-def test_a_transposed_convolution_of_one_position_is_exact_for_one_datum() -> None:
+def test_a_transposed_convolution_of_one_position_is_exact_for_one_row() -> None:
     net = nn.ConvTranspose1d(2, 3, 3, bias=False)
     x, y = torch.randn(1, 2, 1), torch.randn(1, 3, 3)
 
@@ -393,7 +393,7 @@ def test_what_a_sum_adds_has_its_exact_block(
 
 
 def test_two_observed_sites_add_up() -> None:
-    """Weights of a datum are summed over them; a layer that one does not reach."""
+    """Where both reach a layer, and where one does not."""
     net, x = mlp(3), torch.randn(NUM_DATA, 4)
     y, z = torch.randn(NUM_DATA, 3), torch.randint(2, (NUM_DATA,))
     found = dict(net.named_parameters())
@@ -442,7 +442,7 @@ def test_batches_add_up(sizes: tuple[int, ...], kind: Any) -> None:
     whole = factors_at(at_map, Data.single((x, y), {}), kind)
     batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
     parts = factors_at(at_map, Data(batches, whole=False), kind)
-    # The same with a budget that one datum exceeds.
+    # The same with a budget that one observation exceeds.
     groups = factors_at(at_map, Data.single((x, y), {}), kind, budget=1)
     bounds = tolerance(torch.float64, "reordered")
     for other in (parts, groups):
@@ -502,7 +502,7 @@ def test_factors_on_a_gpu() -> None:
 
 
 def test_empirical_fisher_factors() -> None:
-    """With one row a datum: the gradient of its log density."""
+    """With a row per observation: the gradient of its log density."""
     net, x, y = mlp(3), torch.randn(NUM_DATA, 4), labels("classification", 3)
     ggn = factors(network_model(net, "classification"), net, x, y, kind="ef")
     gap = net(x).softmax(-1).detach() - F.one_hot(y, 3)
@@ -513,7 +513,7 @@ def test_empirical_fisher_factors() -> None:
 
 
 def test_sampled_labels_have_the_factors_for_their_mean() -> None:
-    """Many copies of one datum, against the moments over its three labels."""
+    """Many copies of one observation, against the moments over its three labels."""
     count = 20_000
     net, x = nn.Linear(2, 3), torch.randn(1, 2).expand(count, 2)
     y = torch.zeros(count, dtype=torch.long)
@@ -1016,7 +1016,7 @@ def test_draws_have_the_moments_of_the_posterior() -> None:
 @pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
 def test_largest_variance_under_kronecker_factors() -> None:
     net, x, y = mlp(3), torch.randn(NUM_DATA, 4), labels("classification", 3)
-    x[:, 2] = 0.0  # an input that no datum moves
+    x[:, 2] = 0.0  # an input that is zero in all data
     model = network_model(net, "classification")
     pyro.clear_param_store()
     guide = AutoSubnetLaplace(
@@ -1030,10 +1030,10 @@ def test_largest_variance_under_kronecker_factors() -> None:
     full = dense(curvature.likelihood.ggn) + curvature.prior.diagonal.diag()
     variance = torch.linalg.inv(full).diagonal()
     expected = variance.argsort(descending=True)
-    dead = latents.layout.offsets["0.weight"] + 4 * torch.arange(5) + 2
-    # Ties: the dead weights come first, at the prior's variance.
-    assert set(dead.tolist()) <= set(subnet.flat.tolist())
+    idle = latents.layout.offsets["0.weight"] + 4 * torch.arange(5) + 2
+    # Ties: the weights that move no output come first, at the prior's variance.
+    assert set(idle.tolist()) <= set(subnet.flat.tolist())
     assert set(subnet.flat.tolist()) == set(expected[:12].tolist())
-    alive = LargestVariance(12, estimator="kfac", keep_dead=False)
-    chosen = alive(guide, Data.single((x, y), {})).flat
-    assert not set(chosen.tolist()) & set(dead.tolist())
+    without = LargestVariance(12, estimator="kfac", keep_dead=False)
+    chosen = without(guide, Data.single((x, y), {})).flat
+    assert not set(chosen.tolist()) & set(idle.tolist())

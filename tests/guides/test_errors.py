@@ -661,7 +661,7 @@ def test_sites_that_come_and_go() -> None:
         posterior.output_distribution(x, extra=False)
 
 
-def test_a_latent_site_for_every_datum() -> None:
+def test_a_latent_site_for_every_observation() -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -740,8 +740,8 @@ def test_a_singular_precision_is_no_variance() -> None:
     )
     with pytest.raises(PrecisionError, match=message):
         guide.laplace_approximation(x, y)
-    alive = AutoSubnetLaplace(model, {"w": torch.tensor([0, 1])}, init_loc_fn=zero)
-    found = alive.laplace_approximation(x, y).get_posterior().precision_matrix
+    fine = AutoSubnetLaplace(model, {"w": torch.tensor([0, 1])}, init_loc_fn=zero)
+    found = fine.laplace_approximation(x, y).get_posterior().precision_matrix
     assert_close(found, x[:, :2].mT @ x[:, :2])
 
 

@@ -680,7 +680,7 @@ def test_a_deep_copy_shares_the_model_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_live_map_guide_survives_saving(way: str) -> None:
-    """Pyro's is dead afterwards: its model is None."""
+    """Pyro's is of no use afterwards: its model is None."""
     guide, posterior, x, y = fitted()
     loaded = WAYS[way](guide)
     assert_close(loaded.median()["w1"], guide.median()["w1"], **EQUAL)

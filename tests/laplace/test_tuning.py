@@ -423,7 +423,7 @@ def test_a_prior_that_leaves_nothing_is_not_taken_unasked(dtype: torch.dtype) ->
     assert asked.prior_factor > 1e3
 
 
-def test_a_prior_that_leaves_nothing_is_told_of_weights_that_no_datum_moves() -> None:
+def test_a_prior_that_leaves_nothing_is_told_of_weights_that_move_no_output() -> None:
     """In training they have no variance to lose."""
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -432,14 +432,14 @@ def test_a_prior_that_leaves_nothing_is_told_of_weights_that_no_datum_moves() ->
             pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     x = torch.randn(9, 3, dtype=torch.float64)
-    dead = x * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    blank = x * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     guide = AutoSubnetLaplace(
         model,
         {"w": torch.tensor([2])},
         init_loc_fn=lambda site: torch.zeros(3, dtype=torch.float64),
     )
     with pytest.warns(NoOutputVarianceWarning, match="moves no output"):
-        posterior = guide.laplace_approximation(dead, torch.zeros_like(x[:, 0]))
+        posterior = guide.laplace_approximation(blank, torch.zeros_like(x[:, 0]))
     with pytest.warns(TuningWarning, match="predictions are the MAP's"):
         tuned = posterior.tune_prior_precision(
             "nll", val=(5 * x, torch.zeros_like(x[:, 0])), standard_errors=0
@@ -477,7 +477,7 @@ def test_without_standard_errors_the_evidence_is_tuned_alike() -> None:
 
 
 def test_errors_count_the_weights_of_data() -> None:
-    """A datum of weight 2 pulls twice, and one of weight 0 not at all."""
+    """An observation of weight 2 pulls twice, and one of weight 0 not at all."""
     losses = {
         0.1: torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64),
         # Worse by 0, 0.9 and 9, which under the weights is 0.3 in the mean.

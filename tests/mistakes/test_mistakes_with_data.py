@@ -46,7 +46,7 @@ def load_without_a_latent_site(p: Program) -> Any:
 
 
 class InThePlate(PyroModule):
-    """Calls its network inside the plate, where Pyro gives each datum its weights."""
+    """Calls its network inside the plate, where Pyro gives each row its own weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ DATA: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"en: t\(\) .*call the network before the plate",
         ModelError,
     ),
-    "targets forgotten, datum by datum": (
+    "targets forgotten, observation by observation": (
         lambda p: one_by_one(p).laplace_approximation(p.x),
         r"outside of sequential plates.*site 'y_0' in plate 'rows', without data \(no "
         r"value came for `y`\)\. Pass the data",

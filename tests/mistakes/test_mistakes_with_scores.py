@@ -50,7 +50,7 @@ TOLD: dict[str, tuple[Any, str, type[Exception]]] = {
     ),
     "one scale for all": (
         lambda: scores.crps_normal(Y, 0.5, Y),  # type: ignore[arg-type]
-        r"`scale` must have a datum for each of `y`.*; got shapes \(\) and \(3,\)",
+        r"`scale` must have an observation for each of `y`.* shapes \(\) and \(3,\)",
         DataError,
     ),
     "one level": (

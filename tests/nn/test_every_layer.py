@@ -36,7 +36,7 @@ SEQUENCE = (4, 6)
 
 
 class Of(nn.Module):
-    """Of what a layer returns, the outputs, one row a datum."""
+    """Of what a layer returns, the outputs, a row per observation."""
 
     def __init__(self, layer: nn.Module, call: Callable[..., Any] | None = None):
         super().__init__()
@@ -88,7 +88,7 @@ def bags(layer: nn.Module, words: Tensor) -> Tensor:
 
 
 Make = tuple[Callable[[], nn.Module], tuple[int, ...]]
-# By class, then by variant: a layer, and the shape of a datum; () for words.
+# By class, then by variant: a layer, and the shape of an observation; () for words.
 WORDS: tuple[int, ...] = ()
 RECIPES: dict[str, dict[str, Make]] = {
     "Linear": {"": (lambda: Of(nn.Linear(6, 3)), (6,))},

@@ -1,4 +1,4 @@
-"""Closed forms of many outputs a datum, which need the outputs' variances alone.
+"""Closed forms of many outputs per observation, which need their variances alone.
 
 The oracle is autograd's dense Jacobian and the dense covariance, in float64.
 """
@@ -26,7 +26,7 @@ from tests.tolerances import tolerance
 F, C, SIDE, NUM_TRAIN = 6, 40, 10, 9
 # So few outputs have whole rows of J; of so many data they have not.
 FEW, MANY = 1, 30
-# From the network's outputs to the distribution of a datum's labels.
+# From the network's outputs to the distribution of an observation's labels.
 Likelihood = Callable[[Tensor], dist.TorchDistribution]
 
 
@@ -56,7 +56,7 @@ class Pixels(nn.Module):
 
 
 class Leaking(nn.Module):
-    """One datum's last logit holds a little of its first."""
+    """One observation's last logit holds a little of its first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def dense_variance(
 
 
 def logits_of(distribution: Any) -> Tensor:
-    """Those of classes and labels, whatever axes are a datum's."""
+    """Those of classes and labels, whatever axes are an observation's."""
     base = getattr(distribution, "base_dist", distribution)
     return base.logits
 
@@ -175,7 +175,7 @@ def test_probit_has_the_dense_variances(
 
 
 class Rates(PyroModule):  # type: ignore[misc]
-    """Many counts a datum, of a head whose weights are Pyro's own samples."""
+    """Many counts per observation, of a head whose weights are Pyro's own samples."""
 
     def __init__(self) -> None:
         super().__init__()

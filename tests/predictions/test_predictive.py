@@ -104,7 +104,7 @@ def assert_closed_form(
     x: Tensor,
     **kwargs: Any,
 ) -> None:
-    """Loc, shapes and covariances, per datum and jointly."""
+    """Loc, shapes and covariances, per observation and jointly."""
     eta = function(at, x)
     jac = dense_jacobian(function, at, posterior, x)
     covariance = torch.linalg.inv(posterior.get_posterior().precision_matrix)
@@ -241,7 +241,7 @@ def test_other_families(
 
 
 def test_heteroscedastic_outputs_follow_parameter_by_parameter() -> None:
-    """First the locs of a datum, then its log scales."""
+    """First the locs of an observation, then its log scales."""
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
         f = network(sampled_weights(4), x)
@@ -309,7 +309,7 @@ def sequence_network(weights: Values, x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.UntrainedWarning")
 @pytest.mark.parametrize("family", ["normal", "categorical"])
 def test_outputs_with_a_further_axis(family: str) -> None:
-    """(N, T, C): the elements of a datum follow in row-major order."""
+    """(N, T, C): the elements of an observation follow in row-major order."""
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
         f = sequence_network(sampled_weights(3), x)
@@ -334,7 +334,7 @@ def test_outputs_with_a_further_axis(family: str) -> None:
 
 
 def coupled_network(weights: Values, x: Tensor) -> Tensor:
-    """Data that are centred over the batch: no datum's output is its own."""
+    """Data that are centred over the batch: no observation's output is its own."""
     return network(weights, x - x.mean(0))
 
 
@@ -370,7 +370,7 @@ def test_several_sites_of_one_data_axis_are_joined() -> None:
     at, x = random_weights(3), double(NUM_TRAIN, NUM_INPUTS)
     n = torch.poisson(network(at, x)[:, 2].exp())
     posterior = fitted(two_sites, at, scattered(3), x, double(NUM_TRAIN, 2), n)
-    # the log rate is the third column of f: sites follow each other within a datum
+    # the log rate is the third column of f: sites follow each other in a row
     assert_closed_form(network, at, posterior, double(NUM_TEST, NUM_INPUTS))
 
 

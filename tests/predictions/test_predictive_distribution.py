@@ -331,7 +331,7 @@ def test_arrays_keep_their_shape(correlated: bool) -> None:
     assert_close(d.log_prob(fit.y), oracle.log_prob(fit.y.flatten(1)), **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["param", "latent", "by datum"])
+@pytest.mark.parametrize("kind", ["param", "latent", "by observation"])
 def test_a_scale_that_the_subnet_does_not_move(kind: str) -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         f = network(sampled_weights(1), x).squeeze(-1)
@@ -354,7 +354,7 @@ def test_a_scale_that_the_subnet_does_not_move(kind: str) -> None:
     x = double(NUM_TEST, NUM_INPUTS)
     d = predict(posterior, x).distribution
     assert isinstance(d, dist.Normal)
-    noise = F.softplus(x[:, 0]) if kind == "by datum" else at["noise"]
+    noise = F.softplus(x[:, 0]) if kind == "by observation" else at["noise"]
     variance = posterior.output_distribution(x).variance.squeeze(-1)
     assert_close(d.variance, variance + noise.square(), **EXACT)
     assert not d.scale.requires_grad
@@ -471,7 +471,7 @@ def test_several_log_scales_by_draws(joint: bool) -> None:
     fit.assert_link("mc", joint=joint, num_samples=4000)
     brute = fit.predict(joint=joint, num_samples=4000)
     assert_within_errors(found, brute, fit.y)
-    with pytest.raises(OptionError, match=r"one log scale .* got (2|8) for each datum"):
+    with pytest.raises(OptionError, match=r"one log scale .* got (2|8) for each obs"):
         fit.predict(joint=joint, link="quadrature")
 
 
@@ -568,7 +568,7 @@ def test_quadrature_of_several_elements_is_by_element() -> None:
 def test_probabilities_of_several_labels_are_marginals_and_no_draws(
     way: str, num_data: int, dtype: torch.dtype
 ) -> None:
-    """As the model may be written; also for one label, and one datum."""
+    """As the model may be written; also for one label, and one observation."""
     labels = 1 if way == "one label" else 5
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -927,7 +927,7 @@ def test_float32_stays_float32(link: str | None) -> None:
     assert predict(posterior, x, link=link).distribution.probs.dtype == torch.float32
 
 
-def test_one_datum_without_a_plate() -> None:
+def test_one_observation_without_a_plate() -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)

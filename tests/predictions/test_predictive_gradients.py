@@ -54,7 +54,7 @@ def fitted(
 
 
 def centred(x: Tensor) -> Tensor:
-    """Couples the data: no datum's outputs are its own."""
+    """Couples the data: no observation's outputs are its own."""
     return x - x.mean(0)
 
 
@@ -68,7 +68,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("mix", [lambda x: x, centred], ids=["by-datum", "coupled"])
+@pytest.mark.parametrize("mix", [lambda x: x, centred], ids=["by-row", "coupled"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["normal-1", "normal-3", "categorical"])
 def test_moments_of_the_outputs(
@@ -87,7 +87,7 @@ def test_moments_of_the_outputs(
         assert_close(ours.detach(), plain, **EXACT)
 
 
-def test_one_datum() -> None:
+def test_one_observation() -> None:
     posterior = fitted(*FAMILIES["normal-1"])
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:

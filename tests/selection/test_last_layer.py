@@ -58,7 +58,7 @@ def written_by_part(m: Any, x: Tensor) -> Tensor:
 
 
 def routed(m: Any, x: Tensor) -> Tensor:
-    """Only the last datum takes the second head."""
+    """Only the last observation takes the second head."""
     out = m.first(m.body(x))
     chosen = torch.arange(len(x)) == N - 1
     if bool(chosen.any()):

@@ -502,7 +502,7 @@ def test_single_and_double_precision_choose_the_same() -> None:
 
 
 # ----------------------------------------------------------------------------------
-# Dead weights.
+# Weights that move no output.
 
 
 def images() -> tuple[nn.Module, Tensor, Tensor]:
@@ -528,19 +528,19 @@ def image_posterior(
     return guide.laplace_approximation(x, y)
 
 
-DEAD = [row * INPUTS + column for row in range(HIDDEN) for column in (0, 3)]
+IDLE = [row * INPUTS + column for row in range(HIDDEN) for column in (0, 3)]
 
 
-def test_dead_weights_are_kept_by_default_and_said_to_move_nothing() -> None:
-    """All chosen weights are dead: the predictive on such inputs is the MAP's, which
-    is said aloud; on shifted inputs the same weights wake up."""
+def test_idle_weights_are_kept_by_default_and_said_to_move_nothing() -> None:
+    """No chosen weight moves an output: the predictive on such inputs is the MAP's,
+    which is said aloud; on shifted inputs the same weights move outputs."""
     net, x, y = images()
     with pytest.warns(
         NoOutputVarianceWarning,
         match="moves no output at any training input.*the predictive is the MAP's",
     ):
-        posterior = image_posterior(net, x, y, LargestVariance(len(DEAD)))
-    assert posterior.subnet.flat.tolist() == DEAD
+        posterior = image_posterior(net, x, y, LargestVariance(len(IDLE)))
+    assert posterior.subnet.flat.tolist() == IDLE
     assert posterior.subnet.explained_variance == 0.0
     assert "0.00% of the output variance" in repr(posterior.subnet)
     covariance = posterior.output_distribution(x).covariance_matrix
@@ -549,7 +549,7 @@ def test_dead_weights_are_kept_by_default_and_said_to_move_nothing() -> None:
     variance = posterior.output_distribution(shifted).variance
     assert bool((variance > 1e-3).all())
     # prior variance, exactly
-    expected = torch.eye(len(DEAD), dtype=torch.float64)
+    expected = torch.eye(len(IDLE), dtype=torch.float64)
     assert_close(posterior.get_posterior().covariance_matrix, expected, **SUM)
     draws = Predictive(
         posterior.linearized_model,
@@ -561,26 +561,26 @@ def test_dead_weights_are_kept_by_default_and_said_to_move_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_ties_among_dead_weights_go_by_position(size: int) -> None:
+def test_ties_among_idle_weights_go_by_position(size: int) -> None:
     """All have the prior's variance, whatever their layer."""
     net, x, y = images()
     with pytest.warns(NoOutputVarianceWarning, match="moves no output"):
         subnet = image_posterior(net, x, y, LargestVariance(size)).subnet
-    assert subnet.flat.tolist() == DEAD[:size]
+    assert subnet.flat.tolist() == IDLE[:size]
 
 
-def test_a_subnet_that_is_nearly_dead_is_said_to_explain_little() -> None:
-    """One living weight among the dead."""
+def test_a_subnet_that_moves_hardly_anything_is_said_to_explain_little() -> None:
+    """One weight that moves outputs among those that move none."""
     net, x, y = images()
     total = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C
-    share = (len(DEAD) + 1) / total
+    share = (len(IDLE) + 1) / total
     with pytest.warns(
         NoOutputVarianceWarning,
         match=rf"explains less .*, with {share:.2%} of them\..*Pass a number as",
     ) as caught:
-        posterior = image_posterior(net, x, y, LargestVariance(len(DEAD) + 1))
+        posterior = image_posterior(net, x, y, LargestVariance(len(IDLE) + 1))
     assert len(caught) == 1
-    assert set(DEAD) < set(posterior.subnet.flat.tolist())
+    assert set(IDLE) < set(posterior.subnet.flat.tolist())
     explained = posterior.subnet.explained_variance
     assert explained is not None
     assert 0 < explained < share / 2
@@ -592,38 +592,38 @@ def test_a_subnet_that_is_nearly_dead_is_said_to_explain_little() -> None:
 def test_the_default_choice_is_not_said_to_explain_little(
     dtype: torch.dtype, size: float
 ) -> None:
-    """Warnings are errors here; nor where every weight is alive and chosen."""
+    """Warnings are errors here; nor where every weight is chosen."""
     net, x, y = images()
     image_posterior(net.to(dtype), x.to(dtype), y.to(dtype), PredictiveVariance(size))
 
 
 @pytest.mark.filterwarnings("ignore::pyro_subnet.exceptions.NoOutputVarianceWarning")
-def test_dead_weights_can_be_left_out() -> None:
+def test_idle_weights_can_be_left_out() -> None:
     net, x, y = images()
-    alive = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C - len(DEAD)
-    for size in (5, alive):
+    moving = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C - len(IDLE)
+    for size in (5, moving):
         chosen = LargestVariance(size, keep_dead=False)
         subnet = image_posterior(net, x, y, chosen).subnet
-        assert not set(subnet.flat.tolist()) & set(DEAD)
+        assert not set(subnet.flat.tolist()) & set(IDLE)
         assert subnet.size == size
-    # the order among the living is that of the others' variances
-    kept = image_posterior(net, x, y, LargestVariance(len(DEAD) + 5)).subnet
+    # the order among the rest is that of the others' variances
+    kept = image_posterior(net, x, y, LargestVariance(len(IDLE) + 5)).subnet
     without = image_posterior(net, x, y, LargestVariance(5, keep_dead=False)).subnet
-    assert sorted({*without.flat.tolist(), *DEAD}) == kept.flat.tolist()
+    assert sorted({*without.flat.tolist(), *IDLE}) == kept.flat.tolist()
 
 
-def test_too_few_living_weights() -> None:
+def test_too_few_weights_that_move_outputs() -> None:
     net, x, y = images()
-    alive = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C - len(DEAD)
+    moving = INPUTS * HIDDEN + HIDDEN + HIDDEN * C + C - len(IDLE)
     message = (
-        rf"`size` must be at most the number of weights that the training data move, "
-        rf"{alive}, with keep_dead=False; got {alive + 1}\. Choose fewer"
+        rf"`size` must be at most the number of weights that move an output, "
+        rf"{moving}, with keep_dead=False; got {moving + 1}\. Choose fewer"
     )
     with pytest.raises(SelectionError, match=message):
-        image_posterior(net, x, y, LargestVariance(alive + 1, keep_dead=False))
+        image_posterior(net, x, y, LargestVariance(moving + 1, keep_dead=False))
 
 
-def test_a_unit_that_never_fires_is_dead() -> None:
+def test_weights_of_a_unit_that_never_fires_move_nothing() -> None:
     net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, C))
     net = net.double()
     with torch.no_grad():
@@ -631,16 +631,16 @@ def test_a_unit_that_never_fires_is_dead() -> None:
         net[0].bias[2] = -1.0
         net[0].bias[[0, 1, 3]] = 10.0  # the others always fire
     x, y = inputs()
-    dead = [2 * INPUTS + i for i in range(INPUTS)] + [HIDDEN * INPUTS + 2]
+    incoming = [2 * INPUTS + i for i in range(INPUTS)] + [HIDDEN * INPUTS + 2]
     outgoing = [HIDDEN * INPUTS + HIDDEN + row * HIDDEN + 2 for row in range(C)]
-    expected = sorted(dead + outgoing)
+    expected = sorted(incoming + outgoing)
     with pytest.warns(NoOutputVarianceWarning, match="moves no output"):
         subnet = image_posterior(net, x, y, LargestVariance(len(expected))).subnet
     assert subnet.flat.tolist() == expected
 
 
-def test_weights_that_only_masked_data_move_are_dead() -> None:
-    """A datum with weight zero has no curvature."""
+def test_weights_that_move_outputs_of_masked_data_alone_move_nothing() -> None:
+    """An observation with weight zero has no curvature."""
 
     def user_model(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(INPUTS).to(x), 1.0).to_event(1))
@@ -649,7 +649,7 @@ def test_weights_that_only_masked_data_move_are_dead() -> None:
             pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     x, y = inputs()
-    x[1:, 2] = 0.0  # the masked datum alone moves the third weight
+    x[1:, 2] = 0.0  # the third weight moves the masked output alone
     guide = AutoSubnetLaplace(user_model, LargestVariance(1))
     with pytest.warns(NoOutputVarianceWarning, match="moves no output"):
         posterior = guide.laplace_approximation(x, y[:, 0])
@@ -696,7 +696,7 @@ def test_a_prior_without_curvature_is_found_out() -> None:
     x, y = inputs()
     x[:, 3] = 0.0
     start = torch.zeros(INPUTS, dtype=torch.float64)
-    start[3] = 5.0  # far out in the tail, where no datum holds it
+    start[3] = 5.0  # far out in the tail, where no observation holds it
     guide = AutoSubnetLaplace(
         user_model, LargestVariance(2), init_loc_fn=init_to_value(values={"w": start})
     )
@@ -720,5 +720,5 @@ def test_curvature_that_is_round_off_counts_as_none() -> None:
     guide = AutoSubnetLaplace(model, LargestVariance(2, keep_dead=False))
     assert guide.laplace_approximation(x, y).subnet.flat.tolist() == [0, 2]
     guide = AutoSubnetLaplace(model, LargestVariance(3, keep_dead=False))
-    with pytest.raises(SelectionError, match=r"that the training data move, 2, with"):
+    with pytest.raises(SelectionError, match=r"that move an output, 2, with"):
         guide.laplace_approximation(x, y)

@@ -467,7 +467,7 @@ def test_a_weight_that_moves_no_reference_output_may_add(kind: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_scales_that_differ_count_alike_in_batches_of_any_size(size: int) -> None:
-    """A batch of one datum shows one scale, whether or not all data share it."""
+    """A batch of one observation shows one scale, whether or not all data share it."""
     case = case_of("heteroscedastic")
     x, *rest = case.args
     pyro.clear_param_store()
@@ -622,15 +622,15 @@ def test_every_subnet_underestimates_and_less_as_it_grows(name: str, seed: int) 
 
 @pytest.mark.parametrize("kind", SELECTORS)
 def test_weights_without_gradient_come_last_and_by_position(kind: Any) -> None:
-    """All inputs are zero but the first: two columns of the first layer are dead."""
+    """All inputs are zero but the first: two columns of the first layer are idle."""
     case = regression_mlp(DOUBLE)
     x = torch.zeros(5, 3).double()
     x[:, 0] = draw(5, 5)
     case = replace(case, args=(x, draw(6, 5)))
-    alive = case.num_params - 8
-    dead = [3 * row + column for row in range(4) for column in (1, 2)]
-    found = select(case, kind(alive + 3, None)).flat.tolist()
-    assert sorted(set(found) & set(dead)) == dead[:3]
+    moving = case.num_params - 8
+    idle = [3 * row + column for row in range(4) for column in (1, 2)]
+    found = select(case, kind(moving + 3, None)).flat.tolist()
+    assert sorted(set(found) & set(idle)) == idle[:3]
 
 
 @pytest.mark.parametrize("kind", SELECTORS)

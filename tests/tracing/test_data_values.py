@@ -58,7 +58,7 @@ def trials(f: Tensor) -> Any:
 
 
 def pairs(f: Tensor) -> Any:
-    """Two correlated numbers a datum."""
+    """Two correlated numbers per observation."""
     return dist.MultivariateNormal(torch.stack([f, -f], -1), torch.eye(2).to(f))
 
 
@@ -135,7 +135,7 @@ def test_data_that_the_likelihood_forbids(
         fit(family, X, data)
 
 
-def test_one_datum_and_no_plate() -> None:
+def test_one_observation_and_no_plate() -> None:
     """A scalar has no index to name."""
 
     def model(y: Tensor) -> None:

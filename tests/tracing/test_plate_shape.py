@@ -1,4 +1,4 @@
-"""Each datum counts once, or the shapes are an error: never N x N elements."""
+"""Each observation counts once, or the shapes are an error: never N x N elements."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ WRONG = [
 @each_dtype
 @each_way
 @pytest.mark.parametrize(("shape", "of_data", "written"), RIGHT)
-def test_each_datum_counts_once(
+def test_each_observation_counts_once(
     shape: Any, of_data: tuple[int, ...], written: Any, way: str, dtype: torch.dtype
 ) -> None:
     model, start = regression(way, shape, dtype=dtype, **written)
@@ -128,8 +128,8 @@ def test_the_words_are_those_of_svi() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_one_datum_may_have_an_axis_more(count: int) -> None:
-    """With N=1 nothing is repeated; the second datum makes it an error."""
+def test_one_observation_may_have_an_axis_more(count: int) -> None:
+    """With N=1 nothing is repeated; the second observation makes it an error."""
     model, _ = regression("plain", kept)
     x, y = draw(1, count, 3), draw(2, count)
     guide = AutoSubnetLaplace(model)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.harness.reporting import mean_and_error
+from benchmarks.harness.looks import look
+from benchmarks.harness.reporting import mean_and_error, saved
 from benchmarks.harness.task import Row
 from benchmarks.paper.images.case import (
     CURVE,
@@ -22,14 +23,13 @@ from benchmarks.paper.images.case import (
     at_temperature,
 )
 from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
-from pyro_subnet.plotting.style import frame, strokes
+from pyro_subnet.plotting.style import frame
 
 # Mean and standard error of a method at each position.
 Lines = dict[str, list[tuple[float, float, float]]]
 _BASE = "MAP"
 # Tuned by nothing, and shown beside whatever is.
 _UNTUNED = (_BASE, "deep ensemble")
-_NUM_STROKES = 6
 # How titles of tables and names of methods tell ways of tuning apart.
 _ENDS = {
     "": "",
@@ -263,14 +263,11 @@ def picture(found: Lines, path: Path, label: str) -> str:
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     handles = {}
     for axes, (title, end) in zip(row, panels.items(), strict=True):
-        # More methods than strokes: the second time around points are hollow.
-        for place, (base, look) in enumerate(zip(_DRAWN, strokes(), strict=False)):
+        for base in _DRAWN:
             method = base if base in _UNTUNED else f"{base}{end}"
             if method in found:
                 at, means, errors = zip(*found[method], strict=True)
-                fill = "white" if place >= _NUM_STROKES else look.color
-                options = {**look.options(), "markerfacecolor": fill}
-                handles[base] = axes.errorbar(at, means, errors, **options)
+                handles[base] = axes.errorbar(at, means, errors, **look(base))
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         frame(axes, label, "NLL, nats")
@@ -282,5 +279,4 @@ def picture(found: Lines, path: Path, label: str) -> str:
         frameon=False,
         fontsize=8,
     )
-    figure.savefig(path, dpi=80)
-    return f"![NLL]({path.name})"
+    return saved(row, path, f"NLL of each method by {label}")

@@ -93,7 +93,7 @@ def over_log_scale(problem: Integration) -> Integrated:
     if split.rank > 1 and options.link == "quadrature":
         raise OptionError(
             "`link='quadrature'` must have one log scale to integrate over; got "
-            f"{split.rank} for each datum that differ. Pass `link='mc'`."
+            f"{split.rank} for each observation that differ. Pass `link='mc'`."
         )
     event = likelihood.shape if options.joint else likelihood.rest
 

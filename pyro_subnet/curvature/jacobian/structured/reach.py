@@ -40,7 +40,7 @@ _ROUNDINGS = 64
 # The derivative of an output at each place of a layer's, and the output's number; 0 is
 # none.
 _Reach = tuple[Tensor, Tensor]
-# Values, (B, E), with an output of each datum and a column each, (E,).
+# Values, (B, E), with an output of each observation and a column each, (E,).
 _Entries = tuple[Tensor, Tensor, Tensor]
 
 
@@ -50,7 +50,7 @@ class ReachedRows:
     """Rows of J at outputs of some data that the same few weights reach."""
 
     start: int  # first of the data
-    outputs: Int[Tensor, " some"]  # of each datum, numbered site by site
+    outputs: Int[Tensor, " some"]  # of each observation, numbered site by site
     columns: Int[Tensor, " few"]  # where J is not zero
     rows: Float[Tensor, "data some few"]
 
@@ -114,12 +114,12 @@ def _reach(
     one: Tensor | None, number: Tensor | None, mix: Tensor | None, u: Tensor
 ) -> _Reach | None:
     """What a layer's output reaches, by the gradients of three sums of all outputs."""
-    # one: of their plain sum; number: times their numbers in a datum, from 1; mix:
-    # times u, (N, rows of a datum), random.
+    # one: of their plain sum; number: times their numbers in an observation, from 1;
+    # mix: times u, (N, rows of an observation), random.
     if one is None or number is None or mix is None:
         return None
-    # Behind a ReLU a place may reach no output in one datum and the same one in all the
-    # others.
+    # Behind a ReLU a place may reach no output in one observation and the same one in
+    # all the others.
     by_datum = torch.where(one != 0, number / one, 0).round().reshape(len(u), -1)
     numbers = by_datum.amax(0).clamp(0, u.shape[1])
     expected = one * F.pad(u, (1, 0))[:, numbers.long()].reshape(one.shape).to(one)

@@ -144,7 +144,8 @@ def _fill_escaped(
     per_site = rows.split(counts, dim=1)
     for block in other(outputs.over(recording.tape.escaped), factors):
         each = len(factors[block.site]) // outputs.num_data
-        target = per_site[block.site].unflatten(1, (each, -1))  # by datum and element
+        # By observation and element.
+        target = per_site[block.site].unflatten(1, (each, -1))
         few = torch.arange(block.start, block.start + len(block.rows)).to(place)
         rank = torch.arange(target.shape[2]).to(place)[:, None]
         at = few[:, None, None]
