@@ -104,6 +104,7 @@ class SubnetLaplaceModel(Model):
         train_Y: Tensor,
         *,
         network: nn.Module | Sequence[int] = (50, 50),
+        activation: str = "silu",
         subnet: Any = None,
         prior_scale: float | Sequence[float] = 1.0,
         num_epochs: int = 500,
@@ -121,9 +122,10 @@ class SubnetLaplaceModel(Model):
         Args:
             train_X: Inputs, shape (N, d).
             train_Y: Outcomes, shape (N, m).
-            network: Sizes of the hidden layers of a network with tanh, computed in
-                float64; or a network, which is copied, and whose training goes on from
-                its weights.
+            network: Sizes of the hidden layers of a network, computed in float64; or a
+                network, which is copied, and whose training goes on from its weights.
+            activation: After the hidden layers, where ``network`` is sizes: ``"silu"``,
+                or ``"tanh"``, which fits few data of smooth functions less well.
             subnet: As for :class:`pyro_subnet.AutoSubnetLaplace`; by default all
                 weights.
             prior_scale: Standard deviation of the weights' priors, where training
@@ -154,7 +156,7 @@ class SubnetLaplaceModel(Model):
         )
         for transform in transforms:  # in training mode they learn from what they see
             transform.to(train_X).train()
-        net = network_of(network, num_inputs, num_outputs)
+        net = network_of(network, num_inputs, num_outputs, activation)
         like = next(net.parameters())
         batch = (
             transforms[0](train_X).detach().to(like),

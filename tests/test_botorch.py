@@ -428,6 +428,15 @@ def test_a_network_is_trained_and_finds_the_top(dtype: torch.dtype) -> None:
     assert float((top - torch.tensor([0.3, 6.0])).abs().max()) < 2.0
 
 
+def test_hidden_layers_have_the_activation_asked_for() -> None:
+    x, y = data(6)
+    few = {**FAST, "num_epochs": 5}
+    for options, kind in (({}, nn.SiLU), ({"activation": "tanh"}, nn.Tanh)):
+        model = SubnetLaplaceModel.fit(x, y, **few, **options)
+        found = [type(part) for part in model.subnet_posterior.user_model.modules()]
+        assert found.count(kind) == 1
+
+
 def test_several_outcomes_a_network_of_the_users_and_lists_of_models() -> None:
     x, y = data(15)
     both = torch.cat([y, -y], dim=1)
@@ -449,6 +458,7 @@ def test_several_outcomes_a_network_of_the_users_and_lists_of_models() -> None:
     [
         ({"network": (0,)}, "sizes of hidden layers"),
         ({"num_epochs": 0}, "`num_epochs` must be a whole number"),
+        ({"activation": "relu"}, "`activation` must be 'tanh' or 'silu'; got 'relu'"),
         ({"prior_scale": ()}, "one standard deviation at least; got none"),
     ],
 )

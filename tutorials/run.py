@@ -41,6 +41,7 @@ NOTEBOOKS = (
     "6-when-to-trust-it",
     "7-coming-from",
     "8-fine-tuned-transformer",
+    "9-bayesian-optimization",
 )
 # Parameters of a smoke run, by notebook: less work, and limits of claims that less work
 # cannot keep.
@@ -89,6 +90,14 @@ SMOKE: dict[str, dict[str, Any]] = {
         "EPOCHS": 5,
         "PASSES": 5,
         "EVERY": 6,
+    },
+    "9-bayesian-optimization": {
+        "NUM_SEEDS": 2,
+        "NUM_STEPS": 2,
+        "NUM_EPOCHS": 60,
+        "NUM_WAVES": 1,
+        "WAVE_DATA": 40,
+        "WORKERS": 1,
     },
 }
 PARAMETERS, FULL_RUN_ONLY = "parameters", "full-run-only"  # tags of cells
