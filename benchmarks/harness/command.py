@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import digest
 from benchmarks.harness.journal import read
 from benchmarks.harness.runner import run
-from benchmarks.harness.task import Experiment, Settings
+from benchmarks.harness.task import Experiment, Row, Settings
 
 DATA = "PYRO_SUBNET_DATA"
 REPORT = "report"
@@ -43,15 +43,20 @@ def parse(
     return parser.parse_args(arguments)
 
 
+# What all experiments together show, from the rows of each by its name.
+Closing = Callable[[Mapping[str, Sequence[Row]]], str]
+
+
 def main(
     program: str,
     experiments: Mapping[str, Experiment],
     arguments: Sequence[str] | None = None,
+    closing: Closing | None = None,
 ) -> int:
     """Runs the experiments that are named, or reports; 1 if something failed."""
     options = parse(program, list(experiments), arguments)
     if REPORT in options.experiments:
-        print(report(experiments, options.out))
+        print(report(experiments, options.out, closing))
         return 0
     everything = "all" in options.experiments
     wanted = experiments if everything else options.experiments
@@ -69,12 +74,19 @@ def main(
     return 1 if failures else 0
 
 
-def report(experiments: Mapping[str, Experiment], folder: Path) -> str:
+def report(
+    experiments: Mapping[str, Experiment],
+    folder: Path,
+    closing: Closing | None = None,
+) -> str:
     """Tables of every experiment that has results; pictures and digests beside them."""
-    parts = []
+    parts, found = [], {}
     for name, experiment in experiments.items():
         rows = read(folder / f"{name}.jsonl") or digest.read(folder, name)
         if rows:
             digest.write(rows, folder, name)
             parts.append(experiment.report(rows, folder))
+            found[name] = rows
+    if closing is not None and found:
+        parts.append(closing(found))
     return "\n\n".join(parts)

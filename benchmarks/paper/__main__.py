@@ -6,6 +6,7 @@ import sys
 
 from benchmarks.harness.command import main
 from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.images import published
 
 if __name__ == "__main__":
-    sys.exit(main("benchmarks.paper", EXPERIMENTS))
+    sys.exit(main("benchmarks.paper", EXPERIMENTS, closing=published.report))

@@ -25,6 +25,7 @@ from benchmarks.paper.images import (
     evaluation,
     fashion,
     methods,
+    published,
     reporting,
     rivals,
     rotated,
@@ -670,6 +671,31 @@ class TestExperiments:
         )
         to_map = reporting.Column("", "nll", to_map=True)
         assert reporting.cell(rows, "SWAG", to_map) == "0.000 ± 0.010"
+
+    def test_published_figures_stand_beside_ours(self):
+        """Each severity by itself, under the prior of the MAP where that was run."""
+        kinds = {"dataset": "cifar10", "variant": "net", "metric": "nll"}
+        values = {
+            ("MAP", ""): 0.3,
+            ("subnet LastLayer", ""): 0.2,
+            (f"subnet LastLayer{OWN_PRIOR}", ""): 0.25,
+            ("MAP", "elastic=2"): 0.5,
+        }
+        rows = [
+            {**kinds, "method": method, "shift": shift, "seed": seed, "value": value}
+            for (method, shift), value in values.items()
+            for seed in range(2)
+        ]
+        lines = published.report({"cifar10": rows}).splitlines()
+        own = (
+            "| CIFAR-10 | 0.289 | - | net | 2 | 0.300 ± 0.000 | - | - | 0.250 ± 0.000 |"
+        )
+        assert own in lines
+        elastic = [line for line in lines if "elastic" in line]
+        assert len(elastic) == len(SEVERITIES)
+        assert "| 2 | net | 2 | 0.500 ± 0.000 | - | - | - |" in elastic[1]
+        assert "| ImageNet-10 | 0.277 | - | not run: no data | - |" in "\n".join(lines)
+        assert "| FashionMNIST | 0.286 | - | not run | - |" in "\n".join(lines)
 
     def test_sets_side_by_side(self):
         first = [
