@@ -5,8 +5,10 @@ second base class lets code that knows only ``ValueError`` and the like catch it
 """
 
 import inspect
+import math
 import sys
 import warnings
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, final
 
@@ -153,10 +155,17 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
-    text = repr(value)
-    is_short = len(text) <= _LONG and "\n" not in text
+    text = "" if _holds_large(value) else repr(value)
+    is_short = text and len(text) <= _LONG and "\n" not in text
     kind = type(value).__name__
     return text if is_short else f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+
+
+def _holds_large(value: Any) -> bool:
+    """Whether it is or maps to a tensor of many numbers: torch writes it in 1 ms."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_large, value.values()))
+    return math.prod(getattr(value, "shape", ())) > _LONG
 
 
 def _package_of(frame: FrameType) -> str:

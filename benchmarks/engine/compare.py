@@ -18,6 +18,7 @@ Values = Mapping[str, Tensor]
 
 # The target of a case with this backend speaks of it, however fast its others are.
 TARGETED = "100 steps"
+PARTS = ("fit", "predict")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.engine import prepare
 from benchmarks.engine.cases import Case
-from benchmarks.engine.compare import Failure, Result, Row, compare
+from benchmarks.engine.compare import PARTS, Failure, Result, Row, best, compare
 from benchmarks.engine.process import is_out_of_memory
 
 # Seconds. A backend that would need longer for all the data gets those of the trial;
@@ -146,10 +146,15 @@ def plan(case: Case, backend: str, run: Run) -> Plan | Failure:
 
 
 def run_backend(case: Case, backend: str, num_pairs: int, run: Run) -> Row | Failure:
-    """Pairs of ours and one backend, in turns."""
+    """Pairs of ours and one backend, in the batches that a trial says are its best."""
     planned = plan(case, backend, run)
     if isinstance(planned, Failure):
         return planned
+    return run_pairs(planned, backend, num_pairs, run)
+
+
+def run_pairs(planned: Plan, backend: str, num_pairs: int, run: Run) -> Row | Failure:
+    """Pairs of ours and one backend, in turns."""
     pairs = []
     for _ in range(num_pairs):
         ours = run(Request(planned.case, "ours", planned.batches))
@@ -187,8 +192,22 @@ def run_case(
     for backend in case.backends:
         if backends is None or backend in backends:
             rows.append(run_backend(case, backend, num_pairs, run))
+    return _with_ours_alone(case, rows, run)
+
+
+def run_again(report: CaseReport, num_pairs: int, run: Run) -> CaseReport:
+    """The case run in another way, against the best backends in their batches."""
+    case = report.case
+    rows: list[Row | Failure] = []
+    found = {row.backend: row for part in PARTS if (row := best(report.rows, part))}
+    for backend, row in found.items():
+        planned = Plan(case.smaller(max(row.num_data)), row.batches)
+        rows.append(run_pairs(planned, backend, num_pairs, run))
+    return _with_ours_alone(case, rows, run)
+
+
+def _with_ours_alone(case: Case, rows: list[Row | Failure], run: Run) -> CaseReport:
     alone = run(Request(case, "ours", (1, 1)))
     if isinstance(alone, str):
-        rows.append(Failure("ours", alone))
-        return CaseReport(case, rows, None)
+        return CaseReport(case, [*rows, Failure("ours", alone)], None)
     return CaseReport(case, rows, alone)

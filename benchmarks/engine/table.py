@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 
 from benchmarks.engine.cases import LAPLACE_TORCH, Case, Target
-from benchmarks.engine.compare import Failure, Ratio, Result, Row, best
+from benchmarks.engine.compare import PARTS, Failure, Ratio, Result, Row, best
 from benchmarks.engine.runner import CaseReport
 
-_PARTS = ("fit", "predict")
 _NAME, _CELLS = 22, 25
 _INDENT = "  "
 
@@ -63,7 +62,7 @@ def _seconds(value: float) -> str:
 def verdict(case: Case, report: CaseReport) -> str:
     """What was reached against the best right backend, beside what should be."""
     found = []
-    for part in _PARTS:
+    for part in PARTS:
         row = best(report.rows, part)
         if row is None:
             continue
@@ -108,8 +107,12 @@ def alone(case: Case, ours: Result) -> Iterator[str]:
             f"without what a fit of 2 data costs ({_seconds(figures['fixed'])} s): "
             f"GGN {share:.0%}"
         )
+    times = (
+        f"{of} {ours['seconds'][part] / floor:.1f}"
+        for part, of in zip(PARTS, ("the fit takes", "the predictions"), strict=True)
+    )
     yield (
         f"forward pass {_seconds(figures['forward'])} s; "
         f"floor: passes {_seconds(figures['passes'])} s + products "
-        f"{_seconds(products / rate)} s; the fit takes {fit / floor:.1f} times that"
+        f"{_seconds(products / rate)} s; {', '.join(times)} times that"
     )

@@ -27,7 +27,15 @@ from benchmarks.engine.compare import (
 )
 from benchmarks.engine.machine import passes_seconds, product_rate
 from benchmarks.engine.process import Meter, Task, measure
-from benchmarks.engine.runner import Launcher, Plan, Request, failure, plan, run_case
+from benchmarks.engine.runner import (
+    Launcher,
+    Plan,
+    Request,
+    failure,
+    plan,
+    run_again,
+    run_case,
+)
 
 TOY = replace(CASES["toy"], backends=("good", "wrong", "broken"))
 
@@ -84,6 +92,23 @@ def test_a_wrong_backend_is_shown_but_not_counted() -> None:
     assert "fit 8.0x (good), predict 6.0x (good)" in text
     assert "wrong, not counted" in text
     assert "fails: out of memory" in text
+
+
+def test_first_fits_are_held_against_the_best_backends_as_they_were_run() -> None:
+    report = run_case(replace(TOY, backends=("good", "wrong")), None, 1, fake())
+    cold = fake(good=result(fit=3.0, predict=6.0, precision=1.0))
+    again = run_again(report, 2, cold)
+    assert [row.backend for row in again.rows] == ["good"]
+    good = report.rows[0]
+    assert isinstance(good, Row)
+    paired = [each for each in cold.requests if each.side == "good"]
+    sizes = {(each.case.num_data, each.case.num_predict) for each in paired}
+    assert sizes == {(TOY.num_data, TOY.num_predict)}
+    assert [each.batches for each in paired] == 2 * [good.batches]
+    text = table.block(again)
+    assert "fit 3.0x (good), predict 6.0x (good)" in text
+    # passes 0.01 s, products 30 * 3 * 25^2 at 1e9 a second
+    assert "the fit takes 99.4, the predictions 99.4 times that" in text
 
 
 def test_disagreement_with_every_backend_is_a_problem() -> None:
