@@ -66,7 +66,7 @@ def tasks(settings: Settings) -> list[Task]:
             partial(_run, setup, settings.data_dir, 2 if tiny else _EPOCHS, seed),
         )
         for setup in _SETUPS
-        for seed in range(settings.seeds)
+        for seed in settings.numbers
     ]
 
 

@@ -88,7 +88,7 @@ def tasks(settings: Settings) -> list[Task]:
     return [
         run(problem, seed)
         for problem in all_problems(settings.data_dir)
-        for seed in problem.seeds(settings.seeds)
+        for seed in settings.numbers
     ]
 
 

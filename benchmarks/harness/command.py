@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.harness import digest
 from benchmarks.harness.journal import read
-from benchmarks.harness.runner import run
+from benchmarks.harness.runner import Only, run
 from benchmarks.harness.task import Experiment, Row, Settings
 
 DATA = "PYRO_SUBNET_DATA"
@@ -36,27 +36,30 @@ def parse(
         help=f"holds uci/, mnist/, fashion-mnist/, cifar10/; else ${DATA}",
     )
     parser.add_argument("--seeds", type=int, default=3, help="or splits, how many")
+    parser.add_argument("--first", type=int, default=0, help="of the seeds, or splits")
     parser.add_argument("--scale", choices=("smoke", "small", "paper"), default="small")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="else all")
+    parser.add_argument("--networks", nargs="+", metavar="NETWORK", help="else all")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 
 
-# What all experiments together show, from the rows of each by its name.
-Closing = Callable[[Mapping[str, Sequence[Row]]], str]
+# What all experiments together show, from the rows of each by its name; pictures go to
+# the folder.
+Opening = Callable[[Mapping[str, Sequence[Row]], Path], str]
 
 
 def main(
     program: str,
     experiments: Mapping[str, Experiment],
     arguments: Sequence[str] | None = None,
-    closing: Closing | None = None,
+    opening: Opening | None = None,
 ) -> int:
     """Runs the experiments that are named, or reports; 1 if something failed."""
     options = parse(program, list(experiments), arguments)
     if REPORT in options.experiments:
-        print(report(experiments, options.out, closing))
+        print(report(experiments, options.out, opening))
         return 0
     everything = "all" in options.experiments
     wanted = experiments if everything else options.experiments
@@ -66,9 +69,11 @@ def main(
         out=options.out,
         scale=options.scale,
         seeds=options.seeds,
+        first=options.first,
         device=options.device,
     )
-    failures = run(chosen, settings, options.methods, options.workers)
+    only = Only(options.methods, options.networks)
+    failures = run(chosen, settings, only, options.workers)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
@@ -77,7 +82,7 @@ def main(
 def report(
     experiments: Mapping[str, Experiment],
     folder: Path,
-    closing: Closing | None = None,
+    opening: Opening | None = None,
 ) -> str:
     """Tables of every experiment that has results; pictures and digests beside them."""
     parts, found = [], {}
@@ -87,6 +92,6 @@ def report(
             digest.write(rows, folder, name)
             parts.append(experiment.report(rows, folder))
             found[name] = rows
-    if closing is not None and found:
-        parts.append(closing(found))
+    if opening is not None and found:
+        parts.insert(0, opening(found, folder))
     return "\n\n".join(parts)

@@ -38,13 +38,20 @@ HOLLOW = {
     "ensemble of subnets (PredictiveVariance)": Stroke(ORANGE, "-", "^"),
     "LargestVariance (alive)": Stroke(SKY, "-", "o"),
     "LargestVariance (SWAG)": Stroke(SKY, ":", "s"),
+    "ELLA": Stroke(INK, "--", "h"),
     "GreedyVariance, gap": Stroke(REFERENCE, "-.", "D"),
+}
+# What is drawn as another: it is the same, or the same with one number more.
+_ALIASES = {
+    "by default": "PredictiveVariance",
+    "deep ensemble with temperature": "deep ensemble",
 }
 
 
 def look(method: str) -> dict[str, Any]:
     """Arguments of ``Axes.plot`` for a method; "subnet" before its name is left out."""
     name = method.removeprefix("subnet ")
+    name = _ALIASES.get(name, name)
     if name in FILLED:
         return FILLED[name].options()
     return {**HOLLOW[name].options(), "markerfacecolor": "white"}

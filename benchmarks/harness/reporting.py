@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,12 +80,8 @@ def mean_and_error(values: Iterable[float]) -> str:
 
 
 def pooled(groups: Iterable[Sequence[float]]) -> Estimate | None:
-    """Mean over sets of their means, each set with its own error."""
-    found = [each for each in map(estimate, groups) if each is not None]
-    if not found:
-        return None
-    error = math.sqrt(sum(each.error**2 for each in found)) / len(found)
-    return Estimate(statistics.fmean(each.mean for each in found), error)
+    """Over sets, each of which counts as one value: the mean of its own."""
+    return estimate([statistics.fmean(group) for group in groups if group])
 
 
 def without_largest(groups: Iterable[Sequence[float]]) -> Estimate | None:

@@ -57,10 +57,47 @@ class Run:
         self.bar.write(self.failures[-1])
 
 
+class Only(NamedTuple):
+    """What is run; None for all.
+
+    Attributes:
+        methods: Which.
+        networks: On which.
+    """
+
+    methods: Sequence[str] | None = None
+    networks: Sequence[str] | None = None
+
+    def of(self, task: Task, todo: Sequence[str]) -> list[str]:
+        """Methods of a task that are named, of those that are still to do."""
+        if self.networks is not None and task.variant not in self.networks:
+            return []
+        return [each for each in todo if self.methods is None or each in self.methods]
+
+    def check(self, tasks: Mapping[str, Sequence[Task]]) -> None:
+        """Refuses a name that none of the experiments has."""
+        every = [task for made in tasks.values() for task in made]
+        there = {
+            "Methods": (self.methods, [part for t in every for part in t.methods]),
+            "Networks": (self.networks, [task.variant for task in every]),
+        }
+        for words, (named, known) in there.items():
+            for name in named or ():
+                if name not in known:
+                    choices = ", ".join(map(repr, dict.fromkeys(known)))
+                    raise ValueError(
+                        f"{words} must be among those of {', '.join(tasks)}; got "
+                        f"{name!r}. Choose from: {choices}."
+                    )
+
+
+_ALL = Only()
+
+
 def run(
     experiments: Mapping[str, Experiment],
     settings: Settings,
-    methods: Sequence[str] | None = None,
+    only: Only = _ALL,
     workers: int = 1,
 ) -> list[str]:
     """Runs what is not done yet, and says what failed.
@@ -68,29 +105,21 @@ def run(
     Args:
         experiments: By name; importable, where processes of their own run them.
         settings: Of the run.
-        methods: Which are run; None for all.
+        only: Methods and networks that are run.
         workers: Processes.
 
     Raises:
-        ValueError: If none of the experiments has a method that is named.
+        ValueError: If none of the experiments has a method or network that is named.
     """
     tasks = {name: made.tasks(settings) for name, made in experiments.items()}
-    known = {part: None for made in tasks.values() for t in made for part in t.methods}
-    unknown = [part for part in methods or () if part not in known]
-    if unknown:
-        raise ValueError(
-            f"Methods must be among those of {', '.join(tasks)}; got {unknown[0]!r}. "
-            f"Choose from: {'; '.join(known)}."
-        )
+    only.check(tasks)
     journals = {
         name: Journal(settings.out / f"{name}.jsonl", settings.scale) for name in tasks
     }
     jobs = []
     for name, own in tasks.items():
         for index, task in enumerate(own):
-            todo = journals[name].todo(task)
-            todo = [part for part in todo if methods is None or part in methods]
-            if todo:
+            if todo := only.of(task, journals[name].todo(task)):
                 jobs.append(Job(name, index, todo))
     with tqdm(total=sum(len(job.methods) for job in jobs), unit="method") as bar:
         state = Run(settings, tasks, journals, bar)

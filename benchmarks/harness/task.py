@@ -61,6 +61,7 @@ class Settings:
         out: The folder of results and of trained networks.
         scale: How much is done.
         seeds: How many seeds, or splits.
+        first: The first of them.
         device: To run on.
     """
 
@@ -68,7 +69,13 @@ class Settings:
     out: Path
     scale: Scale = "small"
     seeds: int = 3
+    first: int = 0
     device: str = "cpu"
+
+    @property
+    def numbers(self) -> range:
+        """The seeds, or splits, that are run."""
+        return range(self.first, self.first + self.seeds)
 
 
 class Experiment(NamedTuple):

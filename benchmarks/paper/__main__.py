@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.harness.command import main
 from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.images import published
+from benchmarks.paper.summary import opening
 
 if __name__ == "__main__":
-    sys.exit(main("benchmarks.paper", EXPERIMENTS, closing=published.report))
+    sys.exit(main("benchmarks.paper", EXPERIMENTS, opening=opening))

@@ -90,7 +90,8 @@ class Plan:
         swag_steps: Of SGD after the MAP.
         num_draws: Of networks, by MC dropout and SWAG.
         share: Of the weights, in subnets.
-        tuned: Whether prior precisions are; else the model's own N(0, 1) stays.
+        tuned: Whether prior precisions are, unless a method says; else the model's own
+            N(0, 1) stays.
     """
 
     schedule: Schedule
@@ -168,14 +169,14 @@ class Network:
             lambda at: (_outputs(noisy, at), noisy), {"noise": float(log_scale.exp())}
         )
 
-    def by_evidence(self, size: int) -> Fitted:
+    def by_evidence(self, share: float) -> Fitted:
         """A subnet of a network trained by the evidence, its noise on held-out data."""
         start = Members.random(
             self.shape, self.split.train[0].shape[1], 1, self._generator(4)
         )
         net = start.module(0)
         guide = AutoSubnetLaplace(
-            pyro_model(net, 1.0), size, init_loc_fn=init_to_module(net)
+            pyro_model(net, 1.0), share, init_loc_fn=init_to_module(net)
         )
         x, y = self.split.train
         batches = [*zip(x.split(_BATCH), y.split(_BATCH), strict=True)]
@@ -191,7 +192,8 @@ class Network:
             )
             posterior = guide.laplace_approximation(x, y)
         (factor,) = set(guide.factors.prior.values())
-        notes = {"S": float(size), "scale": factor, "noise": guide.noise_factor}
+        size = float(posterior.subnet.size)
+        notes = {"S": size, "scale": factor, "noise": guide.noise_factor}
         return of_posterior(posterior, notes)
 
     def ensemble(self) -> Fitted:
@@ -241,12 +243,26 @@ class Network:
             warnings.simplefilter("ignore")
             return guide.laplace_approximation(*self.split.train)
 
-    def subnet(self, subnet: Any, member: int = 0, **options: Any) -> Fitted:
-        """A Laplace posterior, its prior precision chosen on held-out data."""
+    def subnet(
+        self,
+        subnet: Any,
+        member: int = 0,
+        *,
+        tuned: bool | None = None,
+        **options: Any,
+    ) -> Fitted:
+        """A Laplace posterior, its prior precision chosen on held-out data.
+
+        Args:
+            subnet: The guide's option, as those that follow.
+            member: Whose weights are its mean.
+            tuned: Whether the precision is chosen; None: as the plan says.
+            options: Of the guide.
+        """
         posterior = self.posterior(subnet, member, **options)
         size = {"S": float(posterior.subnet.size)}
         own = of_posterior(posterior, size)
-        if not self.plan.tuned:
+        if not (self.plan.tuned if tuned is None else tuned):
             return own
         scaled = []
         for scale in SCALES:

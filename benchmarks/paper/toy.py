@@ -39,6 +39,8 @@ COMPARED = ("LargestVariance", "LargestVariance (SWAG)")
 # The paper's scaling: the prior precision times S / D.
 SCALED = ("LargestVariance", "RandomSubnet", "PredictiveVariance")
 SCALED_PRIOR = ", S/D prior"
+# As rivals are, on held-out data; and a network trained by the evidence.
+TUNED, EVIDENCE = ", tuned", "subnet, by evidence"
 OTHERS = (
     "MAP",
     "full Laplace",
@@ -48,6 +50,9 @@ OTHERS = (
     "MC dropout",
     "SWAG",
     "deep ensemble",
+    EVIDENCE,
+    *(f"subnet PredictiveVariance, greedy 5.0%{TUNED}", f"subnet LastLayer{TUNED}"),
+    *(f"full Laplace{TUNED}", f"diagonal Laplace{TUNED}"),
     *RIVALS,
 )
 # More weights than move a training output.
@@ -129,7 +134,7 @@ def tasks(settings: Settings) -> list[Task]:
         Task(
             "toy", "clusters", seed, variant, methods, partial(_run, seed, shape, plan)
         )
-        for seed in range(settings.seeds)
+        for seed in settings.numbers
         for variant, shape in NETWORKS.items()
     ]
 
@@ -143,17 +148,24 @@ def _run(
 
 
 def fit(network: Network, method: str) -> Fitted:
-    """Every posterior under the model's own N(0, 1) priors: subnets alone differ."""
+    """Under the model's own N(0, 1) priors, so that subnets alone differ, or tuned."""
+    tuned = method.endswith(TUNED)
+    method = method.removesuffix(TUNED)
     simple: dict[str, Callable[[], Fitted]] = {
         "MAP": network.at_map,
         "deep ensemble": network.ensemble,
         "MC dropout": network.mc_dropout,
         "SWAG": network.swag_draws,
         **{name: partial(fit_rival, name, network) for name in RIVALS},
-        "full Laplace": partial(network.subnet, None),
-        "diagonal Laplace": partial(network.subnet, None, covariance="diag"),
+        EVIDENCE: partial(network.by_evidence, network.plan.share),
+        "full Laplace": partial(network.subnet, None, tuned=tuned),
+        "diagonal Laplace": partial(
+            network.subnet, None, tuned=tuned, covariance="diag"
+        ),
         "Kronecker Laplace": partial(network.subnet, None, covariance="kron"),
-        "subnet LastLayer": lambda: network.subnet(network.selector("LastLayer", 1)),
+        "subnet LastLayer": lambda: network.subnet(
+            network.selector("LastLayer", 1), tuned=tuned
+        ),
     }
     if method in simple:
         return simple[method]()
@@ -171,6 +183,8 @@ def fit(network: Network, method: str) -> Fitted:
         "GreedyVariance, gap": lambda: GreedyVariance(size, between),
     }
     chosen = own[name]() if name in own else network.selector(name, size)
+    if tuned:
+        return network.subnet(chosen, tuned=True)
     posterior = network.posterior(chosen)
     if scaled:
         posterior = posterior.with_prior_precision("fraction")

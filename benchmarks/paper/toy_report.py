@@ -176,11 +176,15 @@ def _kept_picture(found: Found, path: Path) -> str:
 def _functions(found: Found, variant: str, path: Path) -> str:
     """Mean and two standard deviations of the function, at the first seed."""
     panels = new_row(None, len(DRAWN), "method", (3.2, 2.3))
-    x, y = toy_split(0).train
+    seed = min(found[at(variant, "MAP", "gap", "nll")])
+    x, y = toy_split(seed).train
     for ax, method in zip(panels, DRAWN, strict=True):
         shifts = [f"x={point:.2f}" for point in GRID.tolist()]
         mean, std = (
-            [found.get(at(variant, method, shift, part), {}).get(0) for shift in shifts]
+            [
+                found.get(at(variant, method, shift, part), {}).get(seed)
+                for shift in shifts
+            ]
             for part in ("mean", "std")
         )
         color = look(method.removesuffix(" 5.0%"))["color"]

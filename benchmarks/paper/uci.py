@@ -42,6 +42,14 @@ SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
 GREEDY = "subnet PredictiveVariance, greedy"
 ENSEMBLE = "ensemble of subnets"
 MAP_NOISE, EVIDENCE = "MAP, held-out noise", "subnet, by evidence"
+# What `AutoSubnetLaplace(model)` gives, and others as untuned.
+DEFAULT, OWN_PRIOR = "subnet by default", ", own prior"
+UNTUNED = tuple(
+    f"{name}{OWN_PRIOR}" for name in (DEFAULT, "subnet LastLayer", "full Laplace")
+)
+# Of `PredictiveVariance`: a curve against S.
+SHARES = (0.01, 0.02, 0.1, 0.2)
+SIZED = tuple(f"subnet PredictiveVariance, {share:.0%}" for share in SHARES)
 SWAG_SUBNET = "subnet LargestVariance (SWAG)"
 # Whose D is the size of further subnets. In the largest network every subnet has the
 # size of the smallest: 3% to 8% of its weights, in place of 5%.
@@ -63,7 +71,8 @@ def methods_of(variant: str) -> tuple[str, ...]:
     laplace = (*SUBNETS, *greedy, *sized, "diagonal Laplace", "full Laplace")
     ensembles = ("deep ensemble", ENSEMBLE, f"{ENSEMBLE} (PredictiveVariance)")
     rivals = (SWAG_SUBNET, "SWAG", "MC dropout", *RIVALS)
-    return ("MAP", MAP_NOISE, *laplace, EVIDENCE, *ensembles, *rivals)
+    ours = (*UNTUNED, EVIDENCE, *laplace, *SIZED)
+    return ("MAP", MAP_NOISE, *ours, *ensembles, *rivals)
 
 
 def plan_of(settings: Settings) -> Plan:
@@ -85,12 +94,11 @@ def tasks(settings: Settings) -> list[Task]:
     plan, found = plan_of(settings), []
     standard = {name: indices(folder / "uci" / name) for name in there}
     gaps = {name: indices(folder / "uci_gap" / name) for name in there}
-    for split in range(max(settings.seeds, *map(len, gaps.values()))):
+    for split in settings.numbers:
         for name in there:
-            if split < min(settings.seeds, len(standard[name])):
+            if split in standard[name]:
                 found += _tasks_of(folder, (name, "standard", split), plan)
-            limit = 1 if settings.scale == "smoke" else len(gaps[name])
-            if split < min(limit, len(gaps[name])):
+            if split in gaps[name]:
                 found += _tasks_of(folder, (name, "gap", split), plan)
     return found
 
@@ -153,7 +161,10 @@ def fit_of(network: Network, method: str) -> Callable[[], Fitted] | None:
         "MAP": network.at_map,
         MAP_NOISE: network.at_map_with_held_out_noise,
         **{name: partial(fit_rival, name, network) for name in RIVALS},
-        EVIDENCE: lambda: network.by_evidence(size_of(network)),
+        EVIDENCE: partial(network.by_evidence, network.plan.share),
+        f"{DEFAULT}{OWN_PRIOR}": partial(
+            network.subnet, network.plan.share, tuned=False
+        ),
         "deep ensemble": network.ensemble,
         "MC dropout": network.mc_dropout,
         "SWAG": network.swag_draws,
@@ -164,16 +175,28 @@ def fit_of(network: Network, method: str) -> Callable[[], Fitted] | None:
     if method.startswith(ENSEMBLE):
         members = "PredictiveVariance" if "(" in method else "LargestVariance"
         return partial(network.ensemble_of_subnets, members, size_of(network))
+    tuned = not method.endswith(OWN_PRIOR)
+    method = method.removesuffix(OWN_PRIOR)
     if method == "full Laplace":
         num_data = len(network.split.train[0])
         if network.num_params > _MOST_PARAMS and num_data > _MOST_DATA:
             return None
         dual = num_data < network.num_params
         form = "dual" if dual else "primal"
-        return partial(network.subnet, None, form=form)
-    name, _, small = method.removeprefix("subnet ").partition(", S of ")
-    size = num_params(network, small) if small else size_of(network)
-    return lambda: network.subnet(network.selector(name, size))
+        return partial(network.subnet, None, form=form, tuned=tuned)
+    method, size = chosen_size(network, method.removeprefix("subnet "))
+    return lambda: network.subnet(network.selector(method, size), tuned=tuned)
+
+
+def chosen_size(network: Network, words: str) -> tuple[str, int]:
+    """A selector's name, and S: as the words after it say, or what is usual here."""
+    name, _, small = words.partition(", S of ")
+    if small:
+        return name, num_params(network, small)
+    name, _, share = words.rpartition(", ")
+    if share.endswith("%"):
+        return name, network.size_of(float(share.rstrip("%")) / 100)
+    return words, size_of(network)
 
 
 def num_params(network: Network, variant: str) -> int:

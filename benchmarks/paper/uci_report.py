@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,16 +23,21 @@ from benchmarks.harness.reporting import (
     without_largest,
 )
 from benchmarks.harness.task import Row
+from benchmarks.paper.regression import RIVALS
 from benchmarks.paper.uci import (
     ENDS,
     ENSEMBLE,
     EQUAL,
+    EVIDENCE,
+    MAP_NOISE,
     NETWORKS,
     SETS,
+    SHARES,
+    SIZED,
     SMALL,
     methods_of,
 )
-from pyro_subnet.plotting.style import INK, frame, new_row
+from pyro_subnet.plotting.style import INK, frame, new_row, strokes
 
 KINDS = {"standard": "", "gap": "gap"}
 # Short heads for nine columns.
@@ -50,29 +56,30 @@ DRAWN = (
     "SWAG",
     "deep ensemble",
 )
-RIVALS = (
+OTHERS = (
     "MAP",
+    MAP_NOISE,
     "diagonal Laplace",
     "subnet LastLayer",
     "subnet RandomSubnet",
+    *RIVALS,
     "MC dropout",
     "SWAG",
     "deep ensemble",
 )
 CHALLENGERS = (
     "subnet LargestVariance",
-    "subnet LargestVariance (SWAG)",
     "subnet PredictiveVariance",
+    EVIDENCE,
     f"{ENSEMBLE} (PredictiveVariance)",
 )
 _METRIC = "log_likelihood"
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """All tables, and a picture of each kind of split."""
+    """All tables, a picture of each kind of split, and one by size."""
     found = collected(rows)
-    parts = [_splits(found), _question(found), _question_by_set(found)]
-    parts.append(_claims(found))
+    parts = [_splits(found), _question(found), _claims(found)]
     for kind in KINDS:
         title = f"{ENDS[1]}, {kind} splits"
         parts += [
@@ -80,7 +87,8 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             _by_set(found, kind, title),
             _picture(found, kind, folder / f"uci-{kind}.png"),
         ]
-    return "\n\n".join([*parts, _by_network(found), _networks(found), _rmse(found)])
+    sizes = [_by_size(found), _size_picture(found, folder / "uci-size.png")]
+    return "\n\n".join([*parts, _by_network(found), *sizes])
 
 
 def cell(
@@ -161,27 +169,11 @@ def _question(found: Found) -> str:
     return table("The paper's question: equal posterior size", heads, lines)
 
 
-def _question_by_set(found: Found) -> str:
-    """The same of the largest and the smallest network, each set by itself."""
-    names, lines = sets_of(found, "standard"), []
-    for kind in KINDS:
-        here = sets_of(found, kind)
-        for method in (*CHALLENGERS[:-1], "MAP"):
-            base = (ENDS[0], "MAP" if method == "MAP" else "full Laplace")
-            by_set = to_base(found, kind, (ENDS[1], method), base)
-            own = dict(zip(here, map(estimate, by_set), strict=True))
-            cells = [shown(own.get(name), sign=True) for name in names]
-            lines.append([kind, method, base[1], *cells])
-    heads = ["splits", ENDS[1], f"less {ENDS[0]}"]
-    heads += [SHORT.get(name, name) for name in names]
-    return table("The paper's question by set: log likelihood", heads, lines)
-
-
 def _claims(found: Found) -> str:
     """Subnets less what the paper says they beat, in the largest network."""
     lines = []
     for kind in KINDS:
-        for method in RIVALS:
+        for method in OTHERS:
             line = [kind, method]
             for subnet in CHALLENGERS:
                 by_set = to_base(found, kind, (ENDS[1], subnet), (ENDS[1], method))
@@ -223,11 +215,13 @@ def _pooled(found: Found, kind: str, title: str) -> str:
     return table(f"{title}: all sets", heads, lines)
 
 
-def _values(found: Found, kind: str, method: str, metric: str) -> list[float]:
+def _values(
+    found: Found, kind: str, method: str, metric: str, variant: str = ENDS[1]
+) -> list[float]:
     return [
         value
         for name in sets_of(found, kind)
-        for value in found.get(cell(name, kind, ENDS[1], method, metric), {}).values()
+        for value in found.get(cell(name, kind, variant, method, metric), {}).values()
     ]
 
 
@@ -261,16 +255,8 @@ def _by_set(found: Found, kind: str, title: str) -> str:
     return table(f"{title}: log likelihood by set", heads, lines)
 
 
-def mean_of(
-    found: Found,
-    name: str,
-    kind: str,
-    method: str,
-    *,
-    variant: str = ENDS[1],
-    metric: str = _METRIC,
-) -> Estimate | None:
-    values = found.get(cell(name, kind, variant, method, metric), {})
+def mean_of(found: Found, name: str, kind: str, method: str) -> Estimate | None:
+    values = found.get(cell(name, kind, ENDS[1], method), {})
     return estimate(list(values.values()))
 
 
@@ -292,41 +278,57 @@ def _by_network(found: Found) -> str:
     return table(title, ["method", *heads], lines)
 
 
-def _networks(found: Found) -> str:
-    """MAP, full Laplace and ensemble of each size of network."""
-    names = sets_of(found, "standard")
-    lines = [
-        [
-            variant,
-            method,
-            *(
-                shown(mean_of(found, name, "standard", method, variant=variant))
-                for name in names
-            ),
-        ]
-        for variant in NETWORKS
-        for method in ("MAP", "full Laplace", "deep ensemble")
-    ]
-    lines = [line for line in lines if set(line[2:]) != {"-"}]
-    heads = ["network", "method", *(SHORT.get(name, name) for name in names)]
-    return table("Networks, standard splits: log likelihood", heads, lines)
+# Of rising size, with what heads each column.
+_BY_SIZE = {
+    **{f"{share:.0%}": name for share, name in zip(SHARES, SIZED, strict=True)},
+    "about 5%": "subnet PredictiveVariance",
+    "all": "full Laplace",
+}
 
 
-def _rmse(found: Found) -> str:
-    """Of the methods whose mean is not the MAP's."""
+def _by_size(found: Found) -> str:
+    """A subnet's gain on the MAP against its size, on each network."""
     lines = []
     for kind in KINDS:
-        for method in ("MAP", "SWAG", "MC dropout", "deep ensemble"):
-            each = [
-                shown(mean_of(found, name, kind, method, metric="rmse"), 4)
-                if name in sets_of(found, kind)
-                else "-"
-                for name in sets_of(found, "standard")
-            ]
-            lines.append([kind, method, *each])
-    names = [SHORT.get(name, name) for name in sets_of(found, "standard")]
-    title = f"{ENDS[1]}: RMSE in the target's unit (of every Laplace row the MAP's)"
-    return table(title, ["splits", "method", *names], lines)
+        for variant in NETWORKS:
+            cells = []
+            for method in _BY_SIZE.values():
+                by_set = to_base(found, kind, (variant, method), (variant, "MAP"))
+                # Not where it fits some sets alone: their mean is of other data.
+                cells.append(pooled(by_set) if all(by_set) else None)
+            if any(cells):
+                texts = [shown(each, sign=True) for each in cells]
+                lines.append([kind, variant, *texts])
+    title = "By size of the subnet, `PredictiveVariance`: log likelihood, to the MAP"
+    heads = ["splits", "network", *(f"{share} of D" for share in _BY_SIZE)]
+    return table(title, heads, lines)
+
+
+def _size_picture(found: Found, path: Path) -> str:
+    """The same against the mean S."""
+    panels = new_row(None, len(KINDS), "kind", (4.6, 3.6))
+    for ax, kind in zip(panels, KINDS, strict=True):
+        for variant, stroke in zip(NETWORKS, strokes(), strict=False):
+            points = []
+            for method in _BY_SIZE.values():
+                by_set = to_base(found, kind, (variant, method), (variant, "MAP"))
+                gain = pooled(by_set) if all(by_set) else None
+                sizes = _values(found, kind, method, "S", variant)
+                if gain is not None and sizes:
+                    points.append((statistics.fmean(sizes), gain))
+            points.sort(key=lambda point: point[0])
+            ax.errorbar(
+                [size for size, _ in points],
+                [gain.mean for _, gain in points],
+                [gain.error for _, gain in points],
+                label=variant,
+                **stroke.options(),
+            )
+        ax.set_xscale("log")
+        ax.set_title(f"{kind} splits")
+        frame(ax, "weights in the subnet, S", "log likelihood less the MAP's, nats")
+    legend_below(panels, ncols=len(NETWORKS))
+    return saved(panels, path, "Log likelihood less the MAP's by size of the subnet")
 
 
 def _splits(found: Found) -> str:

@@ -70,7 +70,7 @@ def tasks(settings: Settings) -> list[Task]:
     return [
         Task(NAME, problem.name, seed, "", names(), partial(_run, problem, seed, plan))
         for problem in problems(settings.data_dir)
-        for seed in problem.seeds(settings.seeds)
+        for seed in settings.numbers
     ]
 
 

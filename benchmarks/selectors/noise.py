@@ -30,7 +30,7 @@ def tasks(settings: Settings) -> list[Task]:
         task(problem, seed, num_steps)
         for problem in problems(settings.data_dir)
         if problem.has_noise
-        for seed in problem.seeds(settings.seeds)
+        for seed in settings.numbers
     ]
 
 

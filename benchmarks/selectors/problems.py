@@ -42,14 +42,12 @@ class Problem:
         name: In the tables.
         split: The data of a seed.
         network: An untrained network, from the split; seeded by the caller.
-        seeds: Which seeds, or numbers of splits, of the first so many that are asked.
         has_noise: Whether its targets are numbers; else they are classes.
     """
 
     name: str
     split: Callable[[int], Split]
     network: Callable[[Split], nn.Sequential]
-    seeds: Callable[[int], Sequence[int]] = range
     has_noise: bool = True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -31,7 +32,7 @@ from benchmarks.harness.reporting import (
 )
 from benchmarks.harness.task import Experiment, Row, Score, Settings, Task
 from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.images import published
+from benchmarks.paper.summary import opening
 from pyro_subnet.plotting.style import strokes_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,13 +157,18 @@ def test_another_scale_is_another_run(tmp_path: Path) -> None:
 
 def test_methods_that_no_task_has(tmp_path: Path, experiment: list[Task]) -> None:
     settings = Settings(None, tmp_path, "smoke", 2)
-    with pytest.raises(ValueError, match=r"of dummy; got 'c'\. Choose from: a; b"):
-        runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, methods=["b", "c"])
+    with pytest.raises(ValueError, match=r"of dummy; got 'c'\. .* from: 'a', 'b'\."):
+        runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, runner.Only(["b", "c"]))
+    with pytest.raises(ValueError, match=r"^Networks .* got '2x9'\. .* from: ''\."):
+        runner.run(
+            {"dummy": EXPERIMENTS["dummy"]}, settings, runner.Only(networks=["2x9"])
+        )
 
 
 def test_a_run_does_what_is_not_done(tmp_path: Path, experiment: list[Task]) -> None:
     settings = Settings(None, tmp_path, "smoke", 2)
-    assert runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, methods=["b"]) == []
+    some = runner.Only(["b"], [""])
+    assert runner.run({"dummy": EXPERIMENTS["dummy"]}, settings, some) == []
     assert runner.run({"dummy": EXPERIMENTS["dummy"]}, settings) == []
     rows = read(tmp_path / "dummy.jsonl")
     order = [key(row) for row in rows[:: len(SCORES)]]
@@ -270,8 +276,8 @@ def test_pooled_sets_weigh_alike() -> None:
     found = pooled(groups)
     assert found is not None
     assert found.mean == pytest.approx((2 + 6) / 2)
-    assert found.error == pytest.approx((1.0**2 + 1.0**2) ** 0.5 / 2)
-    assert without_largest(groups) == estimate([1.0, 3.0])
+    assert found.error == pytest.approx(statistics.stdev([2.0, 6.0]) / 2**0.5)
+    assert without_largest(groups) == estimate([2.0])
     assert without_largest([[-9.0], *groups]) == pooled(groups)
 
 
@@ -315,7 +321,7 @@ PAPER = ROOT / "benchmarks" / "paper"
 def test_the_tables_are_those_of_the_results_kept_here(tmp_path: Path) -> None:
     for path in (PAPER / "results").glob("*.digest.jsonl"):
         shutil.copy(path, tmp_path)
-    found = command.report(EXPERIMENTS, tmp_path, published.report)
+    found = command.report(EXPERIMENTS, tmp_path, opening)
     page = (PAPER / "results" / "tables.md").read_text()
     title, _, tables = page.partition("explain them.\n\n")
     assert title.startswith("# All tables")
@@ -335,3 +341,14 @@ def test_the_findings_show_rows_that_were_measured(page: str) -> None:
             shown_rows.append(line)
     assert len(shown_rows) > 50
     assert [row for row in shown_rows if row not in measured] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "images.md"])
+def test_numbers_with_errors_in_the_prose_are_those_of_the_tables(page: str) -> None:
+    """To the digit, but for the sign, which the words around may carry."""
+    tables = (PAPER / "results" / "tables.md").read_text()
+    lines = (PAPER / page).read_text().splitlines()
+    prose = " ".join(line for line in lines if not line.startswith("|"))
+    told = re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(prose.split()))
+    assert len(told) > 10
+    assert [number for number in told if number not in tables] == []

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.harness.journal import read
-from benchmarks.harness.runner import run
+from benchmarks.harness.runner import Only, run
 from benchmarks.harness.task import Settings
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.images import (
@@ -31,6 +31,7 @@ from benchmarks.paper.images import (
     rotated,
 )
 from benchmarks.paper.images.case import (
+    BY_EVIDENCE,
     CURVE,
     ON_SHIFT,
     OWN_PRIOR,
@@ -50,6 +51,8 @@ from benchmarks.paper.images.readers import (
 )
 from benchmarks.paper.images.swag import Swag, with_weights
 from benchmarks.paper.images.training import Networks, Recipe, batches, fit
+from pyro_subnet import AutoSubnetLaplace
+from pyro_subnet.nn import init_to_module
 
 
 def write_idx(path, array):
@@ -137,19 +140,15 @@ class TestCorruptions:
         torch.testing.assert_close(corrupt(images, name, 0), images)
         torch.testing.assert_close(images, before)
 
-    # Elastic severities and saturations are no ladder in the published constants.
-    @pytest.mark.parametrize("name", sorted({*CORRUPTIONS} - {"elastic", "saturate"}))
+    # Elastic severities are no ladder in the published constants.
+    @pytest.mark.parametrize("name", sorted({*CORRUPTIONS} - {"elastic"}))
     def test_severity_grows(self, name):
         images = smooth_images(20, 3, 32)
         moved = [
             float((corrupt(images, name, severity).float() - images).square().mean())
             for severity in SEVERITIES
         ]
-        # Glass blur's constants are blurs and moves by turns.
-        if name == "glass blur":
-            assert moved[0] < moved[4]
-        else:
-            assert moved == sorted(moved)
+        assert moved == sorted(moved)
 
     def test_brightness_adds_to_the_value(self):
         grey = torch.tensor([0, 100, 250], dtype=torch.uint8).view(1, 1, 1, 3)
@@ -159,16 +158,6 @@ class TestCorruptions:
         # The value goes from 100 to 176.5 of 255, hue and saturation stay.
         found = corrupt(colour, "brightness", 5).flatten().tolist()
         assert found == [176, 88, 0]
-
-    def test_saturate_on_colour(self):
-        colour = torch.tensor([200, 150, 100], dtype=torch.uint8).view(1, 3, 1, 1)
-        # Saturation 0.5 times 0.1: blue lies 5% below the value, green half as far.
-        assert corrupt(colour, "saturate", 2).flatten().tolist() == [200, 195, 190]
-
-    def test_contrast_by_hand(self):
-        image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
-        found = corrupt(image, "contrast", 5).flatten().tolist()
-        assert found == [math.floor(255 * 0.475), math.floor(255 * 0.525)]
 
     def test_impulse_noise_hits_its_share(self):
         images = torch.full((50, 1, 28, 28), 100, dtype=torch.uint8)
@@ -180,25 +169,9 @@ class TestCorruptions:
         error = 4.3 * (share / 2 * (1 - share / 2) / n) ** 0.5
         assert abs(float((found == 255).double().mean()) - share / 2) < error
 
-    def test_gaussian_noise_has_its_scale(self):
-        images = torch.full((50, 1, 28, 28), 128, dtype=torch.uint8)
-        found = corrupt(images, "gaussian noise", 2).double() / 255
-        n = found.numel()
-        # Of a standard deviation, 4.3 standard errors; no pixel is clipped.
-        assert abs(float(found.std()) - 0.12) < 4.3 * 0.12 / (2 * n) ** 0.5
-
-    def test_pixelate_makes_blocks(self):
-        image = smooth_images(1, 1, 28)
-        found = corrupt(image, "pixelate", 2)  # 14 x 14 blocks
-        blocks = found.reshape(14, 2, 14, 2)
-        torch.testing.assert_close(blocks, blocks[:, :1, :, :1].expand_as(blocks))
-        means = image.float().reshape(14, 2, 14, 2).mean((1, 3))
-        assert float((blocks[:, 0, :, 0] - means).abs().max()) <= 1
-
-    @pytest.mark.parametrize("name", ["gaussian blur", "motion blur", "defocus blur"])
-    def test_blurs_keep_a_flat_image(self, name):
+    def test_blur_keeps_a_flat_image(self):
         flat = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
-        found = corrupt(flat, name, 5)
+        found = corrupt(flat, "gaussian blur", 5)
         assert int((found.int() - 77).abs().max()) <= 1
 
     def test_elastic_affine_part_keeps_a_plane(self):
@@ -506,6 +479,35 @@ class TestMethods:
         assert 0 == logs[OWN_PRIOR] <= logs[WITHIN_ERRORS] < logs[""]
         assert losses[""] < losses[WITHIN_ERRORS] <= losses[OWN_PRIOR]
 
+    def test_the_default_is_that_of_the_library(self, case):
+        """5% of the weights under the model's prior, or the one of highest evidence."""
+        x = to_unit(case.data.test.images)
+        net = case.net()
+        precision = case.setup.recipe.prior_precision(case.data)
+        part = case.fitted_part()
+        guide = AutoSubnetLaplace(
+            methods.classifier(net, precision),
+            0.05,
+            init_loc_fn=init_to_module(net),
+        )
+        weight = len(case.setup.recipe.training_part(case.data)) / len(part)
+        posterior = guide.laplace_approximation_from(
+            [(to_unit(part.images), part.labels)], num_data=round(weight * len(part))
+        )
+        for end, expected in (
+            (OWN_PRIOR, posterior),
+            (BY_EVIDENCE, posterior.tune_prior_precision()),
+        ):
+            found = methods.fit(f"{methods.DEFAULT}{end}", case)
+            size = round(0.05 * num_params(net))
+            assert size in {s.value for s in found.scores if s.metric == "S"}
+            torch.testing.assert_close(
+                found.predict(x).exp(),
+                expected.predictive_distribution(x).probs.double(),
+                rtol=1e-4,
+                atol=1e-6,
+            )
+
     def test_sizes_of_subnets(self, case):
         for name, size in (("S / 4", 5), ("5 S", 100)):
             found = methods.fit(f"subnet RandomSubnet, {name}", case)
@@ -577,7 +579,7 @@ class TestExperiments:
         for task in made:
             assert len(set(task.methods)) == len(task.methods)
             if task.experiment != fashion.NAME:
-                for end in (OWN_PRIOR, WITHIN_ERRORS, ON_SHIFT):
+                for end in (OWN_PRIOR, WITHIN_ERRORS, BY_EVIDENCE, ON_SHIFT):
                     assert f"subnet LastLayer{end}" in task.methods
 
     def test_a_picture_has_a_panel_for_each_way_of_tuning(self, tmp_path):
@@ -599,9 +601,9 @@ class TestExperiments:
         chosen = ("MAP", "subnet LargestVariance")
         most = {module.NAME: EXPERIMENTS[module.NAME] for module in (rotated, fashion)}
         most |= {cifar10.NAME: EXPERIMENTS[cifar10.NAME]}
-        assert run(most, settings, chosen) == []
+        assert run(most, settings, Only(chosen)) == []
         last = {corrupted.NAME: EXPERIMENTS[corrupted.NAME]}
-        assert run(last, settings, ("MAP",)) == []
+        assert run(last, settings, Only(("MAP",))) == []
         for module, title in ((rotated, "mnist, rotated"), (cifar10, "CIFAR-10")):
             rows = read(settings.out / f"{module.NAME}.jsonl")
             text = module.report(rows, settings.out)
@@ -687,13 +689,11 @@ class TestExperiments:
             for seed in range(2)
         ]
         lines = published.report({"cifar10": rows}).splitlines()
-        own = (
-            "| CIFAR-10 | 0.289 | - | net | 2 | 0.300 ± 0.000 | - | - | 0.250 ± 0.000 |"
-        )
-        assert own in lines
+        own = "| CIFAR-10 | 0.289 | - | net | 2 | 0.300 ± 0.000 | - | - | - |"
+        assert f"{own} 0.250 ± 0.000 |" in lines
         elastic = [line for line in lines if "elastic" in line]
         assert len(elastic) == len(SEVERITIES)
-        assert "| 2 | net | 2 | 0.500 ± 0.000 | - | - | - |" in elastic[1]
+        assert "| 2 | net | 2 | 0.500 ± 0.000 | - | - | - | - |" in elastic[1]
         assert "| ImageNet-10 | 0.277 | - | not run: no data | - |" in "\n".join(lines)
         assert "| FashionMNIST | 0.286 | - | not run | - |" in "\n".join(lines)
 

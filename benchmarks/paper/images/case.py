@@ -25,6 +25,8 @@ OWN_PRIOR = ", own prior"
 # Tuned on images like those trained on, and kept at that prior where its NLL there is
 # within two standard errors of the best.
 WITHIN_ERRORS = ", within two errors"
+# The prior of highest marginal likelihood; no held-out image is asked.
+BY_EVIDENCE = ", by evidence"
 NUM_ERRORS = 2.0
 # Temperatures of the MAP whose gain and price are drawn as a curve.
 CURVE = tuple(2 ** (step / 8) for step in range(25))

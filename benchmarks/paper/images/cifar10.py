@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.task import Row, Settings, Task
-from benchmarks.paper.images.corrupted import corruption_report, named_tests
+from benchmarks.paper.images.corrupted import all_tests, corruption_table
+from benchmarks.paper.images.corruptions import SEVERITIES
 from benchmarks.paper.images.evaluation import image_tasks, near_own_prior, on_shift
+from benchmarks.paper.images.methods import DEFAULT
+from benchmarks.paper.images.reporting import lines, picture
 
 NAME = "cifar10"
 METHODS = (
     "MAP",
     "MAP with temperature",
     "SWAG",
+    DEFAULT,
     "subnet LargestVariance",
     "subnet LargestVariance (SWAG)",
     "subnet LargestVariance (alive)",
@@ -28,9 +32,13 @@ METHODS = (
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
     methods = (*METHODS, *near_own_prior(METHODS), *on_shift(METHODS))
-    return image_tasks(NAME, settings, ("cifar10",), methods, named_tests)
+    return image_tasks(NAME, settings, ("cifar10",), methods, all_tests)
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """Tables and a picture."""
-    return corruption_report(rows, folder, "cifar10", "CIFAR-10")
+    """Tables of means over severities, and a picture."""
+    at = [(float(severity), f"*={severity}") for severity in SEVERITIES]
+    path, label = folder / "corrupted-cifar10.png", "severity; mean over corruptions"
+    drawn = picture(lines(rows, at), path, label)
+    title = "CIFAR-10, mean over severities"
+    return "\n\n".join([corruption_table(rows, title), drawn])

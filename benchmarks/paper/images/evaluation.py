@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.harness.task import Score, Settings, Task
 from benchmarks.paper.images.baselines import BASELINES, WITH_PRIOR
 from benchmarks.paper.images.case import (
+    BY_EVIDENCE,
     CURVE,
     ON_SHIFT,
     OWN_PRIOR,
@@ -77,7 +78,7 @@ def image_tasks(
             tuple(methods),
             partial(_run, settings, setup, seed, make_tests),
         )
-        for seed in range(settings.seeds)
+        for seed in settings.numbers
         for setup in chosen
     ]
 
@@ -136,7 +137,7 @@ def near_own_prior(methods: Sequence[str]) -> tuple[str, ...]:
     own = [name for name in methods if name not in BASELINES or name in WITH_PRIOR]
     return (
         *(f"{name}{OWN_PRIOR}" for name in own),
-        *(f"{name}{WITHIN_ERRORS}" for name in ours),
+        *(f"{name}{end}" for end in (WITHIN_ERRORS, BY_EVIDENCE) for name in ours),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.harness.task import Score
 from benchmarks.paper.images.baselines import BASELINES, gaussian_of_iterates
 from benchmarks.paper.images.case import (
+    BY_EVIDENCE,
     NUM_ERRORS,
     ON_SHIFT,
     OWN_PRIOR,
@@ -41,7 +42,7 @@ def fit(name: str, case: Case) -> Fitted:
     """A method by name, fitted and tuned as its name ends."""
     base, comma, words = name.rpartition(",")
     shown = comma + words
-    if shown not in (ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS):
+    if shown not in (ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS, BY_EVIDENCE):
         base, shown = name, ""
     start = time.process_time()
     if base not in BASELINES:
@@ -72,7 +73,10 @@ class Posterior(NamedTuple):
     looks: bool = False
 
 
+# What `AutoSubnetLaplace(model)` takes.
+DEFAULT = "subnet by default"
 _POSTERIORS: dict[str, Posterior] = {
+    DEFAULT: Posterior(lambda size, case, shown: 0.05),
     "subnet LargestVariance": Posterior(
         lambda size, case, shown: LargestVariance(size)
     ),
@@ -109,7 +113,6 @@ _POSTERIORS: dict[str, Posterior] = {
 }
 # The same with fewer and more weights.
 SIZED = (
-    "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet PredictiveVariance",
 )
@@ -164,7 +167,7 @@ def _tuned(
     name: str, case: Case, shown: str, member: int
 ) -> AutoSubnetMultivariateNormal:
     """A member's posterior with its prior tuned; kept in a file, as is the untuned."""
-    images = "" if shown in (OWN_PRIOR, WITHIN_ERRORS) else shown
+    images = shown if shown in case.tune else ""
     x, y = case.tune[images]
     net = case.net(member)
     precision = case.setup.recipe.prior_precision(case.data)
@@ -178,10 +181,14 @@ def _tuned(
     tuned = case.file("posteriors", f"{name}{shown} member{member} tuned")
     if not tuned.exists():
         posterior = AutoSubnetMultivariateNormal.load(raw, model, x[:2], y[:2])
-        errors = NUM_ERRORS if shown == WITHIN_ERRORS else 0.0
-        posterior.tune_prior_precision("nll", val=(x, y), standard_errors=errors).save(
-            tuned
-        )
+        if shown == BY_EVIDENCE:
+            found = posterior.tune_prior_precision()
+        else:
+            errors = NUM_ERRORS if shown == WITHIN_ERRORS else 0.0
+            found = posterior.tune_prior_precision(
+                "nll", val=(x, y), standard_errors=errors
+            )
+        found.save(tuned)
     return AutoSubnetMultivariateNormal.load(tuned, model, x[:2], y[:2])
 
 

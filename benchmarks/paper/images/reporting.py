@@ -16,6 +16,7 @@ from benchmarks.harness.looks import look
 from benchmarks.harness.reporting import mean_and_error, saved
 from benchmarks.harness.task import Row
 from benchmarks.paper.images.case import (
+    BY_EVIDENCE,
     CURVE,
     ON_SHIFT,
     OWN_PRIOR,
@@ -35,6 +36,7 @@ _ENDS = {
     "": "",
     ", prior of the MAP": OWN_PRIOR,
     ", prior of the MAP within two errors": WITHIN_ERRORS,
+    BY_EVIDENCE: BY_EVIDENCE,
     ON_SHIFT: ON_SHIFT,
 }
 _PANELS = {

@@ -82,9 +82,6 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         columns += [Column("rotation=*", metric) for metric in ("nll", "ece", "brier")]
         columns.append(Column("rotation=*", "nll", to_map=True))
         parts.append(table(f"{name}, rotated", columns, own))
-        for metric in ("error", "brier", "ece"):
-            columns = [Column(f"rotation={degrees}", metric) for degrees in _SHOWN]
-            parts.append(table(f"{name}, {metric} by rotation", columns, own))
         at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
         found = lines(own, at)
         parts.append(
