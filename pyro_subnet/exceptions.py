@@ -165,7 +165,8 @@ def _holds_large(value: Any) -> bool:
     """Whether it is or maps to a tensor of many numbers: torch writes it in 1 ms."""
     if isinstance(value, Mapping):
         return any(map(_holds_large, value.values()))
-    return math.prod(getattr(value, "shape", ())) > _LONG
+    shape = getattr(value, "shape", None)  # of other objects it may be anything
+    return isinstance(shape, tuple) and math.prod(shape) > _LONG
 
 
 def _package_of(frame: FrameType) -> str:

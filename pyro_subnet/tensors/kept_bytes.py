@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +21,9 @@ def counting_kept_bytes(
     run: Callable[[], Result], apart_from: Sequence[Tensor]
 ) -> tuple[Result, int]:
     """What a function returns, and the bytes kept by its graph but for some tensors.
+
+    Parameters and buffers of the modules that run do not count: they are there anyway,
+    however many data there are.
 
     A function with ``torch.func`` in it, which allows no hooks, runs once more: there
     every tensor that it makes counts, which is at least what it keeps.
@@ -32,21 +38,48 @@ def counting_kept_bytes(
     saved: dict[int, int] = {}
     count = partial(_count, saved)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            _storages_of_modules() as known,
+        ):
             result = run()
     # Of hooks inside `torch.func.grad`, or of a `torch.func.jvp`'s tensors without
     # storage. What is the function's own fault it raises again.
     except RuntimeError:
         with _Made() as made:
             return run(), made.nbytes
-    known = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in apart_from}
     return result, sum(size for at, size in saved.items() if at not in known)
 
 
+@contextmanager
+def _storages_of_modules() -> Iterator[set[int]]:
+    """Where the parameters and buffers of the modules lie that run inside."""
+    found, met, thread = set[int](), set[nn.Module](), threading.get_ident()
+
+    def meet(module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() != thread or module in met:
+            return
+        for part in module.modules():
+            if part not in met:
+                met.add(part)
+                own = (*part._parameters.values(), *part._buffers.values())
+                there = [tensor for tensor in own if tensor is not None]
+                found.update(each.untyped_storage().data_ptr() for each in there)
+
+    handle = register_module_forward_pre_hook(meet)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
-    # The tensor's own size: the few data points are a view of all.
-    storage = tensor.untyped_storage().data_ptr()
-    saved[storage] = max(saved.get(storage, 0), tensor.nbytes)
+    # The tensor's own size, for the few data points are a view of all; but of one that
+    # is expanded no more than there is.
+    storage = tensor.untyped_storage()
+    at, size = storage.data_ptr(), min(tensor.nbytes, storage.nbytes())
+    saved[at] = max(saved.get(at, 0), size)
     # An operation that keeps its own output, as ReLU does, would hold itself, in a
     # circle that Python does not see and never frees.
     return tensor.detach()

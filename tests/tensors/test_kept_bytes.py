@@ -56,6 +56,28 @@ def test_a_graph_whose_bytes_were_counted_is_freed(name: str) -> None:
     assert held() == before
 
 
+def test_what_is_there_anyway_or_is_a_view_of_less_does_not_count() -> None:
+    """Frozen weights, which many data share, and an input that is expanded."""
+    frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    frozen.register_buffer("shift", torch.randn(WIDTH, WIDTH))
+    x = torch.randn(2, WIDTH, requires_grad=True)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = frozen
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) @ self.inner.shift
+
+    _, nbytes = counting_kept_bytes(partial(Shifted(), x), [x])
+    assert nbytes == 0
+    row = torch.randn(1, WIDTH)
+    _, nbytes = counting_kept_bytes(lambda: x[:1] * row.expand(100, -1), [x])
+    assert nbytes == row.nbytes
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
 def test_a_network_is_held_by_its_copy_and_by_the_guides() -> None:
     before = held()
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3))

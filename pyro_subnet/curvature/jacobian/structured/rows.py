@@ -40,6 +40,8 @@ from pyro_subnet.tensors.modes import at_least_float32
 # Layers hold a few times their activations: data that need less than the budget by this
 # factor are known to fit without a trial run.
 _FAR_BELOW = 32
+# Data that need up to so many times the budget are not divided.
+_UNDIVIDED = 2
 
 OtherRoute = Callable[[OutputMap, Factors], Blocks]
 
@@ -97,7 +99,11 @@ def _group(outputs: OutputMap, factors: Factors, budget: int) -> int:
         return outputs.num_data
     probe = Recording(outputs.at(0, 1), whole=False)
     held = sum(column.entries.nbytes for column in probe.columns())
-    return max(1, min(outputs.num_data, budget // (held + jacobian + activations)))
+    one = held + jacobian + activations
+    # Whether data may be taken apart costs eight passes over a few to find out.
+    if outputs.num_data * one <= _UNDIVIDED * budget:
+        return outputs.num_data
+    return max(1, min(outputs.num_data, budget // one))
 
 
 def _group_rows(recording: Recording, factors: Factors) -> Tensor:
