@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar, final
 
@@ -63,9 +63,11 @@ def _storages_of_modules() -> Iterator[set[int]]:
         for part in module.modules():
             if part not in met:
                 met.add(part)
-                own = (*part._parameters.values(), *part._buffers.values())
-                there = [tensor for tensor in own if tensor is not None]
-                found.update(each.untyped_storage().data_ptr() for each in there)
+                for own in (*part._parameters.values(), *part._buffers.values()):
+                    # Those that `torch.func` wraps, and sparse ones, have no storage.
+                    if own is not None:
+                        with suppress(RuntimeError):
+                            found.add(own.untyped_storage().data_ptr())
 
     handle = register_module_forward_pre_hook(meet)
     try:

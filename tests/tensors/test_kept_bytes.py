@@ -6,6 +6,7 @@ Storages are counted, by the garbage collector's list of tensors.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.nn import bayesianize
@@ -56,26 +58,57 @@ def test_a_graph_whose_bytes_were_counted_is_freed(name: str) -> None:
     assert held() == before
 
 
+class Shifted(nn.Module):
+    """A frozen layer and a buffer, both of which are kept for the backward pass."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.register_buffer("shift", torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise KeyError("too many")
+        shifted: Tensor = self.inner(x) @ self.shift
+        return shifted
+
+
 def test_what_is_there_anyway_or_is_a_view_of_less_does_not_count() -> None:
     """Frozen weights, which many data share, and an input that is expanded."""
-    frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-    frozen.register_buffer("shift", torch.randn(WIDTH, WIDTH))
-    x = torch.randn(2, WIDTH, requires_grad=True)
-
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = frozen
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) @ self.inner.shift
-
-    _, nbytes = counting_kept_bytes(partial(Shifted(), x), [x])
+    x, net = torch.randn(2, WIDTH, requires_grad=True), Shifted()
+    _, nbytes = counting_kept_bytes(partial(net, x), [x])
     assert nbytes == 0
     row = torch.randn(1, WIDTH)
     _, nbytes = counting_kept_bytes(lambda: x[:1] * row.expand(100, -1), [x])
     assert nbytes == row.nbytes
-    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_modules_are_let_go_of_also_when_they_raise() -> None:
+    net = Shifted()
+    with pytest.raises(KeyError, match="too many"):
+        counting_kept_bytes(partial(net, torch.randn(3, WIDTH)), [])
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+def test_networks_that_run_under_vmap_run_once() -> None:
+    """Their weights, wrapped, have no storage of their own."""
+    nets = [nn.Linear(3, 4) for _ in range(3)]
+    weights, _ = stack_module_state(nets)
+    x, runs = torch.randn(5, 3), []
+
+    def run() -> Tensor:
+        runs.append(1)
+        return vmap(lambda own: functional_call(nets[0], own, (x,)).tanh())(weights)
+
+    outputs, nbytes = counting_kept_bytes(run, list(weights.values()))
+    assert len(runs) == 1
+    # The product keeps the input, tanh its own outputs.
+    assert nbytes == x.nbytes + outputs.nbytes
 
 
 def test_a_network_is_held_by_its_copy_and_by_the_guides() -> None:
