@@ -385,3 +385,40 @@ def test_the_toy_s_priors_are_the_model_s_own() -> None:
         std = want.output_distribution(x).variance.squeeze(-1).sqrt()
         torch.testing.assert_close(fitted.spread(x), std.detach())
     assert (scaled.spread(x) > own.spread(x)).all()
+
+
+def test_a_tuned_posterior_of_the_toy_fits_held_out_data_best() -> None:
+    split = toy.toy_split(1)
+    schedule = Schedule(20, batch=100, every=None, noise_scale=0.1)
+    network = Network(split, Shape((5,), "tanh"), Plan(schedule, tuned=False))
+    x, y = split.held_out
+    for name in (toy.FULL, "subnet LastLayer", "subnet RandomSubnet 50.0%"):
+        own = toy.fit(network, name)
+        tuned = toy.fit(network, f"{name}{toy.TUNED}")
+        assert "scale" not in own.notes
+        assert tuned.notes["scale"] > 0
+        assert tuned.predict(x).nll(y) < own.predict(x).nll(y)
+
+
+def test_untuned_and_sized_subnets_of_uci_are_those_they_are_called(
+    network: Network,
+) -> None:
+    x, _ = network.split.train
+
+    def fit(method: str) -> Fitted:
+        made = uci.fit_of(network, method)
+        assert made is not None
+        return made()
+
+    size = round(0.05 * network.num_params)
+    for name, subnet in (
+        (uci.DEFAULT, size),
+        ("full Laplace", None),
+        ("subnet LastLayer", network.selector("LastLayer", 1)),
+    ):
+        found = fit(f"{name}{uci.OWN_PRIOR}")
+        want = network.subnet(subnet, tuned=False)
+        assert "scale" not in found.notes
+        torch.testing.assert_close(found.spread(x), want.spread(x))
+    for name, share in zip(uci.SIZED, uci.SHARES, strict=True):
+        assert fit(name).notes["S"] == max(1, round(share * network.num_params))

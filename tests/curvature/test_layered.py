@@ -321,6 +321,22 @@ def test_rows_are_dense_autograds(kind: str, budget: int) -> None:
     assert_close(found, dense_rows(outputs, factors), **CLOSE)
 
 
+def test_data_are_divided_in_halves_or_less_or_not_at_all() -> None:
+    """A remainder of a few is not worth what it takes to see that they may be."""
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    outputs = output_map(net, torch.randn(40, 6))
+    factors = random_factors(outputs)
+    largest = set()
+    for power in range(40, 80):
+        budget = int(2 ** (power / 4))
+        blocks = jacobian_blocks(outputs, factors, budget, "layered")
+        sizes = [len(block.rows) for block in blocks]
+        assert sum(sizes) == 40
+        largest.add(max(sizes))
+    assert 40 in largest
+    assert 10 < max(largest - {40}) <= 20
+
+
 @quiet
 @pytest.mark.parametrize("share", [1.0, 0.02])
 @pytest.mark.parametrize("kind", NETWORKS)
