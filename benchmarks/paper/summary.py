@@ -34,7 +34,7 @@ from benchmarks.paper.images.methods import DEFAULT
 from benchmarks.paper.images.reporting import Column, by_seed
 from benchmarks.paper.toy_report import at
 from benchmarks.paper.uci_report import KINDS, cell, sets_of, to_base
-from pyro_subnet.plotting.style import INK, frame, new_row
+from pyro_subnet.plotting.style import INK, Axes, frame, new_row
 
 Rows = Mapping[str, Sequence[Row]]  # of each experiment, by its name
 Gain = Callable[[str], Estimate | None]  # of a method, by its name
@@ -93,7 +93,8 @@ def opening(rows: Rows, folder: Path) -> str:
 
 def report(rows: Rows, folder: Path) -> str:
     """The table and the picture; the latter where there are images."""
-    lines = [*_toy(rows), *_uci(rows), *_images(rows)]
+    every = (*_toy(rows), *_uci(rows), *_images(rows))
+    lines = [line for line in every if line.base is not None]
     cells = [
         [
             line.head,
@@ -206,19 +207,20 @@ def _picture(rows: Sequence[Row], path: Path) -> str:
         own = [row for row in rows if row["dataset"] == dataset]
         curve = [_place(own, "MAP", at_temperature(t)) for t in CURVE]
         there = [place for place in curve if place is not None]
-        ax.plot(
-            [price.mean for price, _ in there],
-            [gain.mean for _, gain in there],
-            color=INK,
-            linestyle=":",
-            label="MAP at temperatures from 1 to 8",
-        )
+        if there:
+            ax.plot(
+                [price.mean for price, _ in there],
+                [gain.mean for _, gain in there],
+                color=INK,
+                linestyle=":",
+                label="MAP at temperatures from 1 to 8",
+            )
         for name, end in _UNTUNED.items():
             _point(ax, own, name, end, f"{_short(name)}, not tuned")
         for name in _TUNED:
             _point(ax, own, name, ON_SHIFT, f"{_short(name)}, tuned on turned images")
         ax.set_title(title)
-        ax.set_xlim(-0.02, 0.25)
+        ax.set_xlim(-0.04, 0.25)
         frame(ax, "price upright, nats", "gain over all angles, nats")
     legend_below(panels, ncols=2)
     text = "Gain on the MAP over all angles against its price upright, by method"
@@ -245,7 +247,7 @@ def _place(
     return (price, gain) if price and gain else None
 
 
-def _point(ax, rows: Sequence[Row], name: str, end: str, label: str) -> None:
+def _point(ax: Axes, rows: Sequence[Row], name: str, end: str, label: str) -> None:
     place = _place(rows, f"{name}{end}")
     if place is None:
         return
