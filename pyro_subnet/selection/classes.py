@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,13 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pyro_subnet.curvature.jacobian.output_map import identity_factors
+from pyro_subnet.curvature.jacobian.output_map import OutputMap, identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks
 from pyro_subnet.selection.greedy import lower_factor
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tracing.output_site import OutputSite
-from pyro_subnet.tracing.subnet_call import SubnetCall
 
 
 def is_of_classes(site: OutputSite) -> bool:
@@ -51,12 +51,13 @@ class Chosen:
         return cls(subnet, lower_factor(precision[at][:, at]))
 
     def left_to_gain(
-        self, call: SubnetCall
+        self, sites: Sequence[OutputSite], outputs: OutputMap
     ) -> dict[str, Float[Tensor, "elements classes classes"]]:
         """Symmetric roots of what a further variance adds at each element.
 
         Args:
-            call: A call over the chosen weights alone.
+            sites: Those that a call over the chosen weights alone moves.
+            outputs: Of that call, or of some of its data.
 
         Returns:
             By site of classes, :math:`(I + V)^{-1}`, with V the covariance that the
@@ -64,14 +65,11 @@ class Chosen:
             :math:`V (I + V)^{-1}` rises with dV by that of dV between two such factors.
         """
         # Costs T^2 operations a row of J.
-        if not call.is_moved:
-            return {}
-        outputs = call.outputs()
         found = defaultdict[str, list[Tensor]](list)
         for block in jacobian_blocks(
             outputs, identity_factors(outputs), DEFAULT_BUDGET
         ):
-            site = call.sites[block.site]
+            site = sites[block.site]
             if is_of_classes(site):
                 found[site.name].append(self._factor(block.rows))
         return {name: torch.cat(parts) for name, parts in found.items()}

@@ -105,7 +105,7 @@ class GreedyVariance(Selector):
         num_candidates = pool_size(self.pool, size, layout.num_params, _CANDIDATES)
         check_pool_fits(num_candidates, MATRICES_TO_EXCHANGE, latents.loc.device)
         inputs = reference_data(self.inputs, data)
-        scores = squared_gradients(at_map, inputs, "equal")
+        scores = squared_gradients(at_map, inputs, "equal").total
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         # Noise that all data share is no candidate.
         others = max(size, int((scores > -torch.inf).sum()))

@@ -67,7 +67,7 @@ class LargestGradient(Selector):
         latents = guide.latents
         size = resolve_size(self.size, latents.layout.num_params)
         inputs = reference_data(self.inputs, data)
-        scores = squared_gradients(guide.at_map, inputs, "equal")
+        scores = squared_gradients(guide.at_map, inputs, "equal").total
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
         positions = largest(scores, size, noise)
         return Subnet.from_positions(latents.layout, positions)

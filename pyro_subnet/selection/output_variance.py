@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,15 @@ from pyro_subnet.curvature.jacobian.output_map import (
     identity_factors,
 )
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
+from pyro_subnet.curvature.jacobian.structured.recording import is_separable
 from pyro_subnet.exceptions import OptionError, SelectionError
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.laplace.state import SiteFactors, factor_of_each
 from pyro_subnet.selection.classes import Chosen, is_of_classes
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.agreement import random_stream
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
+from pyro_subnet.tensors.modes import at_least_float32
 from pyro_subnet.tensors.triangular import mirror_
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
@@ -67,9 +70,21 @@ def reference_data(inputs: Any, training: Data) -> Data:
     return Data([inputs] if is_one_call else inputs, whole=False)
 
 
+class SquaredGradients(NamedTuple):
+    """Squared gradients of the outputs, summed over inputs.
+
+    Attributes:
+        total: By weight, (D,).
+        num_rows: How many outputs they are the sum of.
+    """
+
+    total: Float[Tensor, " params"]
+    num_rows: int
+
+
 def squared_gradients(
     at_map: ModelAtMAP, data: Data, weighting: Weighting
-) -> Float[Tensor, " params"]:
+) -> SquaredGradients:
     r""":math:`A_{jj} = \sum_{n,c} (R_n J_n)_{cj}^2`, summed over inputs, (D,)."""
     # Outputs are the unconstrained parameters of the observed distributions that any
     # latent site moves. R is the identity, or the root of the weighted Fisher
@@ -81,8 +96,10 @@ def squared_gradients(
     total = torch.zeros(everything.size).to(everything.flat.device, torch.float64)
     noise = dict[str, Tensor]()  # squares of scales that are one number in a call
     scales = defaultdict[str, set[float]](set)
+    num_rows = 0
     with data.together():
         for call, outputs, factors in _maps(at_map, everything, data, weighting):
+            num_rows += sum(len(factor) * factor.shape[1] for factor in factors)
             rest = list(factors)
             for at, site in enumerate(call.sites if weighting == "equal" else ()):
                 column = _scale_column(call, site)
@@ -102,6 +119,7 @@ def squared_gradients(
             total += squared_columns(outputs, tuple(rest), DEFAULT_BUDGET)
     data.sum_(total)
     if data.ranks is not None:
+        num_rows = sum(data.ranks.gathered(num_rows))
         for own in data.ranks.gathered(dict(scales)):
             for name, ends in own.items():
                 scales[name] |= ends
@@ -117,7 +135,7 @@ def squared_gradients(
             "`inputs` must be such that some weight moves an output; got gradients "
             "that are all zero. Pass inputs like those to predict at."
         )
-    return total
+    return SquaredGradients(total, num_rows)
 
 
 def has_classes(at_map: ModelAtMAP, data: Data) -> bool:
@@ -135,18 +153,37 @@ def output_gram(
     data: Data,
     weighting: Weighting,
     chosen: Chosen | None = None,
+    *,
+    share: float = 1.0,
 ) -> Float[Tensor, "subnet subnet"]:
-    r"""Gram matrix :math:`A = \sum_n (R_n J_n)^\top R_n J_n`, (S, S), float64."""
+    r"""Gram matrix :math:`A = \sum_n (R_n J_n)^\top R_n J_n`, float64.
+
+    Args:
+        at_map: The model at its MAP.
+        subnet: The weights.
+        data: The inputs n.
+        weighting: What R weights the outputs by.
+        chosen: Weights that are chosen; R of a site of classes is what they leave to
+            gain.
+        share: Of the inputs that are in the sum, about, a random choice that is the
+            same every time. Inputs that cannot be taken apart are all in it.
+
+    Returns:
+        The matrix, (S, S).
+    """
     # A part T of the subnet keeps sum_n tr R_n J_T P_TT^-1 J_T^T R_n^T = tr P_TT^-1
-    # A_TT. One pass; 2 S^2 operations a row of J. Given weights that are chosen, R of a
-    # site of classes is what they leave to gain.
+    # A_TT. One pass; 2 S^2 operations a row of J. Sums have the dtype of the rows, as
+    # the GGN's do: in float64 they take twice as long, and know no more.
     like = at_map.latents.loc
-    gram = like.new_zeros(subnet.size, subnet.size, dtype=torch.float64)
+    width = at_least_float32(like.dtype)
+    gram = like.new_zeros(subnet.size, subnet.size, dtype=width)
     with data.together():
-        for _, outputs, factors in _maps(at_map, subnet, data, weighting, chosen):
+        maps = _maps(at_map, subnet, data, weighting, chosen, share=share)
+        for _, outputs, factors in maps:
             add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
     if data.ranks is not None:
         data.ranks.sum_lower_(gram)
+    gram = gram.to(torch.float64)
     mirror_(gram)
     return gram
 
@@ -191,8 +228,12 @@ def _maps(
     data: Data,
     weighting: Weighting,
     chosen: Chosen | None = None,
+    *,
+    share: float = 1.0,
 ) -> Iterator[tuple[SubnetCall, OutputMap, Factors]]:
     """Each call that the subnet moves, its outputs, and the factors R."""
+    # A step from one input to the next might meet one class alone.
+    stream, apart = random_stream(), None if share < 1 else False
     for args, kwargs in data.calls("Reference inputs"):
         read = ModelCall.read(at_map, args, kwargs)
         graph = read.graph()
@@ -200,15 +241,27 @@ def _maps(
         call = SubnetCall.of(read, subnet, graph, without_plates=not data.whole)
         own = None if chosen is None else SubnetCall.of(read, chosen.subnet, graph)
         del graph  # frees the activations before the Jacobian needs the room
-        if call.is_moved:
-            outputs = call.outputs()
-            weighted = weighting == "fisher"
-            factors = call.factors() if weighted else identity_factors(outputs)
-            if chosen is not None and own is not None:
-                left = chosen.left_to_gain(own)
-                sites = zip(call.sites, factors, strict=True)
-                factors = tuple(left.get(site.name, factor) for site, factor in sites)
-            yield call, outputs, factors
+        if not call.is_moved:
+            continue
+        of_call = [call.outputs()]
+        if own is not None and own.is_moved:
+            of_call.append(own.outputs())
+        if apart is None:
+            apart = is_separable(of_call[0])
+        if apart:
+            drawn = torch.rand(of_call[0].num_data, generator=stream) < share
+            if not bool(drawn.any()):
+                continue
+            index = drawn.nonzero().squeeze(-1).to(at_map.latents.loc.device)
+            of_call = [each.some(index) for each in of_call]
+        outputs, *of_chosen = of_call
+        weighted = weighting == "fisher"
+        factors = call.factors() if weighted else identity_factors(outputs)
+        if chosen is not None and own is not None and of_chosen:
+            left = chosen.left_to_gain(own.sites, *of_chosen)
+            sites = zip(call.sites, factors, strict=True)
+            factors = tuple(left.get(site.name, factor) for site, factor in sites)
+        yield call, outputs, factors
 
 
 def _scale_column(call: SubnetCall, site: OutputSite) -> int | None:

@@ -48,6 +48,9 @@ _CANDIDATES = 4.0
 _MOST_CANDIDATES = 8192
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
+# Rows of J for each candidate that a choice among classes reads, of training data that
+# have more: the precision is read from all of them.
+_ROWS = 2
 # Shares of S after which what is left to gain is read anew, for classes: a pass each.
 _ROUNDS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
@@ -84,7 +87,9 @@ class PredictiveVariance(Selector):
     Of a sum of variances the weights of a few classes that data tell apart at a glance,
     and hence do not determine, take all: the others stay as certain as at the MAP. What
     is left to gain is read anew after 1/8, 1/4, 1/2 and 3/4 of the weights, each a
-    further pass over the inputs of 2 M^2 operations a row of J.
+    further pass over the inputs of 2 M^2 operations a row of J. Of training data that
+    can be taken apart these passes take a random part, the same every time, of about
+    2 M rows of J. P is always of all data, and inputs that are given are all taken.
 
     ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.5 GiB, as
     by default it does up to S = 2,048, and diagonal above.
@@ -173,7 +178,7 @@ class PredictiveVariance(Selector):
         variance = marginal_variance(curvature, layout)
         squares = squared_gradients(at_map, inputs, self._at_once)
         noise = torch.finfo(latents.loc.dtype).eps ** 0.75
-        scores = squares * variance
+        scores = squares.total * variance
         if not is_greedy:
             positions = largest(scores, size, noise)
         else:
@@ -181,7 +186,11 @@ class PredictiveVariance(Selector):
             others = max(size, int((scores > -torch.inf).sum()))
             best = largest(scores, min(num_candidates, others), noise)
             pool = Subnet.from_positions(layout, best)
-            positions = pool.flat[self._chosen(at_map, pool, data, inputs, size)]
+            share = 1.0
+            if self.inputs is None:
+                share = min(1.0, _ROWS * pool.size / squares.num_rows)
+            chosen = self._chosen(at_map, pool, data, inputs, size, share=share)
+            positions = pool.flat[chosen]
         explained = explained_variance(curvature, variance, positions)
         return Subnet.from_positions(layout, positions, explained)
 
@@ -191,7 +200,14 @@ class PredictiveVariance(Selector):
         return "equal" if self.weighting == "bounded" else self.weighting
 
     def _chosen(
-        self, at_map: ModelAtMAP, pool: Subnet, data: Data, inputs: Data, size: int
+        self,
+        at_map: ModelAtMAP,
+        pool: Subnet,
+        data: Data,
+        inputs: Data,
+        size: int,
+        *,
+        share: float,
     ) -> Int[Tensor, " chosen"]:
         """Positions of the weights within the pool, by their interactions."""
         precision = dense_precision(at_map, pool, data)
@@ -202,7 +218,14 @@ class PredictiveVariance(Selector):
             chosen = Chosen.of(pool, precision, at) if len(at) else None
             at = add_in_blocks(
                 precision,
-                output_gram(at_map, pool, inputs, self._at_once, chosen),
+                output_gram(
+                    at_map,
+                    pool,
+                    inputs,
+                    self._at_once,
+                    chosen,
+                    share=share if is_bounded else 1.0,
+                ),
                 end,
                 block_size=self.block_size or max(1, size // _STEPS),
                 noise=relative_noise(at_map.latents.loc.dtype),

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -37,6 +38,7 @@ from pyro_subnet.selection.greedy import (
     pool_size,
 )
 from pyro_subnet.selection.output_variance import squared_gradients
+from pyro_subnet.tensors.agreement import random_stream
 from pyro_subnet.tracing.data import Data
 from tests.cases import (
     CASES,
@@ -321,6 +323,53 @@ def test_classes_are_bounded_at_each_input(name: str, block_size: int) -> None:
     assert differs
 
 
+def many_data(dtype: torch.dtype, coupled: bool) -> tuple[Any, Tensor, Tensor]:
+    """A network of 10 weights, and 35 data."""
+    x = draw(3, 35, 2).to(dtype)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        first = pyro.sample("a", dist.Normal(x.new_zeros(2, 2), 1.0).to_event(2))
+        last = pyro.sample("b", dist.Normal(x.new_zeros(3, 2), 1.0).to_event(2))
+        hidden = torch.tanh((x - x.mean(0) if coupled else x) @ first.T)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=hidden @ last.T), obs=y)
+
+    return model, x, torch.arange(35) % 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "coupled"),
+    [
+        (torch.float32, 35, False),
+        (torch.float64, 4, False),
+        (torch.float64, 35, True),
+    ],
+)
+def test_of_many_data_with_classes_a_part_is_read(
+    dtype: torch.dtype, batch: int, coupled: bool
+) -> None:
+    model, x, y = many_data(dtype, coupled)
+    calls = [(x[i : i + batch], y[i : i + batch]) for i in range(0, len(x), batch)]
+    data = Data(calls, whole=batch == len(x))
+
+    def chosen(inputs: Any) -> list[int]:
+        selector = PredictiveVariance(5, inputs)
+        pyro.clear_param_store()
+        values = {"a": draw(4, 2, 2).to(dtype), "b": draw(5, 3, 2).to(dtype)}
+        guide = AutoSubnetLaplace(
+            model, selector, init_loc_fn=init_to_value(values=values)
+        )
+        guide(x, y)
+        found: list[int] = selector(guide, data).flat.tolist()
+        return found
+
+    every = [(each,) for each, _ in calls]
+    # Of 105 rows of J 2 x 10 are enough.
+    some = (x[torch.rand(len(x), generator=random_stream()) < 20 / 105],)
+    assert chosen(None) == chosen(every if coupled else some)
+    assert chosen(every) != chosen(some)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_class_is_left_out_where_others_vary_more(dtype: torch.dtype) -> None:
     """Two of four logits have ten times the size, and four weights each."""
@@ -475,7 +524,8 @@ def test_scales_that_differ_count_alike_in_batches_of_any_size(size: int) -> Non
     guide(*case.args, **case.kwargs)
     cuts = range(0, len(x), size)
     calls = [(x[i : i + size], *(one[i : i + size] for one in rest)) for i in cuts]
-    found = squared_gradients(guide.at_map, Data(calls, whole=False), "equal")
+    data = Data(calls, whole=False)
+    found = squared_gradients(guide.at_map, data, "equal").total
     assert_close(found, gram(case).diagonal(), **AUTOGRAD)
 
 

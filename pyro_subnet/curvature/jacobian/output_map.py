@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # (values of the chosen sites, rows of data or None for all data)
@@ -92,14 +92,22 @@ class OutputMap:
         """The map of consecutive data alone, ``start`` to ``stop`` - 1."""
         if stop - start == self.num_data:
             return self
-        rows = tuple(row[start:stop] for row in self.rows)
+        return self._part(slice(start, stop), stop - start)
+
+    def some(self, index: Int[Tensor, " some"]) -> OutputMap:
+        """The map of some data alone."""
+        return self._part(index, len(index))
+
+    def _part(self, which: slice | Tensor, num_data: int) -> OutputMap:
+        rows = tuple(row[which] for row in self.rows)
+        by_datum = (value.unflatten(0, (self.num_data, -1)) for value in self.reference)
         return replace(
             self,
             of_sites=partial(self._of_rows, rows),
-            reference=factors_of(self.reference, self.num_data, start, stop),
+            reference=tuple(value[which].flatten(0, 1) for value in by_datum),
             rows=rows,
-            num_data=stop - start,
-            activation_bytes=self.activation_bytes * (stop - start) // self.num_data,
+            num_data=num_data,
+            activation_bytes=self.activation_bytes * num_data // self.num_data,
         )
 
     def _of_rows(

@@ -249,6 +249,17 @@ def recordings(
         yield start, recording, factors_of(factors, num_data, start, stop)
 
 
+def is_separable(outputs: OutputMap) -> bool:
+    """Whether some of the data give their part of the outputs' derivatives."""
+    if outputs.num_data == 1:
+        return False
+    try:
+        _check_separation(outputs)
+    except NotLayered:
+        return False
+    return True
+
+
 def _check_separation(outputs: OutputMap) -> None:
     """Compares a few data's gradient, for a random cotangent, with their parts'."""
     # Each route also compares every group with autograd, and a group's values are those
