@@ -84,12 +84,15 @@ def report(
     folder: Path,
     opening: Opening | None = None,
 ) -> str:
-    """Tables of every experiment that has results; pictures and digests beside them."""
+    """Tables of every experiment's digest; pictures beside them.
+
+    A digest is made anew where there is a journal.
+    """
     parts, found = [], {}
     for name, experiment in experiments.items():
-        rows = read(folder / f"{name}.jsonl") or digest.read(folder, name)
-        if rows:
-            digest.write(rows, folder, name)
+        if measured := read(folder / f"{name}.jsonl"):
+            digest.write(measured, folder, name)
+        if rows := digest.read(folder, name):
             parts.append(experiment.report(rows, folder))
             found[name] = rows
     if opening is not None and found:

@@ -1,6 +1,7 @@
 """Results in a tenth of the journal's size, to be kept beside what they show.
 
-A line has one number of one method at every seed, to six digits.
+A line has one number of one method at every seed, to six digits. The seconds that a
+method took, judging included, are one of its numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from benchmarks.harness.task import Row
 
 _HEAD = ("experiment", "scale", "versions")
 _CELL = ("dataset", "variant", "method", "shift", "metric")
+# The metric's name; its shift is that of data in distribution.
+SECONDS = "seconds in all"
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -25,9 +28,14 @@ def write(rows: Sequence[Row], folder: Path, name: str) -> None:
     found: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for row in rows:
         head = tuple(row[part] for part in _HEAD)
-        cell = json.dumps([row[part] for part in _CELL])
-        values = found.setdefault(head, {}).setdefault(cell, {})
-        values[str(row["seed"])] = float(f"{row['value']:.6g}")
+        cells = found.setdefault(head, {})
+        numbers = {(row["shift"], row["metric"]): row["value"]}
+        if "seconds" in row:
+            numbers["", SECONDS] = row["seconds"]
+        for place, value in numbers.items():
+            cell = json.dumps([*(row[part] for part in _CELL[:3]), *place])
+            values = cells.setdefault(cell, {})
+            values[str(row["seed"])] = float(f"{value:.6g}")
     with path_of(folder, name).open("w") as file:
         for head, cells in found.items():
             print(json.dumps(dict(zip(_HEAD, head, strict=True))), file=file)
@@ -36,7 +44,7 @@ def write(rows: Sequence[Row], folder: Path, name: str) -> None:
 
 
 def read(folder: Path, name: str) -> list[Row]:
-    """The rows again, without their seconds; none if there is no digest."""
+    """The rows again, and the seconds as rows of their own; none if there are none."""
     path, rows = path_of(folder, name), list[Row]()
     if not path.exists():
         return rows

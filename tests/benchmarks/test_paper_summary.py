@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from benchmarks.harness.digest import SECONDS
 from benchmarks.harness.task import Row
-from benchmarks.paper import summary, toy, uci
+from benchmarks.paper import of_today, summary, toy, uci
 from benchmarks.paper.images.case import (
     BY_EVIDENCE,
     CURVE,
@@ -114,3 +115,38 @@ def test_the_toy_is_scored_in_the_gap_and_at_the_data(tmp_path: Path) -> None:
     found = cells({"toy": rows}, tmp_path)
     assert found["one-dimensional toy, in the gap"][2] == "+28.000 ± 0.000"
     assert found["one-dimensional toy, at the data"][2] == "+0.100 ± 0.000"
+
+
+def test_rivals_stand_beside_the_default_under_shift_with_their_seconds() -> None:
+    network, default = uci.ENDS[1], f"{uci.DEFAULT}{uci.OWN_PRIOR}"
+    rows = [
+        row("yacht/gap", method, "gap", value, metric="log_likelihood", seed=seed)
+        for method, values in {
+            "MAP": (-4.0, -4.0),
+            default: (-1.0, -2.0),
+            "ELLA": (-1.5, -3.5),
+        }.items()
+        for seed, value in enumerate(values)
+    ]
+    rows += [
+        row("yacht/gap", method, "", value, metric=SECONDS, seed=seed)
+        for method, value in {default: 2.0, "ELLA": 9.0}.items()
+        for seed in range(2)
+    ]
+    rows = [{**each, "variant": network} for each in rows]
+    turned = {f"{DEFAULT}{OWN_PRIOR}": (1.0, 3.0), "VaLLA": (2.0, 6.0)}
+    for method, values in turned.items():
+        for angle, value in zip((0, 90), values, strict=True):
+            rows.append(row("mnist", method, f"rotation={angle}", value))
+    rows.append(row("mnist", "VaLLA", "", 9.0))
+    rows.append(row("mnist", "VaLLA", "", 70.0, metric="seconds_fit"))
+    by_name = {"uci": rows, "rotated": rows}
+    lines = of_today.report(by_name).splitlines()[4:]
+    assert lines == [
+        "| yacht, gap splits | +1.000 ± 0.500 | - | 2 | 9 | - |",
+        "| MNIST, turned by 0 to 180 degrees | - | +2.000 ± 0.000 | - | - | 70 |",
+    ]
+    assert (
+        of_today.report({"uci": [each for each in rows if each["method"] == "MAP"]})
+        == ""
+    )

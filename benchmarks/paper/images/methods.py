@@ -44,12 +44,13 @@ def fit(name: str, case: Case) -> Fitted:
     shown = comma + words
     if shown not in (ON_SHIFT, OWN_PRIOR, WITHIN_ERRORS, BY_EVIDENCE):
         base, shown = name, ""
-    start = time.process_time()
+    start, earlier = time.process_time(), 0.0
     if base not in BASELINES:
-        predict, scores = _posterior(base, case, shown)
+        (predict, scores), earlier = _posterior(base, case, shown)
     else:
         predict, scores = BASELINES[base](case, shown)
-    return Fitted(predict, [*scores, Score("", "seconds_fit", _since(start))])
+    seconds = earlier + _since(start)
+    return Fitted(predict, [*scores, Score("", "seconds_fit", seconds)])
 
 
 def _since(start: float) -> float:
@@ -130,10 +131,12 @@ ENSEMBLES = {
 METHODS = (*BASELINES, *_POSTERIORS, *ENSEMBLES)
 
 
-def _posterior(name: str, case: Case, shown: str) -> Fitted:
+def _posterior(name: str, case: Case, shown: str) -> tuple[Fitted, float]:
+    """Also the seconds of a fit that an earlier call kept."""
     members = case.setup.members if name in ENSEMBLES else 1
     name = ENSEMBLES.get(name, name)
-    found = [_tuned(name, case, shown, member) for member in range(members)]
+    fits = [_tuned(name, case, shown, member) for member in range(members)]
+    found, earlier = [each for each, _ in fits], sum(spent for _, spent in fits)
     first = found[0]
     scores = [
         Score("", "S", first.subnet.size),
@@ -147,7 +150,7 @@ def _posterior(name: str, case: Case, shown: str) -> Fitted:
     def predict(x: Tensor) -> Tensor:
         return mixture([_log_probs(each, x, batch_size) for each in found])
 
-    return Fitted(predict, scores)
+    return Fitted(predict, scores), earlier
 
 
 @torch.no_grad()
@@ -165,8 +168,11 @@ def _log_probs(
 
 def _tuned(
     name: str, case: Case, shown: str, member: int
-) -> AutoSubnetMultivariateNormal:
-    """A member's posterior with its prior tuned; kept in a file, as is the untuned."""
+) -> tuple[AutoSubnetMultivariateNormal, float]:
+    """A member's posterior with its prior tuned; kept in a file, as is the untuned.
+
+    Also the seconds that its fit took, if it was kept.
+    """
     images = shown if shown in case.tune else ""
     x, y = case.tune[images]
     net = case.net(member)
@@ -174,10 +180,16 @@ def _tuned(
     model = classifier(net, precision)
     own = images if _POSTERIORS[name].looks else ""
     raw = case.file("posteriors", f"{name}{own} member{member}")
-    if not raw.exists():
-        _fit(name, case, images, net, model).save(raw)
+    clock, earlier = raw.with_suffix(".seconds"), 0.0
+    if raw.exists():
+        earlier = float(clock.read_text())
+    else:
+        start = time.process_time()
+        fitted = _fit(name, case, images, net, model)
+        clock.write_text(f"{_since(start):.3f}")
+        fitted.save(raw)
     if shown == OWN_PRIOR:
-        return AutoSubnetMultivariateNormal.load(raw, model, x[:2], y[:2])
+        return AutoSubnetMultivariateNormal.load(raw, model, x[:2], y[:2]), earlier
     tuned = case.file("posteriors", f"{name}{shown} member{member} tuned")
     if not tuned.exists():
         posterior = AutoSubnetMultivariateNormal.load(raw, model, x[:2], y[:2])
@@ -189,7 +201,7 @@ def _tuned(
                 "nll", val=(x, y), standard_errors=errors
             )
         found.save(tuned)
-    return AutoSubnetMultivariateNormal.load(tuned, model, x[:2], y[:2])
+    return AutoSubnetMultivariateNormal.load(tuned, model, x[:2], y[:2]), earlier
 
 
 def _fit(

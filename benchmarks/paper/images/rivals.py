@@ -130,6 +130,7 @@ def _predictor(posterior: Any) -> Predict:
         parts: Iterable[Tensor] = (
             posterior(part, link_approx="probit").detach() for part in x.split(_BATCH)
         )
-        return torch.cat(list(parts)).double().log().cpu()
+        # In float32 they sum to one up to a few 1e-7.
+        return torch.cat(list(parts)).double().log().log_softmax(1).cpu()
 
     return predict
