@@ -49,8 +49,9 @@ _MOST_CANDIDATES = 8192
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
 # Rows of J for each candidate that a choice among classes reads, of training data that
-# have more: the precision is read from all of them.
-_ROWS = 2
+# have more (the precision is read from all), but where a pass of so many
+# multiplications, about a second, would do.
+_ROWS, _QUICK = 2, 2**37
 # Shares of S after which what is left to gain is read anew, for classes: a pass each.
 _ROUNDS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
@@ -89,7 +90,8 @@ class PredictiveVariance(Selector):
     is left to gain is read anew after 1/8, 1/4, 1/2 and 3/4 of the weights, each a
     further pass over the inputs of 2 M^2 operations a row of J. Of training data that
     can be taken apart these passes take a random part, the same every time, of about
-    2 M rows of J. P is always of all data, and inputs that are given are all taken.
+    2 M rows of J, or of as many as a second will do. P is always of all data, and
+    inputs that are given are all taken.
 
     ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.5 GiB, as
     by default it does up to S = 2,048, and diagonal above.
@@ -188,7 +190,7 @@ class PredictiveVariance(Selector):
             pool = Subnet.from_positions(layout, best)
             share = 1.0
             if self.inputs is None:
-                share = min(1.0, _ROWS * pool.size / squares.num_rows)
+                share = share_read(squares.num_rows, pool.size)
             chosen = self._chosen(at_map, pool, data, inputs, size, share=share)
             positions = pool.flat[chosen]
         explained = explained_variance(curvature, variance, positions)
@@ -232,3 +234,9 @@ class PredictiveVariance(Selector):
                 start=at,
             )
         return at
+
+
+def share_read(num_rows: int, num_candidates: int) -> float:
+    """Which share of so many rows of J a choice among classes reads, pass by pass."""
+    enough = max(_ROWS * num_candidates, _QUICK / num_candidates**2)
+    return min(1.0, enough / num_rows)

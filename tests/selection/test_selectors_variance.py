@@ -31,13 +31,15 @@ from pyro_subnet.selection import (
     PredictiveVariance,
     Selector,
 )
+from pyro_subnet.selection.classes import Chosen
 from pyro_subnet.selection.greedy import (
     add_in_blocks,
     check_pool_fits,
     exchange_,
     pool_size,
 )
-from pyro_subnet.selection.output_variance import squared_gradients
+from pyro_subnet.selection.output_variance import output_gram, squared_gradients
+from pyro_subnet.selection.predictive_variance import share_read
 from pyro_subnet.tensors.agreement import random_stream
 from pyro_subnet.tracing.data import Data
 from tests.cases import (
@@ -323,8 +325,13 @@ def test_classes_are_bounded_at_each_input(name: str, block_size: int) -> None:
     assert differs
 
 
-def many_data(dtype: torch.dtype, coupled: bool) -> tuple[Any, Tensor, Tensor]:
-    """A network of 10 weights, and 35 data."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [35, 4])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_share_of_the_inputs_is_read(
+    dtype: torch.dtype, batch: int, coupled: bool
+) -> None:
+    """A random one, across batches, where data can be taken apart."""
     x = draw(3, 35, 2).to(dtype)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -334,40 +341,31 @@ def many_data(dtype: torch.dtype, coupled: bool) -> tuple[Any, Tensor, Tensor]:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(logits=hidden @ last.T), obs=y)
 
-    return model, x, torch.arange(35) % 3
+    values = {"a": draw(4, 2, 2).to(dtype), "b": draw(5, 3, 2).to(dtype)}
+    guide = AutoSubnetLaplace(model, init_loc_fn=init_to_value(values=values))
+    guide(x, torch.arange(35) % 3)
+    at_map = guide.at_map
+    pool = at_map.latents.everything
+    chosen = Chosen.of(pool, torch.eye(10).double(), torch.tensor([8, 3]))
+
+    def gram_of(calls: list[tuple[Tensor]], **options: float) -> Tensor:
+        data = Data(calls, whole=False)
+        return output_gram(at_map, pool, data, "equal", chosen, **options)
+
+    calls = [(x[i : i + batch],) for i in range(0, len(x), batch)]
+    read = torch.rand(len(x), generator=random_stream()) < 0.3
+    assert 5 < int(read.sum()) < 15
+    expected = gram_of(calls) if coupled else gram_of([(x[read],)])
+    found = gram_of(calls, share=0.3)
+    assert_close(found, expected, **tolerance(dtype, "autograd"))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "batch", "coupled"),
-    [
-        (torch.float32, 35, False),
-        (torch.float64, 4, False),
-        (torch.float64, 35, True),
-    ],
-)
-def test_of_many_data_with_classes_a_part_is_read(
-    dtype: torch.dtype, batch: int, coupled: bool
-) -> None:
-    model, x, y = many_data(dtype, coupled)
-    calls = [(x[i : i + batch], y[i : i + batch]) for i in range(0, len(x), batch)]
-    data = Data(calls, whole=batch == len(x))
-
-    def chosen(inputs: Any) -> list[int]:
-        selector = PredictiveVariance(5, inputs)
-        pyro.clear_param_store()
-        values = {"a": draw(4, 2, 2).to(dtype), "b": draw(5, 3, 2).to(dtype)}
-        guide = AutoSubnetLaplace(
-            model, selector, init_loc_fn=init_to_value(values=values)
-        )
-        guide(x, y)
-        found: list[int] = selector(guide, data).flat.tolist()
-        return found
-
-    every = [(each,) for each, _ in calls]
-    # Of 105 rows of J 2 x 10 are enough.
-    some = (x[torch.rand(len(x), generator=random_stream()) < 20 / 105],)
-    assert chosen(None) == chosen(every if coupled else some)
-    assert chosen(every) != chosen(some)
+def test_how_much_of_many_data_is_read() -> None:
+    """All where that takes a second; else two rows of J for each candidate."""
+    assert share_read(30_000, 2048) == 1.0
+    assert share_read(100_000, 6000) == 0.12
+    assert share_read(10_000, 6000) == 1.0
+    assert share_read(2**17, 2048) == 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -23,7 +23,7 @@ from benchmarks.paper.images.case import (
     WITHIN_ERRORS,
     at_temperature,
 )
-from benchmarks.paper.images.methods import METHODS, SIZED, SIZES
+from benchmarks.paper.images.methods import DEFAULT, METHODS, SIZED, SIZES
 from pyro_subnet.plotting.style import frame
 
 # Mean and standard error of a method at each position.
@@ -51,14 +51,19 @@ _DRAWN = (
     "deep ensemble",
     "MC dropout",
     "SWAG",
+    "ELLA",
+    DEFAULT,
     "subnet LargestVariance",
-    "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet LastLayer",
     "subnet PredictiveVariance",
     "diagonal Laplace",
     "ensemble of subnets (PredictiveVariance)",
 )
+
+
+# Drawn alike: where there are both it is the latter.
+_SMALL = "subnet PredictiveVariance", DEFAULT
 
 
 class Column(NamedTuple):
@@ -267,6 +272,8 @@ def picture(found: Lines, path: Path, label: str) -> str:
     for axes, (title, end) in zip(row, panels.items(), strict=True):
         for base in _DRAWN:
             method = base if base in _UNTUNED else f"{base}{end}"
+            if base == _SMALL[0] and f"{_SMALL[1]}{end}" in found:
+                continue
             if method in found:
                 at, means, errors = zip(*found[method], strict=True)
                 handles[base] = axes.errorbar(at, means, errors, **look(base))
