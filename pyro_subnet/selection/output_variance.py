@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from jaxtyping import Float
@@ -70,6 +70,7 @@ def reference_data(inputs: Any, training: Data) -> Data:
     return Data([inputs] if is_one_call else inputs, whole=False)
 
 
+@final
 class SquaredGradients(NamedTuple):
     """Squared gradients of the outputs, summed over inputs.
 
