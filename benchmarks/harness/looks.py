@@ -44,6 +44,7 @@ HOLLOW = {
 # What is drawn as another: it is the same, or the same with one number more.
 _ALIASES = {
     "by default": "PredictiveVariance",
+    "subnet, by evidence": "PredictiveVariance, greedy",
     "deep ensemble with temperature": "deep ensemble",
 }
 

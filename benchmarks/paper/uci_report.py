@@ -51,8 +51,10 @@ SHORT = {
 DRAWN = (
     "subnet LargestVariance",
     "subnet PredictiveVariance",
-    "subnet RandomSubnet",
+    EVIDENCE,
+    "subnet LastLayer",
     "diagonal Laplace",
+    "ELLA",
     "SWAG",
     "deep ensemble",
 )
@@ -316,6 +318,8 @@ def _size_picture(found: Found, path: Path) -> str:
                 sizes = _values(found, kind, method, "S", variant)
                 if gain is not None and sizes:
                     points.append((statistics.fmean(sizes), gain))
+            if not points:
+                continue
             points.sort(key=lambda point: point[0])
             ax.errorbar(
                 [size for size, _ in points],
@@ -356,7 +360,7 @@ def _picture(found: Found, kind: str, path: Path) -> str:
     for place, method in enumerate(DRAWN):
         by_set = to_base(found, kind, (ENDS[1], method), base)
         points = [
-            (at + 0.12 * (place - 2.5), each)
+            (at + 0.1 * (place - (len(DRAWN) - 1) / 2), each)
             for at, each in enumerate(map(estimate, by_set))
             if each is not None
         ]
@@ -370,6 +374,6 @@ def _picture(found: Found, kind: str, path: Path) -> str:
     ax.axhline(0.0, color=INK, linewidth=0.8)
     frame(ax, f"{kind} splits", "log likelihood less the MAP's, nats")
     ax.set_xticks(range(len(names)), [SHORT.get(name, name) for name in names])
-    legend_below([ax], ncols=3)
+    legend_below([ax], ncols=4)
     text = f"Log likelihood less the MAP's of each method, by set, {kind} splits"
     return saved([ax], path, text)
