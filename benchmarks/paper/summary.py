@@ -78,12 +78,14 @@ class Line(NamedTuple):
         base: NLL of the MAP.
         gain: What a method gains on it, nats.
         methods: Which stands in each column.
+        one_unit: Whether the base is of one set, so that it says something.
     """
 
     head: str
     base: Estimate | None
     gain: Gain
     methods: Mapping[str, str]
+    one_unit: bool = True
 
 
 def opening(rows: Rows, folder: Path) -> str:
@@ -99,7 +101,7 @@ def report(rows: Rows, folder: Path) -> str:
     cells = [
         [
             line.head,
-            shown(line.base),
+            shown(line.base) if line.one_unit else "-",
             *(
                 shown(line.gain(line.methods.get(name, "")), sign=True)
                 for name in _COLUMNS
@@ -156,6 +158,7 @@ def _uci(rows: Rows) -> Iterator[Line]:
                 to_base(found, kind, (network, name), (network, "MAP"))
             ),
             methods,
+            one_unit=False,
         )
 
 

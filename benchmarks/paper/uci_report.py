@@ -141,6 +141,8 @@ def _question(found: Found) -> str:
         for large, method, small in pairs():
             full = (small, "full Laplace")
             by_set = to_base(found, kind, (large, method), full)
+            if not any(by_set):
+                continue
             # Where the full posterior does not fit, its MAP does not count either.
             maps = [
                 own if part else []
@@ -176,6 +178,8 @@ def _claims(found: Found) -> str:
     lines = []
     for kind in KINDS:
         for method in OTHERS:
+            if not _values(found, kind, method, _METRIC):
+                continue
             line = [kind, method]
             for subnet in CHALLENGERS:
                 by_set = to_base(found, kind, (ENDS[1], subnet), (ENDS[1], method))
