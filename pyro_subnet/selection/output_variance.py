@@ -173,10 +173,11 @@ def output_gram(
         The matrix, (S, S).
     """
     # A part T of the subnet keeps sum_n tr R_n J_T P_TT^-1 J_T^T R_n^T = tr P_TT^-1
-    # A_TT. One pass; 2 S^2 operations a row of J. Sums have the dtype of the rows, as
-    # the GGN's do: in float64 they take twice as long, and know no more.
+    # A_TT. One pass; 2 S^2 operations a row of J. In float64, twice as long as in
+    # float32, weights that are nearly alike are told apart the same way whatever the
+    # order of the sum, and over ranks. Of a part of the inputs that matters less.
     like = at_map.latents.loc
-    width = at_least_float32(like.dtype)
+    width = at_least_float32(like.dtype) if share < 1 else torch.float64
     gram = like.new_zeros(subnet.size, subnet.size, dtype=width)
     with data.together():
         maps = _maps(at_map, subnet, data, weighting, chosen, share=share)

@@ -89,9 +89,9 @@ class PredictiveVariance(Selector):
     and hence do not determine, take all: the others stay as certain as at the MAP. What
     is left to gain is read anew after 1/8, 1/4, 1/2 and 3/4 of the weights, each a
     further pass over the inputs of 2 M^2 operations a row of J. Of training data that
-    can be taken apart these passes take a random part, the same every time, of about
-    2 M rows of J, or of as many as a second will do. P is always of all data, and
-    inputs that are given are all taken.
+    can be taken apart these passes take a random part, the same every time (over ranks
+    each draws from its own data), of about 2 M rows of J, or of as many as a second
+    will do. P is always of all data, and inputs that are given are all taken.
 
     ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.5 GiB, as
     by default it does up to S = 2,048, and diagonal above.

@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     arguments = ["uci", "--data-dir", str(data), "--out", str(out), "--seeds", "1"]
     arguments += ["--scale", "smoke", "--methods", "MAP", "subnet RandomSubnet"]
     arguments += ["--networks", "1x50"]
-    program = [sys.executable, "-m", "benchmarks.paper", *arguments, "--workers", "2"]
+    program = [sys.executable, "-m", "benchmarks.paper", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         program, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
