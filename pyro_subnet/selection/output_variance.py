@@ -15,6 +15,7 @@ from pyro_subnet.curvature.jacobian.output_map import (
     Factors,
     OutputMap,
     identity_factors,
+    some_of,
 )
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
 from pyro_subnet.curvature.jacobian.structured.recording import is_separable
@@ -246,6 +247,8 @@ def _maps(
         if not call.is_moved:
             continue
         of_call = [call.outputs()]
+        weighted = weighting == "fisher"
+        factors = call.factors() if weighted else identity_factors(of_call[0])
         if own is not None and own.is_moved:
             of_call.append(own.outputs())
         if apart is None:
@@ -255,10 +258,9 @@ def _maps(
             if not bool(drawn.any()):
                 continue
             index = drawn.nonzero().squeeze(-1).to(at_map.latents.loc.device)
+            factors = some_of(factors, len(drawn), index)
             of_call = [each.some(index) for each in of_call]
         outputs, *of_chosen = of_call
-        weighted = weighting == "fisher"
-        factors = call.factors() if weighted else identity_factors(outputs)
         if chosen is not None and own is not None and of_chosen:
             left = chosen.left_to_gain(own.sites, *of_chosen)
             sites = zip(call.sites, factors, strict=True)

@@ -348,15 +348,16 @@ def test_a_share_of_the_inputs_is_read(
     pool = at_map.latents.everything
     chosen = Chosen.of(pool, torch.eye(10).double(), torch.tensor([8, 3]))
 
-    def gram_of(calls: list[tuple[Tensor]], **options: float) -> Tensor:
+    def grams_of(calls: list[tuple[Tensor]], **options: float) -> tuple[Tensor, Tensor]:
         data = Data(calls, whole=False)
-        return output_gram(at_map, pool, data, "equal", chosen, **options)
+        left = output_gram(at_map, pool, data, "equal", chosen, **options)
+        return left, output_gram(at_map, pool, data, "fisher", **options)
 
     calls = [(x[i : i + batch],) for i in range(0, len(x), batch)]
     read = torch.rand(len(x), generator=random_stream()) < 0.3
     assert 5 < int(read.sum()) < 15
-    expected = gram_of(calls) if coupled else gram_of([(x[read],)])
-    found = gram_of(calls, share=0.3)
+    expected = grams_of(calls) if coupled else grams_of([(x[read],)])
+    found = grams_of(calls, share=0.3)
     assert_close(found, expected, **tolerance(dtype, "autograd"))
 
 

@@ -100,11 +100,10 @@ class OutputMap:
 
     def _part(self, which: slice | Tensor, num_data: int) -> OutputMap:
         rows = tuple(row[which] for row in self.rows)
-        by_datum = (value.unflatten(0, (self.num_data, -1)) for value in self.reference)
         return replace(
             self,
             of_sites=partial(self._of_rows, rows),
-            reference=tuple(value[which].flatten(0, 1) for value in by_datum),
+            reference=some_of(self.reference, self.num_data, which),
             rows=rows,
             num_data=num_data,
             activation_bytes=self.activation_bytes * num_data // self.num_data,
@@ -161,10 +160,15 @@ def identity_factors(outputs: OutputMap) -> Factors:
 
 def factors_of(factors: Factors, num_data: int, start: int, stop: int) -> Factors:
     """Factors, or other tensors by element, of the data from start to stop - 1."""
-    return tuple(
-        factor[start * len(factor) // num_data : stop * len(factor) // num_data]
-        for factor in factors
-    )
+    return some_of(factors, num_data, slice(start, stop))
+
+
+def some_of(
+    factors: tuple[Tensor, ...], num_data: int, which: slice | Tensor
+) -> tuple[Tensor, ...]:
+    """Factors, or other tensors by element, of some data."""
+    by_datum = (factor.unflatten(0, (num_data, -1)) for factor in factors)
+    return tuple(factor[which].flatten(0, 1) for factor in by_datum)
 
 
 def cotangent_rows(factor: Tensor, num_data: int) -> Tensor:
