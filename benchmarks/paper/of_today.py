@@ -12,6 +12,7 @@ from benchmarks.harness.task import Row
 from benchmarks.paper import uci
 from benchmarks.paper.images.case import OWN_PRIOR
 from benchmarks.paper.images.methods import DEFAULT
+from benchmarks.paper.images.reporting import Column, means
 from benchmarks.paper.regression import RIVALS
 from benchmarks.paper.toy_report import at
 from benchmarks.paper.uci_report import SHORT, cell, sets_of
@@ -99,23 +100,9 @@ def _images(rows: Mapping[str, Sequence[Row]]) -> Iterator[_Line]:
     methods |= {name: name for name in RIVALS if name not in methods}
     for dataset, title in IMAGES.items():
         own = [row for row in rows.get("rotated", ()) if row["dataset"] == dataset]
-        losses = {name: _turned(own, each) for name, each in methods.items()}
-        seconds = {
-            name: {
-                row["seed"]: row["value"]
-                for row in own
-                if (row["method"], row["metric"]) == (each, "seconds_fit")
-            }
-            for name, each in methods.items()
-        }
+        columns = Column("rotation=*", "nll"), Column("", "seconds_fit")
+        losses, seconds = (
+            {name: means(own, each, column) for name, each in methods.items()}
+            for column in columns
+        )
         yield _Line(f"{title}, turned by 0 to 180 degrees", losses, seconds)
-
-
-def _turned(rows: Sequence[Row], method: str) -> dict[int, float]:
-    """NLL over all angles by seed."""
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if (row["method"], row["metric"]) == (method, "nll"):
-            if row["shift"].startswith("rotation="):
-                found.setdefault(row["seed"], []).append(row["value"])
-    return {seed: statistics.fmean(values) for seed, values in found.items()}

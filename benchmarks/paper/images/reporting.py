@@ -90,23 +90,27 @@ class Column(NamedTuple):
         return f"{self.metric} {words}".strip() + to
 
 
-def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
-    """A method's mean over the shifts, of each seed."""
-    if column.to_temperature:
-        return _to_temperature(rows, method, column.shift)
+def means(rows: Sequence[Row], method: str, column: Column) -> dict[int, float]:
+    """A method's mean over the shifts by seed, whatever it is compared with."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row["method"], row["metric"]) == (method, column.metric):
             if fnmatchcase(row["shift"], column.shift):
                 found.setdefault(row["seed"], []).append(row["value"])
-    means = {seed: statistics.fmean(found[seed]) for seed in sorted(found)}
+    return {seed: statistics.fmean(found[seed]) for seed in sorted(found)}
+
+
+def by_seed(rows: Sequence[Row], method: str, column: Column) -> list[float]:
+    """A method's mean over the shifts, of each seed, or its difference as told."""
+    if column.to_temperature:
+        return _to_temperature(rows, method, column.shift)
+    own = means(rows, method, column)
     if not column.to_map:
-        return list(means.values())
-    own = [row for row in rows if row["seed"] in means]
-    base = by_seed(own, _BASE, column._replace(to_map=False))
-    if len(base) != len(means):
+        return list(own.values())
+    base = means(rows, _BASE, column)
+    if not own.keys() <= base.keys():
         return []
-    return [mean - other for mean, other in zip(means.values(), base, strict=True)]
+    return [mean - base[seed] for seed, mean in own.items()]
 
 
 def has_curve(rows: Sequence[Row]) -> bool:
