@@ -189,6 +189,7 @@ class TestNetworks:
             ("cnn", 1, 28, 29_994),
             ("conv-bn-5", 1, 28, None),
             ("conv-bn-7", 3, 32, None),
+            ("resnet9", 3, 32, 3_033_162),
             ("resnet18", 3, 32, 11_173_962),
         ],
     )
@@ -279,6 +280,24 @@ class TestNetworks:
         rows = x.flatten(1).argmax(1)
         assert set((rows // 9).tolist()) == {2, 3, 4, 5, 6}
         assert set((rows % 9).tolist()) == {2, 3, 4, 5, 6}
+
+    def test_a_square_of_the_mean_colour_is_cut_out(self):
+        """Of colour images of one colour each, into which shifts bring no other."""
+        shade = torch.tensor([0, 255]).repeat(32).to(torch.uint8)
+        images = shade[:, None, None, None].expand(64, 3, 20, 20)
+        part = Part(images, shade.long())
+        recipe = Recipe("cnn", 1, batch_size=64, augment="cut")
+        ((x, y),) = batches(part, recipe, 0, 1)
+        is_cut = x == 0.5
+        own = (y / 255).view(-1, 1, 1, 1).expand_as(x)
+        assert torch.equal(x[~is_cut], own[~is_cut])
+        rows, columns = is_cut.any(3), is_cut.any(2)
+        assert (rows.sum(2) == 8).all()
+        assert (columns.sum(2) == 8).all()
+        assert (is_cut.sum((2, 3)) == 64).all()
+        # Anywhere: at each of 13 places about 5 of 64 squares begin.
+        tops = rows[:, 0].int().argmax(1)
+        assert set(tops.tolist()) == set(range(13))
 
 
 class TestSwag:

@@ -20,10 +20,8 @@ METHODS = (
     DEFAULT,
     "subnet LargestVariance",
     "subnet LargestVariance (SWAG)",
-    "subnet LargestVariance (alive)",
     "subnet RandomSubnet",
     "subnet LastLayer",
-    "subnet PredictiveVariance",
     "ELLA",
     "last layer, Kronecker (laplace-torch)",
 )

@@ -74,10 +74,10 @@ class Posterior(NamedTuple):
     looks: bool = False
 
 
-# What `AutoSubnetLaplace(model)` takes.
+# Chosen as `AutoSubnetLaplace` chooses that many.
 DEFAULT = "subnet by default"
 _POSTERIORS: dict[str, Posterior] = {
-    DEFAULT: Posterior(lambda size, case, shown: 0.05),
+    DEFAULT: Posterior(lambda size, case, shown: case.setup.default),
     "subnet LargestVariance": Posterior(
         lambda size, case, shown: LargestVariance(size)
     ),

@@ -15,7 +15,9 @@ class Setup:
     Attributes:
         dataset: See :mod:`~benchmarks.paper.images.readers`.
         recipe: How its networks are trained.
-        num_subnet: Weights of a subnet.
+        default: Weights of the subnet that the library chooses by default: a share, or
+            a count where 5% are too many.
+        num_subnet: Weights of other subnets.
         fitted: Training images that the curvature is summed over, a random choice; the
             sum is scaled up to all. None for all.
         tuned: Held-out images that scales and rates are chosen on.
@@ -32,6 +34,7 @@ class Setup:
 
     dataset: str
     recipe: Recipe
+    default: int | float = 0.05
     num_subnet: int = 600
     fitted: int | None = 10_000
     tuned: int = 1000
@@ -56,7 +59,8 @@ _SMALL = {
     ),
     "cifar10": Setup(
         "cifar10",
-        Recipe("airbench", 20, 0.1, augment="flip", bfloat16=True),
+        Recipe("resnet9", 28, 0.1, augment="cut", bfloat16=True),
+        default=2000,
         fitted=2000,
         tuned=500,
         passes=10,
@@ -77,6 +81,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
         return replace(
             small,
             recipe=replace(small.recipe, epochs=1, most=256),
+            default=20,
             num_subnet=20,
             fitted=64,
             tuned=20,
@@ -91,6 +96,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
     return Setup(
         small.dataset,
         replace(_RESNET, augment="shift" if small.dataset == "mnist" else "flip"),
+        default=2000,
         num_subnet=42_438,
         fitted=None,
         tuned=2000,

@@ -19,6 +19,7 @@ from benchmarks.paper.images.readers import ImageSet, Part, to_unit
 
 _MOMENTUM = 0.9
 _MOST_SHIFT = 2  # pixels; 4 of a padded CIFAR image, as is usual
+_CUT = 8  # pixels, the side of a square
 _WARM_UP = 0.25  # share of the steps in which the learning rate rises
 _PER_EPOCH = 1_000_000  # between the seeds of an epoch and of the next
 
@@ -34,7 +35,8 @@ class Recipe:
         weight_decay: Prior precision over the number of training data, so that what is
             reached is the MAP under N(0, 1 / (weight_decay N)).
         batch_size: Images a step.
-        augment: ``"none"``, ``"shift"``, ``"mirror"``, or ``"flip"``: both.
+        augment: ``"none"``, ``"shift"``, ``"mirror"``, ``"flip"``: both, or ``"cut"``:
+            both, and a blank square.
         bfloat16: Whether forward and backward passes are in mixed precision.
         most: Training images at most; None for all.
     """
@@ -44,7 +46,7 @@ class Recipe:
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
     batch_size: int = 128
-    augment: Literal["none", "shift", "mirror", "flip"] = "none"
+    augment: Literal["none", "shift", "mirror", "flip", "cut"] = "none"
     bfloat16: bool = False
     most: int | None = None
 
@@ -193,25 +195,47 @@ def epoch_batches(
     for rows in order[: len(part) // size * size].split(size):
         batch = part[rows]
         x = to_unit(batch.images)
-        if recipe.augment in ("shift", "flip"):
+        if recipe.augment in ("shift", "flip", "cut"):
             x = _shifted(x, generator)
-        if recipe.augment in ("mirror", "flip"):
+        if recipe.augment in ("mirror", "flip", "cut"):
             mirrored = torch.rand(len(x), generator=generator) < 0.5
             x[mirrored] = x[mirrored].flip(-1)
+        if recipe.augment == "cut":
+            x = _cut(x, generator)
         yield x, batch.labels
 
 
 def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by a few pixels either way, blank where nothing comes in."""
-    most = _MOST_SHIFT * (2 if x.shape[1] == 3 else 1)
+    """Each image moved by a few pixels either way.
+
+    What comes in is blank, in colour a reflection.
+    """
+    is_colour = x.shape[1] == 3
+    most = _MOST_SHIFT * (2 if is_colour else 1)
     height, width = x.shape[-2:]
     down, right = torch.randint(0, 2 * most + 1, (2, len(x), 1), generator=generator)
-    padded = F.pad(x, (most, most, most, most))
+    mode = "reflect" if is_colour else "constant"
+    padded = F.pad(x, (most, most, most, most), mode)
     rows = (torch.arange(height) + down)[:, None, :, None]
     columns = (torch.arange(width) + right)[:, None, None, :]
     at = torch.arange(len(x))[:, None, None, None]
     channels = torch.arange(x.shape[1])[None, :, None, None]
     return padded[at, channels, rows, columns]
+
+
+def _cut(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image with a square of the mean colour somewhere.
+
+    Source: DeVries and Taylor (2017), arXiv 1708.04552.
+    """
+    height, width = x.shape[-2:]
+    top = torch.randint(0, height - _CUT + 1, (len(x), 1), generator=generator)
+    left = torch.randint(0, width - _CUT + 1, (len(x), 1), generator=generator)
+    down, right = torch.arange(height) - top, torch.arange(width) - left
+    rows = (down >= 0) & (down < _CUT)
+    columns = (right >= 0) & (right < _CUT)
+    square = rows[:, None, :, None] & columns[:, None, None, :]
+    return torch.where(square, x.mean((0, 2, 3), keepdim=True), x)
 
 
 def _name(
