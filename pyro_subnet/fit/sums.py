@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_subnet.curvature.density_term import DensityTerm
 from pyro_subnet.curvature.ggn import GGNSum
 from pyro_subnet.curvature.hessian import subtract_hessian_
-from pyro_subnet.curvature.jacobian.output_map import Factors
+from pyro_subnet.curvature.jacobian.output_map import Factors, some_of
+from pyro_subnet.curvature.jacobian.part import RandomPart
 from pyro_subnet.curvature.jacobian.route import squared_columns
 from pyro_subnet.curvature.prior import (
     PriorPrecision,
@@ -142,6 +143,8 @@ class FitSums:
         budget: Bytes of Jacobian and activations that may be held at once.
         scores: Whether to sum the data's gradient as well, where the rows of the
             Gauss-Newton matrix are made anyway.
+        share: Of the data whose rows are summed, about, a random choice; each then
+            counts 1 / share times.
 
     Source: Daxberger et al. (2021), eq. 4 and section 3, arXiv 2010.14689; Martens
     (2020), sections 8, 9.2 and 11, arXiv 1412.1193, for the other kinds.
@@ -156,6 +159,7 @@ class FitSums:
         *,
         budget: int = DEFAULT_BUDGET,
         scores: bool = False,
+        share: float = 1.0,
     ):
         loc = at_map.latents.loc
         like = loc.new_empty(0, dtype=at_least_float32(loc.dtype))
@@ -168,6 +172,7 @@ class FitSums:
         kept = scores and self._kind == "ggn" and isinstance(self.total, GGNSum)
         rank = 0 if data.ranks is None else data.ranks.rank
         self._scores = ScoreSum(subnet.size, loc.device, rank) if kept else None
+        self._part = RandomPart(share)
         self._last = 0.0  # log likelihood of the batch that was added last
 
     def over(self, batches: Iterable[Batch]) -> SubnetCurvature:
@@ -213,7 +218,14 @@ class FitSums:
                 subtract_hessian_(self.total.matrix(), call.divergence(), budget)
             else:
                 outputs, factors = call.rows(kind)
-                given = outputs, factors, call.data_weights(), budget
+                weights, index = call.data_weights(), self._part.drawn(outputs)
+                if index is not None:
+                    if not len(index):
+                        continue
+                    several = some_of(factors, outputs.num_data, index)
+                    factors = tuple(each * self._part.share**-0.5 for each in several)
+                    outputs, weights = outputs.some(index), weights[index]
+                given = outputs, factors, weights, budget
                 if isinstance(self.total, GGNSum):
                     self.total.add(*given, self._watch(call, factors))
                 else:
@@ -338,9 +350,10 @@ def subnet_curvature(
     options: FitOptions = FitOptions(form="primal"),  # noqa: B008 - frozen
     *,
     budget: int = DEFAULT_BUDGET,
+    share: float = 1.0,
 ) -> SubnetCurvature:
     """The curvature over a subnet, by one pass over the data; see :class:`FitSums`."""
-    sums = FitSums(at_map, subnet, data, options, budget=budget)
+    sums = FitSums(at_map, subnet, data, options, budget=budget, share=share)
     return sums.over(data.calls("Curvature"))
 
 

@@ -15,6 +15,7 @@ With the weights of T eliminated, a further weight j has the precision
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -51,9 +52,20 @@ def pool_size(
     return max(size, round(min(wanted, num_params)))
 
 
+@runtime_checkable
+class Gram(Protocol):
+    """A Gram matrix of output gradients, of which some rows are asked for."""
+
+    def diagonal(self) -> Float[Tensor, " pool"]:
+        """Its diagonal, float64, for the caller to change."""
+
+    def rows(self, block: Int[Tensor, " block"]) -> Float[Tensor, "block pool"]:
+        """Some rows, float64."""
+
+
 def matrices_to_add(num_candidates: int, size: int) -> float:
-    """M x M float64 matrices held to choose S weights: P, A, and three of S rows."""
-    return 2.0 + 3.0 * size / num_candidates
+    """M x M float64 matrices held to choose S weights: P, A, J, and three of S rows."""
+    return 3.0 + 3.0 * size / num_candidates
 
 
 def check_pool_fits(num_candidates: int, matrices: float, device: torch.device) -> None:
@@ -78,7 +90,7 @@ def relative_noise(dtype: torch.dtype) -> float:
 
 def add_in_blocks(
     precision: Float[Tensor, "pool pool"],
-    gram: Float[Tensor, "pool pool"],
+    gram: Gram,
     size: int,
     *,
     block_size: int,
@@ -92,9 +104,9 @@ def add_in_blocks(
     # W = L^-T R and H = A_B. - A_BB W / 2. Only diagonals and chosen rows of these are
     # made. Costs 3 M S^2 operations, and memory for three S x M matrices.
     is_left = torch.ones(len(precision), dtype=torch.bool, device=precision.device)
-    alone, square = precision.diagonal().clone(), gram.diagonal().clone()
+    alone, square = precision.diagonal().clone(), gram.diagonal()
     floor = _NOISE * square
-    roots, weights, halves = (precision.new_empty(size, len(gram)) for _ in range(3))
+    roots, weights, halves = (precision.new_empty(size, len(alone)) for _ in range(3))
     chosen = torch.empty(size, dtype=torch.int64, device=precision.device)
     done = 0
     while done < size:
@@ -108,7 +120,7 @@ def add_in_blocks(
         chosen[now] = block
         root, weight, half = (rows[:done] for rows in (roots, weights, halves))
         cross = torch.addmm(precision[block], root[:, block].mT, root, alpha=-1.0)
-        between = torch.addmm(gram[block], half[:, block].mT, weight, alpha=-1.0)
+        between = torch.addmm(gram.rows(block), half[:, block].mT, weight, alpha=-1.0)
         between.addmm_(weight[:, block].mT, half, alpha=-1.0)
         lower = lower_factor(cross[:, block])
         roots[now] = torch.linalg.solve_triangular(lower, cross, upper=False)

@@ -17,14 +17,13 @@ from pyro_subnet.curvature.jacobian.output_map import (
     identity_factors,
     some_of,
 )
+from pyro_subnet.curvature.jacobian.part import RandomPart
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, squared_columns
-from pyro_subnet.curvature.jacobian.structured.recording import is_separable
 from pyro_subnet.exceptions import OptionError, SelectionError
 from pyro_subnet.fit.sums import subnet_curvature
 from pyro_subnet.laplace.state import SiteFactors, factor_of_each
-from pyro_subnet.selection.classes import Chosen, is_of_classes
+from pyro_subnet.selection.held_gram import HeldRows, is_of_classes
 from pyro_subnet.subnet import Subnet
-from pyro_subnet.tensors.agreement import random_stream
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import at_least_float32
 from pyro_subnet.tensors.triangular import mirror_
@@ -36,6 +35,8 @@ from pyro_subnet.tracing.subnet_call import SubnetCall
 from pyro_subnet.tracing.trace import ModelAtMAP
 
 _SCALE = "log_scale"
+# Numbers of J at least that are worked on at once.
+_AT_ONCE = 2**22
 # How parameters of the observed distributions are weighted against each other.
 Weighting = Literal["equal", "fisher"]
 
@@ -140,23 +141,8 @@ def squared_gradients(
     return SquaredGradients(total, num_rows)
 
 
-def has_classes(at_map: ModelAtMAP, data: Data) -> bool:
-    """Whether the first call has a site of classes."""
-    calls = (ModelCall.read(at_map, *call) for call in data.calls("Reference inputs"))
-    with data.together():
-        first = next(calls, None)
-        found = first is not None and any(map(is_of_classes, first.sites))
-    return found if data.ranks is None else any(data.ranks.gathered(found))
-
-
 def output_gram(
-    at_map: ModelAtMAP,
-    subnet: Subnet,
-    data: Data,
-    weighting: Weighting,
-    chosen: Chosen | None = None,
-    *,
-    share: float = 1.0,
+    at_map: ModelAtMAP, subnet: Subnet, data: Data, weighting: Weighting
 ) -> Float[Tensor, "subnet subnet"]:
     r"""Gram matrix :math:`A = \sum_n (R_n J_n)^\top R_n J_n`, float64.
 
@@ -165,10 +151,6 @@ def output_gram(
         subnet: The weights.
         data: The inputs n.
         weighting: What R weights the outputs by.
-        chosen: Weights that are chosen; R of a site of classes is what they leave to
-            gain.
-        share: Of the inputs that are in the sum, about, a random choice that is the
-            same every time. Inputs that cannot be taken apart are all in it.
 
     Returns:
         The matrix, (S, S).
@@ -176,19 +158,65 @@ def output_gram(
     # A part T of the subnet keeps sum_n tr R_n J_T P_TT^-1 J_T^T R_n^T = tr P_TT^-1
     # A_TT. One pass; 2 S^2 operations a row of J. In float64, twice as long as in
     # float32, weights that are nearly alike are told apart the same way whatever the
-    # order of the sum, and over ranks. Of a part of the inputs that matters less.
+    # order of the sum, and over ranks.
     like = at_map.latents.loc
-    width = at_least_float32(like.dtype) if share < 1 else torch.float64
-    gram = like.new_zeros(subnet.size, subnet.size, dtype=width)
+    gram = like.new_zeros(subnet.size, subnet.size, dtype=torch.float64)
     with data.together():
-        maps = _maps(at_map, subnet, data, weighting, chosen, share=share)
-        for _, outputs, factors in maps:
+        for _, outputs, factors in _maps(at_map, subnet, data, weighting):
             add_ggn_(gram, outputs, factors, DEFAULT_BUDGET)
     if data.ranks is not None:
         data.ranks.sum_lower_(gram)
-    gram = gram.to(torch.float64)
     mirror_(gram)
     return gram
+
+
+def held_rows(
+    at_map: ModelAtMAP,
+    pool: Subnet,
+    data: Data,
+    weighting: Weighting,
+    *,
+    is_bounded: bool,
+    share: float = 1.0,
+) -> list[HeldRows]:
+    r"""Rows :math:`R_n J_n` over the candidates.
+
+    Args:
+        at_map: The model at its MAP.
+        pool: The candidates.
+        data: The inputs n.
+        weighting: What R weights the outputs by.
+        is_bounded: Whether what an element of a site of classes has to gain is bounded.
+        share: Of the inputs that are held, about, a random choice that is the same
+            every time.
+
+    Returns:
+        Of some elements of a site each; over ranks, of this one's data.
+    """
+    width = at_least_float32(at_map.latents.loc.dtype)
+    held, part = defaultdict[tuple[bool, int], list[Tensor]](list), RandomPart(share)
+    with data.together():
+        maps = _maps(at_map, pool, data, weighting, part)
+        for call, outputs, factors in maps:
+            for block in jacobian_blocks(outputs, factors, DEFAULT_BUDGET):
+                bounded = is_bounded and is_of_classes(call.sites[block.site])
+                rows = part.elements(block.rows).to(width, copy=True)
+                held[bounded, rows.shape[1]].append(rows)
+    return [
+        HeldRows(rows, bounded)
+        for (bounded, _), parts in held.items()
+        for rows in _joined(parts)
+    ]
+
+
+def _joined(parts: list[Tensor]) -> Iterator[Tensor]:
+    """Tensors joined into fewer, which are quicker to work on; takes them."""
+    found = list[Tensor]()
+    while parts:
+        found.append(parts.pop())
+        if not parts or sum(each.numel() for each in found) >= _AT_ONCE:
+            yield torch.cat(found)
+            found = []
 
 
 def output_rows(
@@ -213,9 +241,11 @@ def dense_precision(
     data: Data,
     prior_factor: SiteFactors = 1.0,
     noise_factor: float = 1.0,
+    *,
+    share: float = 1.0,
 ) -> Float[Tensor, "subnet subnet"]:
     r"""Precision :math:`P_{SS} = G_{SS} + P_{0,SS}` in both triangles, in float64."""
-    curvature = subnet_curvature(at_map, subnet, data)
+    curvature = subnet_curvature(at_map, subnet, data, share=share)
     precision: Tensor = curvature.likelihood.ggn.to(torch.float64)
     precision.mul_(noise_factor**-2)  # normal noise: G -> G / noise_factor^2
     each = factor_of_each(prior_factor, subnet)
@@ -230,41 +260,26 @@ def _maps(
     subnet: Subnet,
     data: Data,
     weighting: Weighting,
-    chosen: Chosen | None = None,
-    *,
-    share: float = 1.0,
+    part: RandomPart | None = None,
 ) -> Iterator[tuple[SubnetCall, OutputMap, Factors]]:
     """Each call that the subnet moves, its outputs, and the factors R."""
-    # A step from one input to the next might meet one class alone.
-    stream, apart = random_stream(), None if share < 1 else False
     for args, kwargs in data.calls("Reference inputs"):
         read = ModelCall.read(at_map, args, kwargs)
         graph = read.graph()
         check_forgotten(read, graph)
         call = SubnetCall.of(read, subnet, graph, without_plates=not data.whole)
-        own = None if chosen is None else SubnetCall.of(read, chosen.subnet, graph)
         del graph  # frees the activations before the Jacobian needs the room
         if not call.is_moved:
             continue
-        of_call = [call.outputs()]
+        outputs = call.outputs()
         weighted = weighting == "fisher"
-        factors = call.factors() if weighted else identity_factors(of_call[0])
-        if own is not None and own.is_moved:
-            of_call.append(own.outputs())
-        if apart is None:
-            apart = is_separable(of_call[0])
-        if apart:
-            drawn = torch.rand(of_call[0].num_data, generator=stream) < share
-            if not bool(drawn.any()):
+        factors = call.factors() if weighted else identity_factors(outputs)
+        index = None if part is None else part.drawn(outputs)
+        if index is not None:
+            if not len(index):
                 continue
-            index = drawn.nonzero().squeeze(-1).to(at_map.latents.loc.device)
-            factors = some_of(factors, len(drawn), index)
-            of_call = [each.some(index) for each in of_call]
-        outputs, *of_chosen = of_call
-        if chosen is not None and own is not None and of_chosen:
-            left = chosen.left_to_gain(own.sites, *of_chosen)
-            sites = zip(call.sites, factors, strict=True)
-            factors = tuple(left.get(site.name, factor) for site, factor in sites)
+            factors = some_of(factors, outputs.num_data, index)
+            outputs = outputs.some(index)
         yield call, outputs, factors
 
 

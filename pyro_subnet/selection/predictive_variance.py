@@ -18,7 +18,6 @@ from pyro_subnet.selection.base import (
     largest,
     resolve_size,
 )
-from pyro_subnet.selection.classes import Chosen
 from pyro_subnet.selection.diagonal import explained_variance, marginal_variance
 from pyro_subnet.selection.greedy import (
     add_in_blocks,
@@ -28,12 +27,12 @@ from pyro_subnet.selection.greedy import (
     pool_size,
     relative_noise,
 )
+from pyro_subnet.selection.held_gram import HeldGram
 from pyro_subnet.selection.output_variance import (
     Weighting,
     check_inputs,
     dense_precision,
-    has_classes,
-    output_gram,
+    held_rows,
     reference_data,
     squared_gradients,
 )
@@ -48,11 +47,12 @@ _CANDIDATES = 4.0
 _MOST_CANDIDATES = 8192
 # By default a greedy choice is made in about this many steps.
 _STEPS = 64
-# Rows of J for each candidate that a choice among classes reads, of training data that
-# have more (the precision is read from all), but where a pass of so many
-# multiplications, about a second, would do.
+# Rows of J that a choice reads for each candidate (for the precision twice as many),
+# but where M^2 operations for each row are no more than these, about a second.
 _ROWS, _QUICK = 2, 2**37
-# Shares of S after which what is left to gain is read anew, for classes: a pass each.
+# Candidates below which it is not operations that count, but 512 MiB of float64.
+_SMALL = 2048
+# Shares of S after which what is left to gain is read anew, for classes.
 _ROUNDS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
@@ -74,10 +74,13 @@ class PredictiveVariance(Selector):
     ``"greedy"`` counts correlations among the M = ``pool`` x S best of those. Weights
     enter a block at a time, those that add most to f given all blocks before, by Schur
     complements; ``block_size=1`` is the forward greedy algorithm. It costs a further
-    pass of each kind with 2 M^2 operations a row of J, 3 M S^2 operations for the
-    choice, and memory for 2 M^2 + 3 M S numbers in float64 (D x D only if M = D).
-    Weights that add nothing go by position. Where many weights of large variance are
-    nearly alike, a small pool holds little else, and most of the gain is lost.
+    pass of each kind, M^2 operations a row of J, and memory for M^2 + 3 M S numbers in
+    float64 and 2 M^2 of J. Of training data that can be taken apart it reads no more
+    than a random part, the same every time: about 2 M rows of J at the inputs, and 4 M
+    for P, or as many as take a second (of ``inputs`` that are given the same, but P of
+    all data; over ranks each draws from its own data). Weights that add nothing go by
+    position. Where many weights of large variance are nearly alike, a small pool holds
+    little else, and most of the gain is lost.
 
     Sites of classes (categorical) are bounded at each input: in place of the trace of
     the covariance V_S(x) of their log-probabilities, a greedy choice adds up
@@ -87,13 +90,9 @@ class PredictiveVariance(Selector):
     about the number of directions in which the classes of an input are left uncertain.
     Of a sum of variances the weights of a few classes that data tell apart at a glance,
     and hence do not determine, take all: the others stay as certain as at the MAP. What
-    is left to gain is read anew after 1/8, 1/4, 1/2 and 3/4 of the weights, each a
-    further pass over the inputs of 2 M^2 operations a row of J. Of training data that
-    can be taken apart these passes take a random part, the same every time (over ranks
-    each draws from its own data), of about 2 M rows of J, or of as many as a second
-    will do. P is always of all data, and inputs that are given are all taken.
+    is left to gain is read anew after 1/8, 1/4, 1/2 and 3/4 of the weights.
 
-    ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.5 GiB, as
+    ``"auto"`` is greedy where that chooses among at most 8,192 candidates, 1.9 GiB, as
     by default it does up to S = 2,048, and diagonal above.
 
     ``explained_variance`` is that of a diagonal posterior on the training inputs,
@@ -188,9 +187,7 @@ class PredictiveVariance(Selector):
             others = max(size, int((scores > -torch.inf).sum()))
             best = largest(scores, min(num_candidates, others), noise)
             pool = Subnet.from_positions(layout, best)
-            share = 1.0
-            if self.inputs is None:
-                share = share_read(squares.num_rows, pool.size)
+            share = share_read(squares.num_rows, pool.size)
             chosen = self._chosen(at_map, pool, data, inputs, size, share=share)
             positions = pool.flat[chosen]
         explained = explained_variance(curvature, variance, positions)
@@ -212,22 +209,25 @@ class PredictiveVariance(Selector):
         share: float,
     ) -> Int[Tensor, " chosen"]:
         """Positions of the weights within the pool, by their interactions."""
-        precision = dense_precision(at_map, pool, data)
-        is_bounded = self.weighting == "bounded" and has_classes(at_map, inputs)
-        rounds = {round(share * size) for share in _ROUNDS if is_bounded} - {0}
+        of_data = min(1.0, 2 * share) if self.inputs is None else 1.0
+        precision = dense_precision(at_map, pool, data, share=of_data)
+        held = held_rows(
+            at_map,
+            pool,
+            inputs,
+            self._at_once,
+            is_bounded=self.weighting == "bounded",
+            share=share,
+        )
+        gram = HeldGram(held, precision, inputs.sum_, is_whole=share == 1.0)
+        rounds = {round(part * size) for part in _ROUNDS if gram.is_bounded} - {0}
         at = pool.flat.new_empty(0)
         for end in sorted(rounds | {size}):
-            chosen = Chosen.of(pool, precision, at) if len(at) else None
+            if len(at):
+                gram.choose(at)
             at = add_in_blocks(
                 precision,
-                output_gram(
-                    at_map,
-                    pool,
-                    inputs,
-                    self._at_once,
-                    chosen,
-                    share=share if is_bounded else 1.0,
-                ),
+                gram,
                 end,
                 block_size=self.block_size or max(1, size // _STEPS),
                 noise=relative_noise(at_map.latents.loc.dtype),
@@ -237,6 +237,7 @@ class PredictiveVariance(Selector):
 
 
 def share_read(num_rows: int, num_candidates: int) -> float:
-    """Which share of so many rows of J a choice among classes reads, pass by pass."""
-    enough = max(_ROWS * num_candidates, _QUICK / num_candidates**2)
+    """Which share of so many rows of J a greedy choice reads."""
+    quick = _QUICK / (num_candidates * max(num_candidates, _SMALL))
+    enough = max(_ROWS * num_candidates, quick)
     return min(1.0, enough / num_rows)

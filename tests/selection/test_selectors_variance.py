@@ -31,14 +31,18 @@ from pyro_subnet.selection import (
     PredictiveVariance,
     Selector,
 )
-from pyro_subnet.selection.classes import Chosen
 from pyro_subnet.selection.greedy import (
     add_in_blocks,
     check_pool_fits,
     exchange_,
     pool_size,
 )
-from pyro_subnet.selection.output_variance import output_gram, squared_gradients
+from pyro_subnet.selection.held_gram import HeldGram, HeldRows
+from pyro_subnet.selection.output_variance import (
+    dense_precision,
+    held_rows,
+    squared_gradients,
+)
 from pyro_subnet.selection.predictive_variance import share_read
 from pyro_subnet.tensors.agreement import random_stream
 from pyro_subnet.tracing.data import Data
@@ -328,10 +332,14 @@ def test_classes_are_bounded_at_each_input(name: str, block_size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [35, 4])
 @pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
 def test_a_share_of_the_inputs_is_read(
-    dtype: torch.dtype, batch: int, coupled: bool
+    dtype: torch.dtype, batch: int, coupled: bool, is_whole: bool
 ) -> None:
-    """A random one, across batches, where data can be taken apart."""
+    """A random one, across batches; of data that cannot be taken apart the elements.
+
+    The precision's part stands for all data, which are all read if coupled.
+    """
     x = draw(3, 35, 2).to(dtype)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -346,27 +354,68 @@ def test_a_share_of_the_inputs_is_read(
     guide(x, torch.arange(35) % 3)
     at_map = guide.at_map
     pool = at_map.latents.everything
-    chosen = Chosen.of(pool, torch.eye(10).double(), torch.tensor([8, 3]))
-
-    def grams_of(calls: list[tuple[Tensor]], **options: float) -> tuple[Tensor, Tensor]:
-        data = Data(calls, whole=False)
-        left = output_gram(at_map, pool, data, "equal", chosen, **options)
-        return left, output_gram(at_map, pool, data, "fisher", **options)
 
     calls = [(x[i : i + batch],) for i in range(0, len(x), batch)]
     read = torch.rand(len(x), generator=random_stream()) < 0.3
     assert 5 < int(read.sum()) < 15
-    expected = grams_of(calls) if coupled else grams_of([(x[read],)])
-    found = grams_of(calls, share=0.3)
-    assert_close(found, expected, **tolerance(dtype, "autograd"))
+
+    def log_probs(packed: Tensor) -> Tensor:
+        first, last = packed[:4].view(2, 2), packed[4:].view(3, 2)
+        centred = [part - part.mean(0) if coupled else part for (part,) in calls]
+        return (torch.tanh(torch.cat(centred) @ first.T) @ last.T).log_softmax(-1)
+
+    packed = torch.cat([values["a"].flatten(), values["b"].flatten()])
+    jac = dense_jacobian(log_probs, packed)[read]
+    probs = log_probs(packed)[read].exp()
+    own = jac[:, :, [8, 3]]  # chosen, each with a precision of one
+    left = torch.linalg.inv(torch.eye(3).to(jac) + own @ own.mT) @ jac
+    fisher = probs.diag_embed() - probs[:, :, None] * probs[:, None]
+    expected = {
+        "equal": (left.mT @ left).sum(0).double(),
+        "fisher": (jac.mT @ fisher @ jac).sum(0).double(),
+    }
+    eye = torch.eye(10).double()
+    for weighting in ("equal", "fisher"):
+        held = held_rows(
+            at_map,
+            pool,
+            Data(calls, whole=False),
+            weighting,
+            is_bounded=weighting == "equal",
+            share=0.3,
+        )
+        found = HeldGram(held, eye, lambda total: None, is_whole=is_whole)
+        assert found.is_bounded == (weighting == "equal")
+        found.choose(torch.tensor([8, 3]))
+        assert_close(
+            found.diagonal(),
+            expected[weighting].diagonal(),
+            **tolerance(dtype, "autograd"),
+        )
+        block = torch.tensor([1, 8, 0])
+        assert_close(
+            found.rows(block),
+            expected[weighting][block],
+            **tolerance(dtype, "autograd"),
+        )
+
+    def ggn(calls: list[tuple[Tensor]], **options: float) -> Tensor:
+        labelled = [(*call, torch.arange(len(call[0])) % 3) for call in calls]
+        data = Data(labelled, whole=False)
+        return dense_precision(at_map, pool, data, **options) - torch.eye(10)
+
+    expected = ggn(calls) if coupled else ggn([(x[read],)]) / 0.3
+    assert_close(ggn(calls, share=0.3), expected, **tolerance(dtype, "autograd"))
 
 
 def test_how_much_of_many_data_is_read() -> None:
-    """All where that takes a second; else two rows of J for each candidate."""
+    """Two rows of J for each candidate, or all where that takes a second."""
     assert share_read(30_000, 2048) == 1.0
     assert share_read(100_000, 6000) == 0.12
     assert share_read(10_000, 6000) == 1.0
     assert share_read(2**17, 2048) == 0.25
+    assert share_read(2**17, 4096) == 0.0625
+    assert share_read(2**17, 1024) == 0.5  # 512 MiB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -574,12 +623,20 @@ def exchanged(p: Tensor, a: Tensor, start: list[int], most: int) -> list[int]:
     return exchange_(p.clone(), a.clone(), at, max_swaps=most, noise=1e-9).tolist()
 
 
+def gram_of(rows: Tensor) -> HeldGram:
+    held = [HeldRows(rows[:, None], is_bounded=False)]
+    return HeldGram(held, torch.eye(rows.shape[1]).double(), lambda total: None)
+
+
 def test_greedy_counts_correlations() -> None:
     """Two inputs that are copies: the diagonal takes both, greedy one of them."""
     p = torch.tensor([[2.0, 0.99, 0.0], [0.99, 2.0, 0.0], [0.0, 0.0, 2.0]]).double()
     a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]).double()
     assert top(a.diagonal() / p.diagonal(), 2) == [0, 1]
-    found = add_in_blocks(p, a, 2, block_size=1, noise=1e-9)
+    rows = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.5**0.5]]).double()
+    assert_close(rows.T @ rows, a)
+    gram = gram_of(rows)
+    found = add_in_blocks(p, gram, 2, block_size=1, noise=1e-9)
     assert found.tolist() == [0, 2]
     assert exchanged(p, a, [0, 1], 5) == [1, 2]
     assert exchanged(p, a, [0, 1], 0) == [0, 1]
@@ -808,7 +865,11 @@ def test_a_precision_that_is_not_positive_definite() -> None:
         exchanged(torch.block_diag(p, p), torch.eye(4).double(), [0, 1], 1)
     with pytest.raises(PrecisionError, match=r"got smallest eigenvalue -1.*of 2\. "):
         add_in_blocks(
-            torch.block_diag(p, p), torch.eye(4).double(), 4, block_size=2, noise=1e-9
+            torch.block_diag(p, p),
+            gram_of(torch.eye(4).double()),
+            4,
+            block_size=2,
+            noise=1e-9,
         )
 
 
