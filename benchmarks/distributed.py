@@ -55,6 +55,7 @@ def _measure(rank: int, size: int, threads: int, folder: str, case_name: str) ->
         seconds.append(time.perf_counter() - start)
     if rank == 0:
         Path(folder, "seconds").write_text(str(statistics.median(seconds)))
+    td.barrier()  # the other may still be in a collective with this one
     td.destroy_process_group()
 
 

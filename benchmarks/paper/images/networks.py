@@ -1,4 +1,4 @@
-"""The networks: four that train on a CPU, and the paper's ResNet-18."""
+"""The networks: three that train on a CPU, and the paper's ResNet-18."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Architecture = Literal["cnn", "conv-bn-5", "conv-bn-7", "resnet9", "resnet18"]
+Architecture = Literal["cnn", "conv-bn-5", "resnet9", "resnet18"]
 NUM_CLASSES = 10
 # Of CIFAR-10's training images. The sets of one channel are left as they are, so that a
 # blank pixel is zero.
@@ -66,12 +66,12 @@ def make_network(
     Args:
         architecture: ``"cnn"``: two convolutions of 5 x 5 at a stride of 2 and two
             linear layers, without norms, D = 29,994 for 28 x 28 pixels.
-            ``"conv-bn-5"``, ``"conv-bn-7"``: five or seven convolutions of 3 x 3 with
-            batch norm. ``"resnet9"``: eight convolutions, four of them in two residual
-            blocks, and outputs divided by 8; of Page (2018), "How to train your
-            ResNet", with the second block at 8 x 8 pixels, where a CPU is faster than
-            at 4 x 4. ``"resnet18"``: with a first convolution of 3 x 3, as is usual
-            for small images.
+            ``"conv-bn-5"``: five convolutions of 3 x 3 with batch norm.
+            ``"resnet9"``: eight such convolutions, four of them in two residual blocks,
+            and outputs divided by 8; of Page (2018), "How to train your ResNet", with
+            the second block at 8 x 8 pixels, where a CPU is faster than at 4 x 4.
+            ``"resnet18"``: with a first convolution of 3 x 3, as is usual for small
+            images.
         seed: Of the weights.
         channels: 1, or 3 which are normalized.
         dropout: Rate, after each pooling or stage, and before the last layer; of
@@ -123,13 +123,13 @@ def _cnn(channels: int, dropout: float) -> list[nn.Module]:
     ]
 
 
-def _conv_bn(channels: int, dropout: float, widths: tuple[tuple[int, ...], ...]):
+def _conv_bn_5(channels: int, dropout: float) -> list[nn.Module]:
     layers: list[nn.Module] = []
     before = channels
-    for stage, stage_widths in enumerate(widths):
+    for stage, widths in enumerate(((32,), (64, 64), (128, 128))):
         if stage:
             layers += [nn.MaxPool2d(2), *_dropout(dropout)]
-        for width in stage_widths:
+        for width in widths:
             layers += [*_convolution(before, width), nn.ReLU()]
             before = width
     return [
@@ -177,12 +177,7 @@ def _resnet18(channels: int, dropout: float) -> list[nn.Module]:
 
 _LAYERS = {
     "cnn": _cnn,
-    "conv-bn-5": lambda channels, dropout: _conv_bn(
-        channels, dropout, ((32,), (64, 64), (128, 128))
-    ),
-    "conv-bn-7": lambda channels, dropout: _conv_bn(
-        channels, dropout, ((32, 64), (64, 128), (128, 256), (256,))
-    ),
+    "conv-bn-5": _conv_bn_5,
     "resnet9": _resnet9,
     "resnet18": _resnet18,
 }

@@ -81,7 +81,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
         return replace(
             small,
             recipe=replace(small.recipe, epochs=1, most=256),
-            default=20,
+            default=min(small.default, 20),
             num_subnet=20,
             fitted=64,
             tuned=20,
