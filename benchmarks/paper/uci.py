@@ -42,7 +42,7 @@ SUBNETS = tuple(f"subnet {name}" for name in SELECTORS)
 GREEDY = "subnet PredictiveVariance, greedy"
 ENSEMBLE = "ensemble of subnets"
 MAP_NOISE, EVIDENCE = "MAP, held-out noise", "subnet, by evidence"
-# What `AutoSubnetLaplace(model)` gives, and others as untuned.
+# What `AutoSubnetLaplace(model, 0.05)` gives, and others as untuned.
 DEFAULT, OWN_PRIOR = "subnet by default", ", own prior"
 UNTUNED = tuple(
     f"{name}{OWN_PRIOR}" for name in (DEFAULT, "subnet LastLayer", "full Laplace")

@@ -74,7 +74,7 @@ class Posterior(NamedTuple):
     looks: bool = False
 
 
-# Chosen as `AutoSubnetLaplace` chooses that many.
+# What `AutoSubnetLaplace(model, default)` gives.
 DEFAULT = "subnet by default"
 _POSTERIORS: dict[str, Posterior] = {
     DEFAULT: Posterior(lambda size, case, shown: case.setup.default),

@@ -28,7 +28,7 @@ class Normalize(nn.Module):
 
 
 class Eighth(nn.Module):
-    """Outputs divided by 8: without it early steps make them too sure."""
+    """Outputs divided by 8, as Page (2018) scales them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / 8

@@ -36,7 +36,7 @@ class Recipe:
             reached is the MAP under N(0, 1 / (weight_decay N)).
         batch_size: Images a step.
         augment: ``"none"``, ``"shift"``, ``"mirror"``, ``"flip"``: both, or ``"cut"``:
-            both, and a blank square.
+            both, and a square of the mean colour.
         bfloat16: Whether forward and backward passes are in mixed precision.
         most: Training images at most; None for all.
     """
