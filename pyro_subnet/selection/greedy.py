@@ -15,15 +15,16 @@ With the weights of T eliminated, a further weight j has the precision
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_subnet.exceptions import MemoryLimitError, OptionError, PrecisionError
+from pyro_subnet.exceptions import MemoryLimitError, OptionError
 from pyro_subnet.selection.base import largest
+from pyro_subnet.selection.held_gram import HeldGram, lower_factor
 from pyro_subnet.tensors.memory import available_bytes
+from pyro_subnet.tensors.modes import at_least_float32
 
 # M x M float64 matrices that an exchange holds at once: P, A, and blocks of S rows.
 MATRICES_TO_EXCHANGE = 5.0
@@ -52,20 +53,11 @@ def pool_size(
     return max(size, round(min(wanted, num_params)))
 
 
-@runtime_checkable
-class Gram(Protocol):
-    """A Gram matrix of output gradients, of which some rows are asked for."""
-
-    def diagonal(self) -> Float[Tensor, " pool"]:
-        """Its diagonal, float64, for the caller to change."""
-
-    def rows(self, block: Int[Tensor, " block"]) -> Float[Tensor, "block pool"]:
-        """Some rows, float64."""
-
-
-def matrices_to_add(num_candidates: int, size: int) -> float:
+def matrices_to_add(num_candidates: int, size: int, dtype: torch.dtype) -> float:
     """M x M float64 matrices held to choose S weights: P, A, J, and three of S rows."""
-    return 3.0 + 3.0 * size / num_candidates
+    # J has two rows for each candidate, in the network's type or in float32.
+    width = torch.finfo(at_least_float32(dtype)).bits // 8
+    return 2.0 + 2.0 * width / _BYTES + 3.0 * size / num_candidates
 
 
 def check_pool_fits(num_candidates: int, matrices: float, device: torch.device) -> None:
@@ -90,7 +82,7 @@ def relative_noise(dtype: torch.dtype) -> float:
 
 def add_in_blocks(
     precision: Float[Tensor, "pool pool"],
-    gram: Gram,
+    gram: HeldGram,
     size: int,
     *,
     block_size: int,
@@ -174,19 +166,6 @@ def exchange_(
 def _per_precision(alone: Tensor, square: Tensor, floor: Tensor) -> Tensor:
     """A_jj / |P_jj|: variance that each weight adds or takes away; 0 if round-off."""
     return (square / alone.abs()).where(square > floor, 0.0)
-
-
-def lower_factor(precision: Tensor) -> Tensor:
-    """The Cholesky factor of a block's precision, given all blocks before."""
-    factor, info = torch.linalg.cholesky_ex(precision)
-    if int(info):
-        smallest = float(torch.linalg.eigvalsh(precision)[0])
-        raise PrecisionError(
-            "The precision over the candidates must be positive definite; got smallest "
-            f"eigenvalue {smallest:.3e} in a block of {len(precision)}. Train closer "
-            "to the MAP, run the model in float64, or choose by diagonal scores."
-        )
-    return factor
 
 
 def _sweep_all_(tableau: Tensor, gram: Tensor, block: Tensor) -> None:

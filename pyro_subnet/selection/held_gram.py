@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pyro_subnet.selection.greedy import lower_factor
+from pyro_subnet.exceptions import PrecisionError
 from pyro_subnet.tensors.triangular import add_gram_, mirror_
 from pyro_subnet.tracing.output_site import OutputSite
 
@@ -133,3 +133,16 @@ def _left_to_gain(
     total = roots @ roots.mT
     total.diagonal(dim1=-2, dim2=-1).add_(1.0)
     return torch.linalg.inv(total)
+
+
+def lower_factor(precision: Tensor) -> Tensor:
+    """The Cholesky factor of a block's precision, given all blocks before."""
+    factor, info = torch.linalg.cholesky_ex(precision)
+    if int(info):
+        smallest = float(torch.linalg.eigvalsh(precision)[0])
+        raise PrecisionError(
+            "The precision over the candidates must be positive definite; got smallest "
+            f"eigenvalue {smallest:.3e} in a block of {len(precision)}. Train closer "
+            "to the MAP, run the model in float64, or choose by diagonal scores."
+        )
+    return factor

@@ -74,8 +74,8 @@ class PredictiveVariance(Selector):
     ``"greedy"`` counts correlations among the M = ``pool`` x S best of those. Weights
     enter a block at a time, those that add most to f given all blocks before, by Schur
     complements; ``block_size=1`` is the forward greedy algorithm. It costs a further
-    pass of each kind, M^2 operations a row of J, and memory for M^2 + 3 M S numbers in
-    float64 and 2 M^2 of J. Of training data that can be taken apart it reads no more
+    pass of each kind, M^2 operations a row of J, and memory for 2 M^2 + 3 M S numbers
+    in float64 and 2 M^2 of J. Of training data that can be taken apart it reads no more
     than a random part, the same every time: about 2 M rows of J at the inputs, and 4 M
     for P, or as many as take a second (of ``inputs`` that are given the same, but P of
     all data; over ranks each draws from its own data). Weights that add nothing go by
@@ -172,7 +172,8 @@ class PredictiveVariance(Selector):
         # With no more candidates than places, all rules choose alike.
         is_greedy = self.method != "diagonal" and few and num_candidates > size
         if is_greedy:
-            matrices = matrices_to_add(num_candidates, size)
+            dtype = latents.loc.dtype
+            matrices = matrices_to_add(num_candidates, size, dtype)
             check_pool_fits(num_candidates, matrices, latents.loc.device)
         inputs = reference_data(self.inputs, data)
         curvature = diagonal_curvature(at_map, data)

@@ -418,6 +418,35 @@ def test_how_much_of_many_data_is_read() -> None:
     assert share_read(2**17, 1024) == 0.5  # 512 MiB
 
 
+def test_of_many_training_data_a_part_is_read() -> None:
+    """What the rest alone would move is not chosen; by those inputs it is."""
+    num_data, classes, features = 1100, 8, 512
+    share = share_read(classes * num_data, classes * features)
+    read = torch.rand(num_data, generator=random_stream()) < share
+    x = 0.01 * draw(3, num_data, features).float()
+    x[:, 0] = torch.where(read, 0.0, 10.0)
+    y = torch.arange(num_data) % classes
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        prior = dist.Normal(x.new_zeros(classes, features), 1.0).to_event(2)
+        weight = pyro.sample("w", prior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=x @ weight.T), obs=y)
+
+    assert 0.9 < share < 1
+    assert 50 < int((~read).sum()) < 100
+    guide = AutoSubnetLaplace(model)
+    guide(x, y)
+
+    def chosen(inputs: Tensor | None) -> set[int]:
+        selector = PredictiveVariance(4, inputs, pool=classes * features / 4)
+        found = selector(guide, Data.single((x, y), {}))
+        return set((found.flat % features).tolist())
+
+    assert 0 not in chosen(None)
+    assert chosen(x[~read]) == {0}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_class_is_left_out_where_others_vary_more(dtype: torch.dtype) -> None:
     """Two of four logits have ten times the size, and four weights each."""
