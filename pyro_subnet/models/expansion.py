@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from pyro_subnet.curvature.jacobian.directional import (
     directional_derivative,
     forward_mode_agrees,
+    plain_derivative,
     tangents_hold,
 )
 from pyro_subnet.curvature.jacobian.general.full_batch import reverse_blocks
@@ -22,12 +23,13 @@ from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.kept_jacobian import (
     KeptJacobian,
-    Key,
     flat_values,
+    followed,
     moved_elements,
     other_elements,
     steps_from_map,
 )
+from pyro_subnet.models.links import Key, Link, find_links
 from pyro_subnet.models.seen import Seen
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable, full_precision
@@ -40,9 +42,8 @@ _ROW_COST = 1
 # A call without gradients makes further calls likely, enough to pay for this many rows:
 # `Predictive` calls a model twice before it draws, then once for each draw.
 _ROWS_PER_CALL = 32
-# The use of J by which it is narrowed to what a draw moves: those before the first draw
-# are at draws of the prior, which move everything.
-_NARROWED_AT = 3
+# Calls before the first draw, which are at draws of the prior, and move everything.
+_PROBES = 2
 
 
 @final
@@ -165,21 +166,26 @@ class Expander:
         if jacobian is None:
             moved = moved_elements(u, call.latents.values)
             size = sum(at.numel() for at in moved.values())
-            numbers = sum(value.numel() for value in dense.values())
-            fits = numbers * size * call.latents.loc.element_size() <= DEFAULT_BUDGET
-            if not fits and _ROW_COST * rows >= count:
+            room = DEFAULT_BUDGET // (max(1, size) * call.latents.loc.element_size())
+            few = _ROW_COST * rows >= count
+            if few and max(value.numel() for value in dense.values()) > room:
+                return {}
+            links = _links(call, list(dense), size)
+            own = {key: value for key, value in dense.items() if key not in links}
+            fits = sum(value.numel() for value in own.values()) <= room
+            if few and not fits:
                 return {}
             # J is too large to keep: (theta - MAP) J^T, block by block.
             if not fits:
                 columns = steps_from_map(u, moved, call.latents.values, count)
                 products = _from_blocks(
-                    call, dense, moved, count, lambda rows: columns.to(rows) @ rows.mT
+                    call, own, moved, count, lambda rows: columns.to(rows) @ rows.mT
                 )
-                return _shaped(products, dense, draws.count)
-            transposed = _from_blocks(call, dense, moved, size, lambda rows: rows.mT)
-            rows_by_key = tuple(part.mT for part in transposed)
+                return _shaped(followed(products, links), dense, draws.count)
+            transposed = _from_blocks(call, own, moved, size, lambda rows: rows.mT)
+            rows_by_key = {key: part.mT for key, part in transposed.items()}
             others = other_elements(moved, call.latents.values)
-            jacobian = KeptJacobian(tuple(dense), moved, rows_by_key, others)
+            jacobian = KeptJacobian(tuple(dense), moved, rows_by_key, links, others)
             self._jacobian = jacobian
             self._narrow, self._uses = None, 0
         return self._products(jacobian, draws, u)
@@ -197,25 +203,27 @@ class Expander:
         """(theta - MAP) J^T of all draws, by one product for each key."""
         base = draws.call.latents.values
         self._uses += 1
-        if self._uses == _NARROWED_AT:
+        if self._uses == _PROBES + 1:  # to what a draw moves
             jacobian = self._narrow = jacobian.narrowed(moved_elements(u, base), base)
         columns = steps_from_map(u, jacobian.chosen, base, draws.count or 1)
-        products = [columns.to(rows) @ rows.mT for rows in jacobian.rows]
         values = {key: self._values[key] for key in jacobian.keys}
-        return _shaped(products, values, draws.count)
+        return _shaped(jacobian.products(columns), values, draws.count)
 
     def _by_derivative(self, draws: Draws, keys: Sequence[Key]) -> tuple[Tensor, ...]:
         """Tangents by one derivative for each draw."""
         call = draws.call
         expansion, base = Expansion(call, keys), call.latents.values
-        again = draws.count is not None or self._repeats > 0
-        if self._forward_mode is None and (again or torch.is_grad_enabled()):
+        again = draws.count is not None or self._repeats >= _PROBES
+        again = again or torch.is_grad_enabled()
+        if self._forward_mode is None and again:
             # Further derivatives are likely, which pay for this check.
             with torch.no_grad():
                 self._forward_mode = forward_mode_agrees(expansion, base)
         forward_mode = bool(self._forward_mode)
 
         def push(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            if not again:
+                return plain_derivative(expansion, base, direction)
             return directional_derivative(expansion, base, direction, forward_mode)[1]
 
         group = None
@@ -314,25 +322,38 @@ def _from_blocks(
     chosen: Mapping[str, Tensor],
     count: int,
     function: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
+) -> dict[Key, Tensor]:
     """A function of J's rows, (count, rows) for each block, joined by key."""
     if not chosen:
         like = call.latents.loc
-        return [like.new_zeros(count, value.numel()) for value in values.values()]
+        return {key: like.new_zeros(count, v.numel()) for key, v in values.items()}
     expansion = Expansion(call, list(values))
     activations = call.graph(with_prior=False).activation_bytes
     outputs = call.map_of(expansion.read, chosen, activations)
     blocks = jacobian_blocks(outputs, identity_factors(outputs), DEFAULT_BUDGET)
-    return joined_rows(
+    joined = joined_rows(
         blocks, len(values), lambda rows: function(rows.flatten(0, 1)), dim=1
     )
+    return dict(zip(values, joined, strict=True))
+
+
+def _links(call: ModelCall, keys: Sequence[Key], most: int) -> dict[Key, Link]:
+    """Which values follow from others, datum by datum."""
+    if len(keys) < 2:  # noqa: PLR2004 - nothing to link
+        return {}
+    expansion = Expansion(call, keys)
+
+    def read(trace: poutine.Trace) -> dict[Key, Tensor]:
+        return dict(zip(keys, expansion.read(trace), strict=True))
+
+    return find_links(call, keys, read, most)
 
 
 def _shaped(
-    products: Sequence[Tensor], values: Mapping[Key, Tensor], count: int | None
+    products: Mapping[Key, Tensor], values: Mapping[Key, Tensor], count: int | None
 ) -> dict[Key, Tensor]:
     leading = () if count is None else (count,)
     return {
-        key: product.reshape(*leading, *value.shape)
-        for (key, value), product in zip(values.items(), products, strict=True)
+        key: products[key].reshape(*leading, *value.shape)
+        for key, value in values.items()
     }

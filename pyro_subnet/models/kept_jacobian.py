@@ -9,21 +9,24 @@ from typing import final
 import torch
 from torch import Tensor
 
-# What is expanded: the parameters of an output site, a deterministic site, or a tensor
-# among what the model returns.
-Key = tuple[str, str]
-# Elements of draws that are compared with the MAP at once: about what a cache holds.
-_COMPARED_AT_ONCE = 2**21
+from pyro_subnet.models.links import Key, Link
+
+# Elements of draws that are compared with the MAP at once: what two passes read fast.
+_COMPARED_AT_ONCE = 2**23
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class KeptJacobian:
-    """J at the chosen elements: one (numbers of the key, S) matrix for each key."""
+    """J at the chosen elements: one (numbers of the key, S) matrix for each key.
+
+    A key that is linked to another one has none of its own.
+    """
 
     keys: tuple[Key, ...]
     chosen: Mapping[str, Tensor]
-    rows: tuple[Tensor, ...]
+    rows: Mapping[Key, Tensor]
+    links: Mapping[Key, Link]
     # Positions of the other elements of each site that has any, and their MAP.
     others: Mapping[str, tuple[Tensor, Tensor]]
 
@@ -51,8 +54,22 @@ class KeptJacobian:
         )
         columns = is_moved.nonzero().squeeze(-1)
         # Laid out as J is: by element.
-        rows = tuple(part.mT[columns].mT for part in self.rows)
-        return KeptJacobian(self.keys, moved, rows, other_elements(moved, base))
+        rows = {key: part.mT[columns].mT for key, part in self.rows.items()}
+        others = other_elements(moved, base)
+        return KeptJacobian(self.keys, moved, rows, self.links, others)
+
+    def products(self, steps: Tensor) -> dict[Key, Tensor]:
+        """(theta - MAP) J^T, (K, numbers of the key), of the chosen's steps, (K, S)."""
+        found = {key: steps.to(rows) @ rows.mT for key, rows in self.rows.items()}
+        return followed(found, self.links)
+
+
+def followed(
+    tangents: Mapping[Key, Tensor], links: Mapping[Key, Link]
+) -> dict[Key, Tensor]:
+    """The same, and the tangents of all that is linked to them."""
+    more = {key: link.follow(tangents[link.source]) for key, link in links.items()}
+    return {**tangents, **more}
 
 
 def moved_elements(
@@ -64,7 +81,8 @@ def moved_elements(
         here = base[site].flatten()
         is_moved = torch.zeros_like(here, dtype=torch.bool)
         for some in rows.split(max(1, _COMPARED_AT_ONCE // here.numel())):
-            is_moved |= (some != here).any(0)
+            # Without a truth value for each number of each draw; NaN is an extreme.
+            is_moved |= (some.amax(0) != here) | (some.amin(0) != here)
         if bool(is_moved.any()):
             found[site] = is_moved.nonzero().squeeze(-1)
     return found

@@ -58,6 +58,29 @@ def directional_derivative(
     return outputs, pushforward(direction)
 
 
+def plain_derivative(
+    function: Callable[[Point], tuple[Tensor, ...]], point: Point, direction: Point
+) -> tuple[Tensor, ...]:
+    """Derivatives of outputs along a direction by plain reverse mode, as constants."""
+    # Without `torch.func`, whose first transforms import for seconds.
+    leaves, spec = tree_flatten(point)
+    live = [leaf.detach().requires_grad_() for leaf in leaves]
+    with differentiable():
+        values = function(tree_unflatten(live, spec))
+        cotangents = [torch.zeros_like(value, requires_grad=True) for value in values]
+        # u -> J^T u is linear in u, and its own reverse pass is v -> J v
+        gradients = torch.autograd.grad(
+            weighted_sum(values, cotangents),
+            live,
+            create_graph=True,
+            materialize_grads=True,
+        )
+        along = weighted_sum(gradients, tree_flatten(direction)[0])
+        if not along.requires_grad:  # no output depends on the point
+            return tuple(torch.zeros_like(value) for value in values)
+        return torch.autograd.grad(along, cotangents, materialize_grads=True)
+
+
 def forward_mode_agrees(
     function: Callable[[Point], tuple[Tensor, ...]], point: Point
 ) -> bool:

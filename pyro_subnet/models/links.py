@@ -1,0 +1,186 @@
+"""Expanded values that follow from one another: one Jacobian serves them all.
+
+A model that names its logits, or returns its mean, expands the same numbers several
+times: the parameters of its output site are a function of them, datum by datum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+
+from pyro_subnet.tensors.agreement import agree, random_direction
+from pyro_subnet.tensors.memory import DEFAULT_BUDGET
+from pyro_subnet.tensors.modes import differentiable
+from pyro_subnet.tensors.pullback import weighted_sum
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.trace import preserved_rng
+
+# What is expanded: the parameters of an output site, a deterministic site, or a tensor
+# among what the model returns.
+Key = tuple[str, str]
+# Values of a run by key.
+Read = Callable[[poutine.Trace], Mapping[Key, Tensor]]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A value that the weights move through another one alone, datum by datum.
+
+    Attributes:
+        source: Key of the other one.
+        jacobian: Of a datum's numbers in those of the other one; None where both are
+            one tensor.
+    """
+
+    source: Key
+    jacobian: Float[Tensor, "data own other"] | None
+
+    def follow(
+        self, tangents: Float[Tensor, "draws others"]
+    ) -> Float[Tensor, "draws owns"]:
+        """Tangents of the value, from those of the other one."""
+        if self.jacobian is None:
+            return tangents
+        num_data, _, num_others = self.jacobian.shape
+        steps = tangents.unflatten(1, (num_data, num_others))
+        return torch.einsum("nij,knj->kni", self.jacobian, steps).flatten(1)
+
+
+def find_links(
+    call: ModelCall,
+    keys: Sequence[Key],
+    read: Read,
+    most: int,
+    budget: int = DEFAULT_BUDGET,
+) -> dict[Key, Link]:
+    """Which of several values follow from another one, which itself follows from none.
+
+    Args:
+        call: Of the model.
+        keys: Of values that have the data along their first axis.
+        read: Their values in a run.
+        most: Numbers a datum that a value may have which others follow from: with more,
+            their Jacobian in it is larger than that in the weights.
+        budget: Bytes that a run with its graph may take; data go in parts.
+
+    Returns:
+        The links, by the keys of the values that follow.
+    """
+    graph = call.graph(with_prior=False)
+    with differentiable():  # outputs are made of a distribution's parameters as read
+        values = read(graph.trace)
+    sources = _sources(keys, values, graph.leaves)
+    links = {
+        key: Link(source, None)
+        for key, source in sources.items()
+        if values[key] is values[source]
+    }
+    made = {
+        key: source
+        for key, source in sources.items()
+        if key not in links and values[source][0].numel() <= most
+    }
+    if made:
+        # Data at once.
+        size = max(1, budget * call.num_data // max(1, graph.activation_bytes))
+        links.update(_local_links(call, made, read, size))
+    return links
+
+
+def _sources(
+    keys: Sequence[Key], values: Mapping[Key, Tensor], leaves: Mapping[str, Tensor]
+) -> dict[Key, Key]:
+    wanted = {id(leaf) for leaf in leaves.values()}
+    found: dict[Key, Key] = {}
+    for key in keys:
+        for other in keys:
+            if other == key or other in found:
+                continue
+            if _follows(values[key], values[other], wanted):
+                found[key] = other
+                break
+    # What a value follows from may follow from another one in turn.
+    return {key: _end(source, found) for key, source in found.items()}
+
+
+def _end(source: Key, sources: Mapping[Key, Key]) -> Key:
+    while source in sources:
+        source = sources[source]
+    return source
+
+
+def _follows(value: Tensor, source: Tensor, leaves: Collection[int]) -> bool:
+    """Whether all ways from a value to the leaves, in its graph, pass another one."""
+    if value is source:
+        return True
+    passed = (source.grad_fn, source.output_nr)
+    waiting, seen, met = [(value.grad_fn, value.output_nr)], set(), False
+    while waiting:
+        node, number = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if (node, number) == passed:
+            met = True
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            return False
+        waiting.extend(node.next_functions)
+    return met
+
+
+def _local_links(
+    call: ModelCall, sources: Mapping[Key, Key], read: Read, size: int
+) -> dict[Key, Link]:
+    """Links by local Jacobians, from runs on some data at once."""
+    num_data, rows = call.num_data, call.data_rows()
+    if size < num_data and not rows:
+        return {}
+    reference = read(call.trace)
+    parts: dict[Key, list[Tensor]] = {key: [] for key in sources}
+    for start in range(0, num_data, size):
+        some = slice(start, start + size)
+        with differentiable(), preserved_rng():
+            leaves = {
+                name: value.detach().clone().requires_grad_()
+                for name, value in call.latents.values.items()
+            }
+            own = tuple(row[some] for row in rows) if size < num_data else None
+            values = read(call.run(leaves, own))
+            for key, source in sources.items():
+                if key not in parts:
+                    continue
+                part = _local_jacobian(values[key], values[source])
+                if part is None or not agree(values[key], reference[key][some]):
+                    del parts[key]
+                else:
+                    parts[key].append(part)
+    return {key: Link(sources[key], torch.cat(found)) for key, found in parts.items()}
+
+
+def _local_jacobian(
+    value: Tensor, source: Tensor
+) -> Float[Tensor, "data own other"] | None:
+    """Of each datum's value in its source; None if data move those of others."""
+    flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
+
+    def pull(u: Tensor) -> Tensor:
+        found = torch.autograd.grad(
+            weighted_sum([flat], [u]), source, retain_graph=True, materialize_grads=True
+        )[0]
+        return found.reshape(len(flat), -1)
+
+    units = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
+    jacobian = torch.stack([pull(unit.expand_as(flat)) for unit in units], dim=1)
+    u = random_direction(flat.shape, flat)
+    if not agree(torch.einsum("nij,ni->nj", jacobian, u), pull(u)):
+        return None
+    return jacobian
