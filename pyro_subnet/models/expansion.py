@@ -23,13 +23,15 @@ from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.kept_jacobian import (
     KeptJacobian,
+    Key,
+    Link,
     flat_values,
     followed,
     moved_elements,
     other_elements,
     steps_from_map,
 )
-from pyro_subnet.models.links import Key, Link, find_links
+from pyro_subnet.models.links import find_links
 from pyro_subnet.models.seen import Seen
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable, full_precision

@@ -7,12 +7,39 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pyro_subnet.models.links import Key, Link
-
+# What is expanded: the parameters of an output site, a deterministic site, or a tensor
+# among what the model returns.
+Key = tuple[str, str]
 # Elements of draws that are compared with the MAP at once: what two passes read fast.
 _COMPARED_AT_ONCE = 2**23
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A value that the weights move through another one alone, datum by datum.
+
+    Attributes:
+        source: Key of the other one.
+        jacobian: Of a datum's numbers in those of the other one; None where both are
+            one tensor.
+    """
+
+    source: Key
+    jacobian: Float[Tensor, "data own other"] | None
+
+    def follow(
+        self, tangents: Float[Tensor, "draws others"]
+    ) -> Float[Tensor, "draws owns"]:
+        """Tangents of the value, from those of the other one."""
+        if self.jacobian is None:
+            return tangents
+        num_data, _, num_others = self.jacobian.shape
+        steps = tangents.unflatten(1, (num_data, num_others))
+        return torch.einsum("nij,knj->kni", self.jacobian, steps).flatten(1)
 
 
 @final

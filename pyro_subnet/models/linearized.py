@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander
-from pyro_subnet.models.links import Key
+from pyro_subnet.models.kept_jacobian import Key
 from pyro_subnet.models.seen import Changed, Record, Seen
 from pyro_subnet.tensors.modes import without_autocast
 from pyro_subnet.tensors.plain_calls import plain_calls

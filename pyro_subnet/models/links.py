@@ -7,14 +7,13 @@ times: the parameters of its output site are a function of them, datum by datum.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
 
 import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
+from pyro_subnet.models.kept_jacobian import Key, Link
 from pyro_subnet.tensors.agreement import agree, random_direction
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable
@@ -22,36 +21,8 @@ from pyro_subnet.tensors.pullback import weighted_sum
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.trace import preserved_rng
 
-# What is expanded: the parameters of an output site, a deterministic site, or a tensor
-# among what the model returns.
-Key = tuple[str, str]
 # Values of a run by key.
 Read = Callable[[poutine.Trace], Mapping[Key, Tensor]]
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Link:
-    """A value that the weights move through another one alone, datum by datum.
-
-    Attributes:
-        source: Key of the other one.
-        jacobian: Of a datum's numbers in those of the other one; None where both are
-            one tensor.
-    """
-
-    source: Key
-    jacobian: Float[Tensor, "data own other"] | None
-
-    def follow(
-        self, tangents: Float[Tensor, "draws others"]
-    ) -> Float[Tensor, "draws owns"]:
-        """Tangents of the value, from those of the other one."""
-        if self.jacobian is None:
-            return tangents
-        num_data, _, num_others = self.jacobian.shape
-        steps = tangents.unflatten(1, (num_data, num_others))
-        return torch.einsum("nij,knj->kni", self.jacobian, steps).flatten(1)
 
 
 def find_links(

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
 from pyro_subnet.models.expansion import Expansion, expanded_keys
-from pyro_subnet.models.links import Link, find_links
+from pyro_subnet.models.kept_jacobian import Link
+from pyro_subnet.models.links import find_links
 from pyro_subnet.tracing.call import ModelCall
 from tests.tolerances import tolerance
 
