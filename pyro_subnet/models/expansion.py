@@ -172,7 +172,7 @@ class Expander:
             few = _ROW_COST * rows >= count
             if few and max(value.numel() for value in dense.values()) > room:
                 return {}
-            links = _links(call, list(dense), size)
+            links = _links(call, list(dense))
             own = {key: value for key, value in dense.items() if key not in links}
             fits = sum(value.numel() for value in own.values()) <= room
             if few and not fits:
@@ -339,7 +339,7 @@ def _from_blocks(
     return dict(zip(values, joined, strict=True))
 
 
-def _links(call: ModelCall, keys: Sequence[Key], most: int) -> dict[Key, Link]:
+def _links(call: ModelCall, keys: Sequence[Key]) -> dict[Key, Link]:
     """Which values follow from others, datum by datum."""
     if len(keys) < 2:  # noqa: PLR2004 - nothing to link
         return {}
@@ -348,7 +348,7 @@ def _links(call: ModelCall, keys: Sequence[Key], most: int) -> dict[Key, Link]:
     def read(trace: poutine.Trace) -> dict[Key, Tensor]:
         return dict(zip(keys, expansion.read(trace), strict=True))
 
-    return find_links(call, keys, read, most)
+    return find_links(call, keys, read)
 
 
 def _shaped(

@@ -6,7 +6,7 @@ times: the parameters of its output site are a function of them, datum by datum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,11 +26,7 @@ Read = Callable[[poutine.Trace], Mapping[Key, Tensor]]
 
 
 def find_links(
-    call: ModelCall,
-    keys: Sequence[Key],
-    read: Read,
-    most: int,
-    budget: int = DEFAULT_BUDGET,
+    call: ModelCall, keys: Sequence[Key], read: Read, budget: int = DEFAULT_BUDGET
 ) -> dict[Key, Link]:
     """Which of several values follow from another one, which itself follows from none.
 
@@ -38,27 +34,23 @@ def find_links(
         call: Of the model.
         keys: Of values that have the data along their first axis.
         read: Their values in a run.
-        most: Numbers a datum that a value may have which others follow from: with more,
-            their Jacobian in it is larger than that in the weights.
-        budget: Bytes that a run with its graph may take; data go in parts.
+        budget: Bytes that a run with its graph may take, for which data go in parts,
+            and those of a link, which is left out if it takes more.
 
     Returns:
         The links, by the keys of the values that follow.
     """
-    graph = call.graph(with_prior=False)
+    graph, reference = call.graph(with_prior=False), read(call.trace)
     with differentiable():  # outputs are made of a distribution's parameters as read
         values = read(graph.trace)
     sources = _sources(keys, values, graph.leaves)
-    links = {
-        key: Link(source, None)
-        for key, source in sources.items()
-        if values[key] is values[source]
-    }
-    made = {
-        key: source
-        for key, source in sources.items()
-        if key not in links and values[source][0].numel() <= most
-    }
+    links, made = {}, {}
+    for key, source in sources.items():
+        own, other = reference[key], reference[source]
+        if own is other and values[key] is values[source]:
+            links[key] = Link(source, None)
+        elif own.numel() * other[0].numel() * own.element_size() <= budget:
+            made[key] = source
     if made:
         # Data at once.
         size = max(1, budget * call.num_data // max(1, graph.activation_bytes))
@@ -69,13 +61,12 @@ def find_links(
 def _sources(
     keys: Sequence[Key], values: Mapping[Key, Tensor], leaves: Mapping[str, Tensor]
 ) -> dict[Key, Key]:
-    wanted = {id(leaf) for leaf in leaves.values()}
     found: dict[Key, Key] = {}
     for key in keys:
         for other in keys:
             if other == key or other in found:
                 continue
-            if _follows(values[key], values[other], wanted):
+            if _follows(values[key], values[other], leaves):
                 found[key] = other
                 break
     # What a value follows from may follow from another one in turn.
@@ -88,10 +79,11 @@ def _end(source: Key, sources: Mapping[Key, Key]) -> Key:
     return source
 
 
-def _follows(value: Tensor, source: Tensor, leaves: Collection[int]) -> bool:
+def _follows(value: Tensor, source: Tensor, leaves: Mapping[str, Tensor]) -> bool:
     """Whether all ways from a value to the leaves, in its graph, pass another one."""
     if value is source:
         return True
+    wanted = {id(leaf) for leaf in leaves.values()}
     passed = (source.grad_fn, source.output_nr)
     waiting, seen, met = [(value.grad_fn, value.output_nr)], set(), False
     while waiting:
@@ -102,7 +94,7 @@ def _follows(value: Tensor, source: Tensor, leaves: Collection[int]) -> bool:
             met = True
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in leaves:
+        if id(getattr(node, "variable", None)) in wanted:
             return False
         waiting.extend(node.next_functions)
     return met
@@ -126,11 +118,12 @@ def _local_links(
             }
             own = tuple(row[some] for row in rows) if size < num_data else None
             values = read(call.run(leaves, own))
-            for key, source in sources.items():
-                if key not in parts:
-                    continue
-                part = _local_jacobian(values[key], values[source])
-                if part is None or not agree(values[key], reference[key][some]):
+            for key in list(parts):
+                value, source = values[key], values[sources[key]]
+                # The graph of few data does not tell what weights move the others.
+                follows = _follows(value, source, leaves)
+                part = _local_jacobian(value, source) if follows else None
+                if part is None or not agree(value, reference[key][some]):
                     del parts[key]
                 else:
                     parts[key].append(part)

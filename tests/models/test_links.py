@@ -26,7 +26,9 @@ Y, LOGITS, RETURN = ("output", "y"), ("deterministic", "logits"), ("return", "0"
 
 
 def logits_of(weights: Tensor, x: Tensor) -> Tensor:
-    return (x @ weights).sin()
+    """Sums of waves, which a run's graph takes more bytes for than a link has."""
+    waves = torch.arange(1, 17, dtype=x.dtype)
+    return ((x @ weights).unsqueeze(-1) * waves).sin().mean(-1)
 
 
 class Classes:
@@ -69,7 +71,7 @@ def fitted(
 
 
 def links_of(
-    posterior: AutoSubnetMultivariateNormal, x: Tensor, **options: Any
+    posterior: AutoSubnetMultivariateNormal, x: Tensor, budget: int
 ) -> dict[Any, Link]:
     call = ModelCall.read(posterior.at_map, (x,), {})
     keys = expanded_keys(call)
@@ -78,15 +80,18 @@ def links_of(
     def read(trace: poutine.Trace) -> dict[Any, Tensor]:
         return dict(zip(keys, expansion.read(trace), strict=True))
 
-    return find_links(call, keys, read, **{"most": 1000, **options})
+    return find_links(call, keys, read, budget)
 
 
 @pytest.mark.parametrize("made", MADE)
-@pytest.mark.parametrize("budget", [1, 2**20])
+@pytest.mark.parametrize("budget", [1100, 2**20])
 def test_what_follows_is_found(made: str, budget: int, dtype: torch.dtype) -> None:
-    """At once, and in parts of one datum."""
+    """From a run on all data, and from several on some."""
     posterior, x = fitted(made, dtype)
-    links = links_of(posterior, x, budget=budget)
+    call = ModelCall.read(posterior.at_map, (x,), {})
+    in_parts = call.graph(with_prior=False).activation_bytes > budget
+    assert in_parts == (budget < 2**20)
+    links = links_of(posterior, x, budget)
     source = RETURN if made == "themselves" else LOGITS
     assert links[Y].source == source
     assert (RETURN in links) == (made in FOLLOW and made != "themselves")
@@ -106,9 +111,33 @@ def test_what_follows_is_found(made: str, budget: int, dtype: torch.dtype) -> No
         assert_close(found, torch.stack(jacobians), **tolerance(dtype))
 
 
-def test_a_source_of_more_numbers_than_weights_serves_nothing() -> None:
+def test_a_link_larger_than_the_budget_is_left_out() -> None:
     posterior, x = fitted("probabilities", torch.float64)
-    assert links_of(posterior, x, most=NUM_CLASSES - 1) == {}
+    needed = NUM_DATA * NUM_CLASSES**2 * 8
+    assert links_of(posterior, x, needed).keys() == {Y, RETURN}
+    assert links_of(posterior, x, needed - 1) == {}
+
+
+class Experts:
+    """The third observation on goes by weights of its own."""
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        prior = dist.Normal(x.new_zeros(NUM_INPUTS, NUM_CLASSES), 1.0).to_event(2)
+        weights, others = (pyro.sample(name, prior) for name in ("weights", "others"))
+        logits = pyro.deterministic("logits", logits_of(weights, x), event_dim=1)
+        late = (torch.arange(len(x)) >= 2).unsqueeze(1)
+        # On two observations, which a run's graph is read on, it follows.
+        shift = logits_of(others, x) if bool(late.any()) else 0.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+        return logits + late * shift
+
+
+def test_what_follows_on_few_data_alone_does_not() -> None:
+    x = torch.randn(NUM_DATA, NUM_INPUTS, dtype=torch.float64)
+    y = torch.arange(NUM_DATA) % NUM_CLASSES
+    posterior = AutoSubnetLaplace(Experts()).laplace_approximation(x, y)
+    assert RETURN not in links_of(posterior, x, 2**20)
 
 
 @pytest.mark.parametrize("made", MADE)
