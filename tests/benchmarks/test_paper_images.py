@@ -633,7 +633,10 @@ class TestExperiments:
         assert run(most, settings, Only(chosen)) == []
         last = {corrupted.NAME: EXPERIMENTS[corrupted.NAME]}
         assert run(last, settings, Only(("MAP",))) == []
-        for module, title in ((rotated, "mnist, rotated"), (cifar10, "CIFAR-10")):
+        for module, title in (
+            (rotated, "mnist, upright and turned"),
+            (cifar10, "CIFAR-10"),
+        ):
             rows = read(settings.out / f"{module.NAME}.jsonl")
             text = module.report(rows, settings.out)
             assert title in text

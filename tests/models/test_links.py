@@ -118,6 +118,19 @@ def test_a_link_larger_than_the_budget_is_left_out() -> None:
     assert links_of(posterior, x, needed - 1) == {}
 
 
+def test_a_model_of_a_fixed_length_is_not_run_on_parts() -> None:
+    def fixed(logits: Tensor, weights: Tensor) -> Tensor:
+        if len(logits) not in (2, NUM_DATA):
+            raise ValueError("another length")
+        return logits.softmax(-1)
+
+    x = torch.randn(NUM_DATA, NUM_INPUTS)
+    y = torch.arange(NUM_DATA) % NUM_CLASSES
+    posterior = AutoSubnetLaplace(Classes(fixed)).laplace_approximation(x, y)
+    assert links_of(posterior, x, 1100) == {}
+    assert links_of(posterior, x, 2**20).keys() == {Y, RETURN}
+
+
 class Experts:
     """The third observation on goes by weights of its own."""
 
