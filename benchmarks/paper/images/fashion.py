@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.task import Row, Settings, Task
-from benchmarks.paper.images.evaluation import Tests, image_tasks, in_distribution
+from benchmarks.paper.images.evaluation import (
+    Tests,
+    image_tasks,
+    in_distribution,
+    near_own_prior,
+)
+from benchmarks.paper.images.methods import DEFAULT
 from benchmarks.paper.images.readers import ImageSet
 from benchmarks.paper.images.reporting import Column, table
 from benchmarks.paper.images.setups import Setup
@@ -15,6 +21,7 @@ NAME = "fashion"
 METHODS = (
     "MAP",
     "MAP with temperature",
+    DEFAULT,
     "subnet LargestVariance",
     "subnet LastLayer",
 )
@@ -22,7 +29,8 @@ METHODS = (
 
 def tasks(settings: Settings) -> list[Task]:
     """One network a seed."""
-    return image_tasks(NAME, settings, ("fashion best",), METHODS, make_tests)
+    methods = (*METHODS, *near_own_prior(METHODS))
+    return image_tasks(NAME, settings, ("fashion best",), methods, make_tests)
 
 
 def make_tests(data: ImageSet, setup: Setup, data_dir: Path) -> Tests:

@@ -30,7 +30,6 @@ from benchmarks.paper.images.setups import Setup
 
 NAME = "rotated"
 DEGREES = tuple(range(0, 181, 15))
-_SHOWN = (0, 15, 30, 60, 90, 180)
 _OTHER = {"mnist": "fashion", "fashion": "mnist"}
 
 
@@ -72,16 +71,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             Column(f"ood={other}", "auroc"),
         ]
         sides.append(Block(f"{name}:", columns, own))
-        columns = [
-            *(Column("", metric) for metric in ("nll", "error", "ece", "brier")),
-            Column("", "nll", to_map=True),
-            Column(f"ood={other}", "auroc"),
-        ]
-        parts.append(table(f"{name}, in distribution", columns, own))
-        columns = [Column(f"rotation={degrees}", "nll") for degrees in _SHOWN]
-        columns += [Column("rotation=*", metric) for metric in ("nll", "ece", "brier")]
-        columns.append(Column("rotation=*", "nll", to_map=True))
-        parts.append(table(f"{name}, rotated", columns, own))
+        metrics = ("nll", "error", "ece", "brier")
+        columns = [Column(shift, m) for shift in ("", "rotation=*") for m in metrics]
+        parts.append(table(f"{name}, upright and turned", columns, own))
         at = [(float(degrees), f"rotation={degrees}") for degrees in DEGREES]
         found = lines(own, at)
         parts.append(

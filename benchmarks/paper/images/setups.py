@@ -55,6 +55,7 @@ _SMALL = {
     "fashion best": Setup(
         "fashion",
         Recipe("conv-bn-5", 8, 0.1, augment="mirror", bfloat16=True),
+        default=2000,
         fitted=2000,
     ),
     "cifar10": Setup(
