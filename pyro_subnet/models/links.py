@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_subnet.models.kept_jacobian import Key, Link
 from pyro_subnet.tensors.agreement import agree, random_direction
+from pyro_subnet.tensors.graph import leads_to
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tensors.pullback import weighted_sum
@@ -88,21 +89,8 @@ def _follows(value: Tensor, source: Tensor, leaves: Mapping[str, Tensor]) -> boo
     """Whether all ways from a value to the leaves, in its graph, pass another one."""
     if value is source:
         return True
-    wanted = {id(leaf) for leaf in leaves.values()}
-    passed = (source.grad_fn, source.output_nr)
-    waiting, seen, met = [(value.grad_fn, value.output_nr)], set(), False
-    while waiting:
-        node, number = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if (node, number) == passed:
-            met = True
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return False
-        waiting.extend(node.next_functions)
-    return met
+    live = value.grad_fn is not None and source.grad_fn is not None
+    return live and not leads_to(value, leaves.values(), past=source)
 
 
 def _local_links(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_subnet.curvature.likelihood import Family, readable_or_not
 from pyro_subnet.exceptions import ModelError, NonFiniteError
+from pyro_subnet.tensors.graph import leads_to
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
 from pyro_subnet.tracing.plate_shape import check_shape
 from pyro_subnet.tracing.plates import num_shown, plate_scale
@@ -164,11 +165,10 @@ class OutputSite:
 
     def reached_parts(self, node: Node, leaves: list[Tensor]) -> tuple[str, ...]:
         """The same, by the graph's structure alone."""
-        wanted = {id(leaf) for leaf in leaves}
         return tuple(
             part
             for part, value in self.own(node).items()
-            if value.requires_grad and _leads_to(value, wanted)
+            if value.requires_grad and leads_to(value, leaves)
         )
 
     def varies(self, known: Sequence[str]) -> bool:
@@ -240,20 +240,6 @@ def _reached(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     )
     pairs = zip(leaves, found, strict=True)
     return [leaf for leaf, gradient in pairs if gradient is not None]
-
-
-def _leads_to(value: Tensor, wanted: Collection[int]) -> bool:
-    """Whether a value's graph leads to a leaf, by the identities of leaves."""
-    waiting, seen = [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        waiting.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def stand_alike(sites: Sequence[OutputSite]) -> bool:

@@ -153,6 +153,50 @@ def test_what_follows_on_few_data_alone_does_not() -> None:
     assert RETURN not in links_of(posterior, x, 2**20)
 
 
+class Counted:
+    """Counts the backward passes through a network.
+
+    Args:
+        shown: Whether the logits are named, and probabilities returned.
+    """
+
+    def __init__(self, *, shown: bool):
+        self.shown = shown
+        self.passes = 0
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        prior = dist.Normal(x.new_zeros(NUM_INPUTS, NUM_CLASSES), 1.0).to_event(2)
+        hidden = x @ pyro.sample("weights", prior)
+        if hidden.requires_grad:
+            hidden.register_hook(self._count)
+        logits = hidden.sin()
+        if self.shown:
+            pyro.deterministic("logits", logits, event_dim=1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+        return logits.softmax(-1) if self.shown else None
+
+    def _count(self, gradient: Tensor) -> None:
+        self.passes += 1
+
+
+def test_what_follows_takes_no_pass_through_the_network() -> None:
+    passes = []
+    for shown in (False, True):
+        model = Counted(shown=shown)
+        x = torch.randn(NUM_DATA, NUM_INPUTS, dtype=torch.float64)
+        y = torch.arange(NUM_DATA) % NUM_CLASSES
+        posterior = AutoSubnetLaplace(model).laplace_approximation(x, y)
+        draws = torch.randn(40, 1, NUM_INPUTS, NUM_CLASSES, dtype=torch.float64)
+        given = poutine.condition(posterior.linearized_model, data={"weights": draws})
+        model.passes = 0
+        with torch.no_grad(), pyro.plate("draws", 40, dim=-2):
+            given(x)
+        passes.append(model.passes)
+    assert passes[0] >= NUM_CLASSES
+    assert passes[1] == passes[0]
+
+
 @pytest.mark.parametrize("made", MADE)
 def test_draws_are_the_expansion(made: str, dtype: torch.dtype) -> None:
     posterior, x = fitted(made, dtype)
