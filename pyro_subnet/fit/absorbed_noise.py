@@ -89,9 +89,11 @@ def warn_of_absorbed_noise(
         return
     args, kwargs = next(data.calls("Noise"))
     call = ModelCall.read(at_map, args, kwargs)
+    if not _is_normal(call):
+        return
     graph = call.graph(with_prior=False)
-    network = network_of(call, graph)
-    if network is None or not _is_noise_learned(call, graph):
+    network = network_of(call, graph) if _is_noise_learned(call, graph) else None
+    if network is None:
         return
     (site,) = call.sites
     num_outputs = math.ceil(site.own(site.node)[_LOC].numel() / max(call.num_seen, 1))
@@ -128,9 +130,14 @@ def _is_noise_learned(call: ModelCall, graph: Graph) -> bool:
     return learned and bool(scale.min() == scale.max())
 
 
+def _is_normal(call: ModelCall) -> bool:
+    """Whether there is one site, and it is normal."""
+    return [site.family.distribution in _NORMALS for site in call.sites] == [True]
+
+
 def network_of(call: ModelCall, graph: Graph) -> Subnet | None:
     """The latent sites that move the location of the only site; None without one."""
-    if [site.family.distribution in _NORMALS for site in call.sites] != [True]:
+    if not _is_normal(call):
         return None
     layout = call.latents.layout
     chosen = {}

@@ -25,6 +25,8 @@ def lower_factor(
     """
     if torch.is_grad_enabled() and rows.requires_grad:
         return _LowerFactor.apply(rows)
+    if rows.shape[-2] == 1:  # the same, in a tenth of the time
+        return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     upper = torch.linalg.qr(rows.mT, mode="r").R
     return _padded(upper, _signs(upper)).mT
 
