@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.harness.task import Experiment
 from benchmarks.paper import toy, toy_report, uci, uci_report
-from benchmarks.paper.images import cifar10, corrupted, fashion, rotated
+from benchmarks.paper.images import cifar10, corrupted, fashion, resnet18, rotated
 
 EXPERIMENTS: dict[str, Experiment] = {
     "toy": Experiment(toy.tasks, toy_report.report),
@@ -13,4 +13,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "corrupted": Experiment(corrupted.tasks, corrupted.report),
     "fashion": Experiment(fashion.tasks, fashion.report),
     "cifar10": Experiment(cifar10.tasks, cifar10.report),
+    "resnet18": Experiment(resnet18.tasks, resnet18.report),
 }

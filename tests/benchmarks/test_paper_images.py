@@ -27,6 +27,7 @@ from benchmarks.paper.images import (
     methods,
     published,
     reporting,
+    resnet18,
     rivals,
     rotated,
 )
@@ -600,10 +601,10 @@ class TestExperiments:
         settings = Settings(None, tmp_path, "small", 3)
         made = [
             task
-            for module in (rotated, corrupted, fashion, cifar10)
+            for module in (rotated, corrupted, fashion, cifar10, resnet18)
             for task in module.tasks(settings)
         ]
-        assert len({task.name for task in made}) == len(made) == 15
+        assert len({task.name for task in made}) == len(made) == 18
         assert not list(tmp_path.iterdir())
         for task in made:
             assert len(set(task.methods)) == len(task.methods)
@@ -631,7 +632,7 @@ class TestExperiments:
         most = {module.NAME: EXPERIMENTS[module.NAME] for module in (rotated, fashion)}
         most |= {cifar10.NAME: EXPERIMENTS[cifar10.NAME]}
         assert run(most, settings, Only(chosen)) == []
-        last = {corrupted.NAME: EXPERIMENTS[corrupted.NAME]}
+        last = {each.NAME: EXPERIMENTS[each.NAME] for each in (corrupted, resnet18)}
         assert run(last, settings, Only(("MAP",))) == []
         for module, title in (
             (rotated, "mnist, upright and turned"),

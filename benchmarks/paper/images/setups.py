@@ -49,6 +49,7 @@ class Setup:
 
 
 _RESNET = Recipe("resnet18", 30, 0.1, augment="flip", bfloat16=True)
+_NUM_SUBNET = 42_438  # of the paper's ResNet-18
 _SMALL = {
     "mnist": Setup("mnist", Recipe("cnn", 3, 0.1)),
     "fashion": Setup("fashion", Recipe("cnn", 4, 0.1)),
@@ -66,6 +67,20 @@ _SMALL = {
         tuned=500,
         passes=10,
         swag_tries=9,
+    ),
+    # The paper's network and subnet on few images, where there is no GPU.
+    "resnet18": Setup(
+        "cifar10",
+        replace(_RESNET, epochs=10),
+        default=2000,
+        num_subnet=_NUM_SUBNET,
+        fitted=2000,
+        tuned=500,
+        test=2000,
+        shifted=250,
+        passes=10,
+        swag_tries=9,
+        batch_size=50,
     ),
 }
 
@@ -98,7 +113,7 @@ def setup_of(name: str, scale: Scale) -> Setup:
         small.dataset,
         replace(_RESNET, augment="shift" if small.dataset == "mnist" else "flip"),
         default=2000,
-        num_subnet=42_438,
+        num_subnet=_NUM_SUBNET,
         fitted=None,
         tuned=2000,
         shifted=10_000,

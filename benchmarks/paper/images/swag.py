@@ -13,11 +13,15 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.paper.images.readers import Part, to_unit
-from benchmarks.paper.images.training import Recipe, batches, write_whole
+from benchmarks.paper.images.training import (
+    Recipe,
+    add_gradient,
+    batches,
+    write_whole,
+)
 from pyro_subnet.selection import SwagMoments
 
 _RANK = 20
@@ -86,7 +90,7 @@ def _collect(
     moments, deviations = SwagMoments(iterate), []
     for step, (x, y) in enumerate(batches(part, recipe, seed, steps), 1):
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        add_gradient(net, x, y, recipe)
         optimizer.step()
         if step % every == 0:
             iterate.loc = parameters_to_vector(net.parameters()).detach()

@@ -22,6 +22,8 @@ _MOST_SHIFT = 2  # pixels; 4 of a padded CIFAR image, as is usual
 _CUT = 8  # pixels, the side of a square
 _WARM_UP = 0.25  # share of the steps in which the learning rate rises
 _PER_EPOCH = 1_000_000  # between the seeds of an epoch and of the next
+# Convolutions are faster in this layout, most of all in bfloat16.
+_LAYOUT = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,7 @@ def fit(
         pct_start=_WARM_UP,
         cycle_momentum=False,
     )
-    # Convolutions are faster in this layout, most of all in bfloat16.
-    layout = torch.channels_last
-    net.train().to(memory_format=layout)
+    net.train().to(memory_format=_LAYOUT)
     state, done = {"net": net, "optimizer": optimizer, "cycle": cycle}, 0
     if path is not None and path.exists():
         saved = torch.load(path)
@@ -159,11 +159,7 @@ def fit(
             torch.manual_seed(seed + _PER_EPOCH * epoch)  # dropout
             for x, y in epoch_batches(part, recipe, seed + _PER_EPOCH * epoch):
                 optimizer.zero_grad()
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=recipe.bfloat16
-                ):
-                    logits = net(x.to(device, memory_format=layout))
-                F.cross_entropy(logits.float(), y.to(device)).backward()
+                add_gradient(net, x.to(device), y.to(device), recipe)
                 optimizer.step()
                 cycle.step()
         if path is not None:
@@ -175,6 +171,13 @@ def fit(
     if path is not None:
         path.unlink(missing_ok=True)
     net.eval()
+
+
+def add_gradient(net: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> None:
+    """Adds the gradient of a batch's mean loss to that of the parameters."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+        logits = net(x.to(memory_format=_LAYOUT))
+    F.cross_entropy(logits.float(), y).backward()
 
 
 def batches(
