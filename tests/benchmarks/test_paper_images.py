@@ -50,7 +50,7 @@ from benchmarks.paper.images.readers import (
     read_images,
     to_unit,
 )
-from benchmarks.paper.images.swag import Swag, with_weights
+from benchmarks.paper.images.swag import Swag, swag, with_weights
 from benchmarks.paper.images.training import Networks, Recipe, batches, fit
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.nn import init_to_module
@@ -321,6 +321,18 @@ class TestSwag:
         moments = found.moments()
         torch.testing.assert_close(moments.variance.float(), variance)
         torch.testing.assert_close(moments.mean.float(), found.mean)
+
+    def test_steps_are_in_the_precision_of_training(self, tmp_path):
+        """Iterates in bfloat16 are other ones, as close as its three digits are."""
+        part = Part(smooth_images(256, 1, 28), torch.arange(256) % 10)
+        net, found = make_network("cnn", 0), {}
+        for half in (False, True):
+            recipe = Recipe("cnn", 1, 0.1, bfloat16=half)
+            path = tmp_path / f"{half}.safetensors"
+            found[half] = swag(net, part, recipe, epochs=1, seed=0, path=path).mean
+        start = nn.utils.parameters_to_vector(net.parameters()).detach()
+        moved = (found[False] - start).norm()
+        assert 0 < (found[True] - found[False]).norm() < 0.1 * moved
 
     def test_norms_are_fitted_to_new_weights(self):
         net = nn.Sequential(
