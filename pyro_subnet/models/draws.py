@@ -16,8 +16,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
@@ -25,7 +23,7 @@ from torch.distributions import Distribution
 from pyro_subnet.curvature.likelihood import Family, find_family
 from pyro_subnet.exceptions import ModelError
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.plates import plate_scale
+from pyro_subnet.tracing.plates import PlatesAround, plate_scale
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import Node
 
@@ -150,10 +148,10 @@ class Draws:
                 stack.enter_context(poutine.scale(scale=scale))
             if node["mask"] is not None:
                 stack.enter_context(poutine.mask(mask=node["mask"]))
-            frames = stack.enter_context(_Frames())
+            around = stack.enter_context(PlatesAround())
             value = pyro.sample(node["name"], fn, infer=dict(node["infer"]))
         inner = {frame.name for frame in node["cond_indep_stack"]}
-        for frame in frames.stack:
+        for frame in around.stack:
             if frame.vectorized and frame.name not in inner:
                 self._outer[frame.dim] = frame.size
         return value
@@ -207,13 +205,3 @@ class Draws:
             for part, value in outputs.items()
         }
         return taken.at(family, spread)
-
-
-@final
-class _Frames(Messenger):
-    """Remembers the plates around the one site that is drawn inside it."""
-
-    stack: tuple[CondIndepStackFrame, ...] = ()
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        self.stack = msg["cond_indep_stack"]

@@ -38,7 +38,7 @@ from pyro_subnet.models.subnet_prior import (
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.arguments import as_tensors
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.plates import WidePlates
+from pyro_subnet.tracing.plates import PlatesAround, WidePlates
 from pyro_subnet.tracing.trace import Model, ModelAtMAP, apart
 
 # Live models by the prefix of their entries in the param store.
@@ -99,10 +99,11 @@ class HybridModel:
         """Runs the model, with the arguments and the return value of the user's."""
         args, kwargs, sites = self._read(args, kwargs)
         prior = SubnetPrior(self.at_map.program, sites, args, kwargs)
-        theta = pyro.sample(SITE, prior)
+        with PlatesAround() as around:
+            theta = pyro.sample(SITE, prior)
         # A linearized model widens its plates itself.
         wide = nullcontext() if self.linearized else WidePlates()
-        with wide, GivenSites(sites, theta) as given:
+        with wide, GivenSites(sites, theta, around.depth) as given:
             returned = self._program(*args, **kwargs)
         # One subnet's density follows from the sites that this run has met.
         if theta.ndim == 1:

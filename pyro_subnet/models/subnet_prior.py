@@ -50,8 +50,20 @@ class SubnetSites:
         """Names of all latent sites."""
         return self.latents.layout.names
 
-    def unconstrained(self, name: str, theta: Tensor, event_dim: int) -> Tensor:
-        """A site's value at ``theta``, (..., S), whose batch goes left of the event."""
+    def unconstrained(
+        self, name: str, theta: Tensor, event_dim: int, depth: int = 0
+    ) -> Tensor:
+        """A site's value at ``theta``, (..., S).
+
+        Args:
+            name: Of the site.
+            theta: Values of the subnet, whose batch goes left of the event.
+            event_dim: Of the site, unconstrained.
+            depth: Batch dimensions of the plates around ``theta``.
+
+        Returns:
+            The value.
+        """
         base = self._base[name]
         # Elements that are not chosen have the site's parameter.
         if name in self._estimates:
@@ -61,6 +73,14 @@ class SubnetSites:
         if self._split is None or self._split[0] is not theta:
             self._split = theta, self.subnet.split(theta)
         piece = self._split[1][name]
+        missing = depth - (theta.ndim - 1)
+        if theta.ndim > 1 and missing > 0:
+            # `Predictive(parallel=True)` passes K draws without the axes of the plates
+            # inside theirs: (K, S). Each site takes those that its value lacks, as
+            # there, and keeps its own.
+            lacks = max(0, missing - base.ndim + self.extra_dims[name])
+            axes = (1,) * (lacks + base.ndim - event_dim)
+            piece = piece.reshape(*piece.shape[:-1], *axes, piece.shape[-1])
         return place_elements(base, self.chosen[name], piece, event_dim)
 
     def constrained(self, name: str, unconstrained: Tensor) -> Tensor:
@@ -150,12 +170,18 @@ class SubnetPrior(dist.TorchDistribution):
 
 @final
 class GivenSites(Messenger):
-    """Gives the latent sites their values at ``theta``, (..., S), and hides them."""
+    """Gives the latent sites their values at ``theta``, (..., S), and hides them.
 
-    def __init__(self, sites: SubnetSites, theta: Tensor):
+    Args:
+        sites: The sites.
+        theta: Values of the subnet.
+        depth: Batch dimensions of the plates around them.
+    """
+
+    def __init__(self, sites: SubnetSites, theta: Tensor, depth: int = 0):
         super().__init__()
         self._sites = sites
-        self._theta = theta
+        self._theta, self._depth = theta, depth
         # By name: a network that is called twice in a run meets its sites again.
         self._met: dict[str, tuple[Node, int]] = {}
         # Values that a graph holds anyway; others not, as traces of many draws would
@@ -175,7 +201,7 @@ class GivenSites(Messenger):
         """A site's value, unconstrained and as the model sees it."""
         found = self._held.get(name)
         if found is None:
-            u = self._sites.unconstrained(name, self._theta, event_dim)
+            u = self._sites.unconstrained(name, self._theta, event_dim, self._depth)
             found = u, self._sites.constrained(name, u)
             if self._theta.requires_grad:
                 self._held[name] = found

@@ -38,6 +38,21 @@ class WidePlates(Messenger):
             msg["value"] = torch.arange(fn.subsample_size, device=fn.device)
 
 
+@final
+class PlatesAround(Messenger):
+    """Remembers the plates around the one site that is drawn inside it."""
+
+    stack: tuple[CondIndepStackFrame, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many batch dimensions the plates take."""
+        return max((-frame.dim for frame in self.stack if frame.vectorized), default=0)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        self.stack = msg["cond_indep_stack"]
+
+
 def plate_length(node: Node, frame: CondIndepStackFrame) -> int:
     """Data points that a plate shows at a site; one without a size takes the site's."""
     if frame.size >= 0 or frame.dim is None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributions import biject_to
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, UntrainedWarning
 from pyro_subnet.models.hybrid import HybridModel
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import RandomSubnet
@@ -428,6 +429,53 @@ def test_predictive_with_its_guide(linearized: bool, parallel: bool) -> None:
     both = Predictive(hybrid, guide=hybrid.guide, num_samples=5, parallel=parallel)
     shapes = {name: value.numel() for name, value in both(fit.x).items()}
     assert shapes == {"subnet": 5 * 4, "f": 5 * N, "y": 5 * N}
+
+
+def plated(x: Tensor, y: Tensor | None = None) -> None:
+    """Sites without batch dimensions of their own, and with one in a plate."""
+    one = torch.ones((), dtype=DOUBLE)
+    slope = pyro.sample("slope", dist.Normal(one, one))
+    noise = pyro.sample("noise", dist.LogNormal(0 * one, one))
+    corr = pyro.sample("corr", dist.LKJCholesky(INPUTS, one))
+    w = pyro.sample("w", normal(INPUTS, HIDDEN))
+    with pyro.plate("units", HIDDEN):
+        v = pyro.sample("v", dist.Normal(0 * one, one))
+        shift = pyro.sample("shift", dist.Normal(0 * one, 1.0).expand([HIDDEN]))
+    hidden = (x @ corr @ w).tanh() + shift.unsqueeze(-2)
+    f = slope * (hidden @ v.unsqueeze(-1)).squeeze(-1)
+    with pyro.plate("data", len(x)):
+        pyro.deterministic("upper", f + noise)
+        pyro.sample("y", dist.Normal(f, noise), obs=y)
+
+
+@pytest.mark.parametrize("num_draws", [1, 4, HIDDEN, N])
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize(
+    "subnet",
+    [
+        None,
+        {"slope": torch.arange(1), "v": torch.tensor([0, 2])},
+        {"noise": torch.arange(1), "corr": torch.tensor([1])},
+        {"shift": torch.tensor([3, 1]), "w": torch.tensor([3])},
+    ],
+)
+def test_draws_in_parallel_are_those_in_sequence(
+    subnet: Any, linearized: bool, num_draws: int
+) -> None:
+    """Also as many as there are data, or elements in a plate, which would broadcast."""
+    x, y = data()
+    guide = AutoSubnetLaplace(plated, subnet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)
+        posterior = guide.laplace_approximation(x, y)
+    hybrid = posterior.hybrid_model(linearized)
+    loc = posterior.get_posterior().loc
+    theta = loc + 0.1 * torch.randn(num_draws, len(loc), dtype=DOUBLE)
+    in_sequence, in_parallel = (
+        Predictive(hybrid, {"subnet": theta}, parallel=parallel)(x)["upper"]
+        for parallel in (False, True)
+    )
+    assert_close(in_parallel.reshape(num_draws, N), in_sequence.squeeze(1), **SUM)
 
 
 def test_predictive_holds_draws_of_the_subnet_alone() -> None:
