@@ -103,7 +103,7 @@ class HybridModel:
             theta = pyro.sample(SITE, prior)
         # A linearized model widens its plates itself.
         wide = nullcontext() if self.linearized else WidePlates()
-        with wide, GivenSites(sites, theta, around.depth) as given:
+        with wide, GivenSites(sites, theta, around) as given:
             returned = self._program(*args, **kwargs)
         # One subnet's density follows from the sites that this run has met.
         if theta.ndim == 1:

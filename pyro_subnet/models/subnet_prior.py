@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_subnet.subnet import Subnet, place_elements
 from pyro_subnet.tracing.log_prior import log_density
+from pyro_subnet.tracing.plates import PlatesAround
 from pyro_subnet.tracing.trace import Latents, Model, Node, run_model
 
 # The one latent site of a hybrid model.
@@ -73,14 +74,17 @@ class SubnetSites:
         if self._split is None or self._split[0] is not theta:
             self._split = theta, self.subnet.split(theta)
         piece = self._split[1][name]
-        missing = depth - (theta.ndim - 1)
-        if theta.ndim > 1 and missing > 0:
-            # `Predictive(parallel=True)` passes K draws without the axes of the plates
-            # inside theirs: (K, S). Each site takes those that its value lacks, as
+        batch = theta.shape[:-1]
+        if 0 < len(batch) < depth:
+            # `Predictive(parallel=True)` passes K draws without all the axes of the
+            # plates inside theirs. Each site takes those that its value lacks, as
             # there, and keeps its own.
-            lacks = max(0, missing - base.ndim + self.extra_dims[name])
+            while len(batch) > 1 and batch[-1] == 1:
+                batch = batch[:-1]
+            own = base.ndim - self.extra_dims[name]
+            lacks = max(0, depth - len(batch) - own)
             axes = (1,) * (lacks + base.ndim - event_dim)
-            piece = piece.reshape(*piece.shape[:-1], *axes, piece.shape[-1])
+            piece = piece.reshape(*batch, *axes, piece.shape[-1])
         return place_elements(base, self.chosen[name], piece, event_dim)
 
     def constrained(self, name: str, unconstrained: Tensor) -> Tensor:
@@ -175,13 +179,13 @@ class GivenSites(Messenger):
     Args:
         sites: The sites.
         theta: Values of the subnet.
-        depth: Batch dimensions of the plates around them.
+        around: The plates around them.
     """
 
-    def __init__(self, sites: SubnetSites, theta: Tensor, depth: int = 0):
+    def __init__(self, sites: SubnetSites, theta: Tensor, around: PlatesAround):
         super().__init__()
         self._sites = sites
-        self._theta, self._depth = theta, depth
+        self._theta, self._around = theta, around
         # By name: a network that is called twice in a run meets its sites again.
         self._met: dict[str, tuple[Node, int]] = {}
         # Values that a graph holds anyway; others not, as traces of many draws would
@@ -201,7 +205,9 @@ class GivenSites(Messenger):
         """A site's value, unconstrained and as the model sees it."""
         found = self._held.get(name)
         if found is None:
-            u = self._sites.unconstrained(name, self._theta, event_dim, self._depth)
+            u = self._sites.unconstrained(
+                name, self._theta, event_dim, self._around.depth
+            )
             found = u, self._sites.constrained(name, u)
             if self._theta.requires_grad:
                 self._held[name] = found
@@ -215,3 +221,5 @@ class GivenSites(Messenger):
         self._met[name] = dict(msg), event_dim
         msg["value"] = self._values(name, event_dim)[1]
         msg["stop"] = True
+        # Plates outside do not see the site, and yet it lies in them.
+        msg["cond_indep_stack"] = self._around.stack + msg["cond_indep_stack"]
