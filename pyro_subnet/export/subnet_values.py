@@ -64,31 +64,37 @@ def _elements(
     base: Tensor, transform: Transform, within: Tensor, piece: Tensor, whole: bool
 ) -> SiteElements:
     """One site's elements, of which a few draws are constrained at a time."""
-    plain = transform
-    while isinstance(plain, IndependentTransform):  # what `to_event` makes of one
-        plain = plain.base_transform
-    identity = isinstance(plain, ComposeTransform) and not plain.parts
-    if identity and not whole:
+    parts = _parts(transform)
+    if not parts and not whole:
         return SiteElements(within, base.shape, piece.detach())
     # Where a constraint acts element by element these are the subnet's own elements;
     # where it ties elements together (a simplex, a Cholesky factor), all elements of
     # each value that holds a chosen one.
     shape = transform.forward_shape(base.shape)
-    inside = _last(base.shape, plain.domain.event_dim)
-    outside = _last(shape, plain.codomain.event_dim)
+    inside = _last(base.shape, max((p.domain.event_dim for p in parts), default=0))
+    outside = _last(shape, max((p.codomain.event_dim for p in parts), default=0))
     groups = (within // inside).unique()
     within_group = torch.arange(outside, device=within.device)
     positions = (groups.unsqueeze(-1) * outside + within_group).flatten()
     if whole:
         positions = torch.arange(math.prod(shape), device=within.device)
     held = max(1, _HELD_AT_ONCE // max(base.numel(), 1))
-    parts = []
+    values = []
     for some in piece.split(held):
         value = transform(place_elements(base, within, some, base.ndim))
-        parts.append(
+        values.append(
             value.flatten(1)[:, positions] if value.ndim > 1 else value[:, None]
         )
-    return SiteElements(positions, shape, torch.cat(parts).detach())
+    return SiteElements(positions, shape, torch.cat(values).detach())
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    """What a transform is composed of, without what `to_event` makes of each."""
+    if isinstance(transform, IndependentTransform):
+        return _parts(transform.base_transform)
+    if isinstance(transform, ComposeTransform):
+        return [own for part in transform.parts for own in _parts(part)]
+    return [transform]
 
 
 def _last(shape: Sequence[int], count: int) -> int:

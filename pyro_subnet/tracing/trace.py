@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributions import (
     ComposeTransform,
     Independent,
+    IndependentTransform,
     Transform,
     biject_to,
 )
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, independent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -205,8 +206,13 @@ def _transform(node: Node, dtype: torch.dtype, outside: torch.dtype) -> Transfor
     if outside == dtype:
         return transform
     # As in a backbone of bfloat16 with adapters in float32.
-    support = transform.codomain
-    return ComposeTransform([transform, _ToType(support, dtype, outside)])
+    support, event_dim = transform.codomain, transform.codomain.event_dim
+    while isinstance(support, independent):
+        support = support.base_constraint
+    to_type: Transform = _ToType(support, dtype, outside)
+    if event_dim > support.event_dim:  # it acts on each of the elements
+        to_type = IndependentTransform(to_type, event_dim - support.event_dim)
+    return ComposeTransform([transform, to_type])
 
 
 def run_model(

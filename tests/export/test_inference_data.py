@@ -308,6 +308,34 @@ def test_only_touched_simplexes_appear() -> None:
     assert_close(by_row, torch.ones(4, 2, dtype=DOUBLE), **CLOSED)
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_elements_of_a_site_of_another_type(positive: bool) -> None:
+    """Of a narrower one than another site's only those of the subnet appear, too."""
+    normal = dist.LogNormal if positive else dist.Normal
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        zeros = torch.zeros(2, 3)  # float32
+        w = pyro.sample("w", normal(zeros, 1.0).to_event(2))
+        shares = pyro.sample("p", dist.Dirichlet(torch.ones(2)))
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+        with pyro.plate("data", len(x)):
+            loc = (x.float() @ w.mT).double() @ shares.double() + b
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    x, y = torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    subnet = {"w": torch.tensor([4, 1]), "p": torch.tensor([0]), "b": torch.tensor([0])}
+    values = {"w": torch.ones(2, 3), "p": torch.tensor([0.4, 0.6])}
+    values["b"] = torch.tensor(0.2, dtype=DOUBLE)
+    guide = AutoSubnetLaplace(model, subnet, init_loc_fn=init_to_value(values=values))
+    posterior = guide.laplace_approximation(x, y)
+    found = to_inference_data(posterior, x, y, num_samples=50).posterior
+    assert list(found["w_elem"].values) == ["0, 1", "1, 1"]
+    assert list(found["p_elem"].values) == ["0", "1"]
+    assert found["w"].dtype == np.float32
+    assert bool((found["w"].std("draw") > 0.01).all())
+    assert bool((found["w"] > 0).all()) == positive
+
+
 def test_some_sites_alone() -> None:
     fit = fitted()
     idata = to_inference_data(fit.posterior, fit.x, fit.y, num_samples=2, sites=["w1"])
