@@ -14,10 +14,12 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, Message
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from pyro_subnet.exceptions import ChoiceWarning, warn
 from pyro_subnet.models.draws import Draws
 from pyro_subnet.models.expansion import Expander
 from pyro_subnet.models.kept_jacobian import Key
 from pyro_subnet.models.seen import Changed, Record, Seen
+from pyro_subnet.tensors.agreement import random_direction
 from pyro_subnet.tensors.modes import without_autocast
 from pyro_subnet.tensors.plain_calls import plain_calls
 from pyro_subnet.tracing.call import ModelCall
@@ -29,6 +31,7 @@ from pyro_subnet.tracing.trace import (
     ModelAtMAP,
     is_deterministic,
     is_factor,
+    preserved_rng,
     refuse_training_mode,
 )
 
@@ -50,6 +53,9 @@ class LinearizedModel:
     are wanted, the Jacobian of a call that comes again with the same tensors is kept
     until another call comes, if it takes no more than 256 MiB. Such a call runs the
     model once, at the MAP, and notices if anything there is not what it was.
+
+    Deterministic sites of integers or truth values have no derivative: they keep their
+    values at the MAP, and the first call says so of those that the weights move.
 
     Args:
         at_map: The user's model and its latent sites.
@@ -82,6 +88,7 @@ class LinearizedModel:
         call = ModelCall.read(self._at_map, args, kwargs)
         if self._parents is None:
             self._parents = call.latent_parents()
+            _warn_of_no_derivative(call)
         self._expander.meet(call, seen)
         record = Record(seen, call)
         if run is None:
@@ -265,6 +272,40 @@ class _LinearizedSites(Messenger):
                 yield
         finally:
             _PYRO_STACK[:], _DIM_ALLOCATOR._stack = handlers, plates
+
+
+def _warn_of_no_derivative(call: ModelCall) -> None:
+    """Says which deterministic sites stay as they are, as labels made of logits do."""
+    whole = {
+        name: node["value"]
+        for name, node in call.trace.nodes.items()
+        if is_deterministic(node) and not node["value"].is_floating_point()
+    }
+    if not whole:
+        return
+    # No graph leads to them: a run at other weights tells whether they follow those.
+    far = {
+        name: u + random_direction(u.shape, u)
+        for name, u in call.latents.values.items()
+    }
+    try:
+        with torch.no_grad(), preserved_rng():
+            nodes = call.run(far).nodes
+    except Exception:  # the user's code may refuse such weights
+        return
+    found = {
+        name: value.dtype
+        for name, value in whole.items()
+        if not torch.equal(nodes[name]["value"], value)
+    }
+    if found:
+        warn(
+            "Deterministic sites of a linearized model must hold floating point "
+            f"numbers to follow the draws; got {found}, which keep their values at the "
+            "MAP in every draw. Make them of what is drawn: of the outputs, or of "
+            "other deterministic sites.",
+            ChoiceWarning,
+        )
 
 
 def _log_factors(call: ModelCall, draws: Draws) -> dict[str, Tensor]:

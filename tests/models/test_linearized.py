@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pyro_subnet import AutoSubnetLaplace, AutoSubnetMultivariateNormal
-from pyro_subnet.exceptions import DataCountWarning, ModelError
+from pyro_subnet.exceptions import ChoiceWarning, DataCountWarning, ModelError
 from tests.tolerances import FALSE_ALARM_RATE, tolerance
 
 Model = Callable[..., Any]
@@ -493,6 +493,30 @@ def two_headed(x: Tensor, y: Tensor | None = None, n: Tensor | None = None) -> A
             "z", dist.Normal(torch.zeros(len(x)).to(f), 1.0), obs=f[:, 0].detach()
         )
     return {"f": f, "pair": (f[:, 0], 3), "count": count, "name": "head"}
+
+
+def test_labels_that_the_weights_move_stay_and_say_so() -> None:
+    """A class made of logits has no derivative; a number of data says nothing."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", normal(NUM_INPUTS, 3))
+        logits = pyro.deterministic("logits", x @ w)
+        pyro.deterministic("label", logits.argmax(-1))
+        pyro.deterministic("count", torch.tensor(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    x = double(NUM_DATA, NUM_INPUTS)
+    y = torch.arange(NUM_DATA) % 3
+    posterior = AutoSubnetLaplace(model, None).laplace_approximation(x, y)
+    predict = Predictive(posterior.linearized_model, guide=posterior, num_samples=5)
+    message = r"got {'label': torch.int64}, which keep their values at the MAP"
+    with pytest.warns(ChoiceWarning, match=message) as caught:
+        found = predict(x)
+    assert len(caught) == 1
+    expected = poutine.condition(model, posterior.median())
+    at_map = poutine.trace(expected).get_trace(x).nodes["label"]["value"]
+    assert bool((found["label"].reshape(5, -1) == at_map).all())
 
 
 def two_headed_fit() -> tuple[AutoSubnetMultivariateNormal, Tensor, Values]:
