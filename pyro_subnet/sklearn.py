@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, final
 
@@ -307,7 +308,9 @@ class SubnetLaplaceClassifier(ClassifierMixin, _SubnetLaplace):
             num_outputs = 1 if count == _TWO_CLASSES else count
             net = network_of(self.network, x.shape[1], num_outputs)
             self._dtype = next(net.parameters()).dtype
-            batches = self._batches(self._inputs(x), torch.as_tensor(numbers))
+            inputs = self._inputs(x)
+            _check_outputs(net, inputs, count)
+            batches = self._batches(inputs, torch.as_tensor(numbers))
             self._train(partial(classifier, net), batches, None)
         return self
 
@@ -336,6 +339,19 @@ class SubnetLaplaceClassifier(ClassifierMixin, _SubnetLaplace):
         """
         chosen = self.predict_proba(X).argmax(1)
         return self.classes_[chosen]
+
+
+def _check_outputs(net: nn.Module, inputs: Tensor, num_classes: int) -> None:
+    """Refuses a network of the user's whose outputs are not the classes."""
+    with torch.no_grad():
+        outputs = deepcopy(net).eval()(inputs[:_TWO_CLASSES])
+    found = outputs.shape[1] if outputs.ndim > 1 else 1
+    if found != num_classes and (found, num_classes) != (1, _TWO_CLASSES):
+        raise OptionError(
+            "`network` must have an output for each class, or one for two classes; "
+            f"got {found} outputs, and data of {num_classes} classes. Give it as many "
+            "outputs, or stratify the split that lost a class."
+        )
 
 
 @contextmanager

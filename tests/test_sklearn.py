@@ -177,6 +177,26 @@ def test_options_that_mean_nothing(options: dict[str, Any], message: str) -> Non
         SubnetLaplaceRegressor(**options).fit(*curve(20))
 
 
+@pytest.mark.parametrize(
+    ("num_outputs", "num_classes"), [(3, 2), (5, 3), (2, 3), (1, 3)]
+)
+def test_outputs_that_are_not_the_classes(num_outputs: int, num_classes: int) -> None:
+    """Before any training; a split may have lost a class."""
+    x = np.linspace(-1, 1, 12)[:, None]
+    net = nn.Linear(1, num_outputs)
+    message = f"got {num_outputs} outputs, and data of {num_classes} classes"
+    with pytest.raises(OptionError, match=message):
+        SubnetLaplaceClassifier(net).fit(x, np.arange(12) % num_classes)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_two_classes_have_one_output_or_two(num_outputs: int) -> None:
+    x = np.linspace(-1, 1, 12)[:, None]
+    net = nn.Sequential(nn.Linear(1, num_outputs), nn.Dropout())
+    fitted = SubnetLaplaceClassifier(net, num_epochs=5).fit(x, x[:, 0] > 0)
+    assert fitted.predict_proba(x).shape == (12, 2)
+
+
 def test_one_class_is_none() -> None:
     with pytest.raises(ValueError, match="at least two classes; got 1 class"):
         SubnetLaplaceClassifier().fit(np.ones((4, 1)), ["only"] * 4)

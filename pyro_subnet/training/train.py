@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol, final, runtime_checkable
@@ -16,7 +17,9 @@ from tqdm import tqdm
 from pyro_subnet.exceptions import NonFiniteError, OptionError, shown
 from pyro_subnet.options import ModelFactors, as_number, is_count
 from pyro_subnet.tensors.modes import differentiable, full_precision
-from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.call import ModelCall
+from pyro_subnet.tracing.data import Batch, Data
+from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.trace import ModelAtMAP
 from pyro_subnet.training.evidence import (
     Evidence,
@@ -182,7 +185,7 @@ class Trainer:
         for batch in self._data.calls("Epoch"):
             weight = num_data / rows_of(batch) if several else 1.0
             loc.grad = None
-            with differentiable():
+            with differentiable(), _explaining(at_map, batch):
                 loss, square = negative_log_joint(at_map, loc, batch, weight)
                 loss = loss / num_data
                 loss.backward()
@@ -209,6 +212,17 @@ class Trainer:
         noise, seconds = trainee.factors.noise, perf_counter() - began
         self._history.append(EvidenceStep(epoch, found, told, noise, seconds))
         return self._history[-1]
+
+
+@contextmanager
+def _explaining(at_map: ModelAtMAP, batch: Batch) -> Iterator[None]:
+    """Where a step fails, says so if the data are what the likelihood forbids."""
+    try:
+        yield
+    except Exception:
+        for site in ModelCall.read(at_map, *batch).sites:
+            check_data(site)
+        raise
 
 
 @final

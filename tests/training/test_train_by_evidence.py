@@ -38,7 +38,7 @@ from pyro_subnet.exceptions import (
     TuningWarning,
     UntrainedWarning,
 )
-from pyro_subnet.nn import bayesianize, init_to_module
+from pyro_subnet.nn import bayesianize, classifier, init_to_module
 from pyro_subnet.training.evidence import EvidenceStep
 from pyro_subnet.training.loss import negative_log_joint
 from tests.cases import draw
@@ -779,3 +779,14 @@ def test_noise_follows_the_residuals_in_the_burn_in(way: str) -> None:
     # Set up, counted and looked at five times; from the second epoch on the noise is
     # that of the epoch before. The first of all knows no weights.
     assert noises[6:13] == pytest.approx(residuals[5:12], rel=1e-2)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_that_are_no_class_are_refused_by_name(label: int) -> None:
+    """As a fit refuses them, also where the first batches are right."""
+    x, y = torch.randn(6, 2), torch.arange(6) % 3
+    net = nn.Linear(2, 3)
+    guide = AutoSubnetLaplace(classifier(net), init_loc_fn=init_to_module(net))
+    batches = [(x, y), (x, y.where(y != 1, label))]
+    with pytest.raises(DataError, match=rf"got {label} at index \(1,\) of site 'y'"):
+        guide.train_by_evidence(batches, num_epochs=2)
