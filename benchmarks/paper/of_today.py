@@ -35,9 +35,11 @@ class _Line(NamedTuple):
     seconds: Mapping[str, Mapping[int, float]]
 
     def gain(self, rival: str) -> str:
-        """Of ours on a rival, on the seeds that have both."""
+        """Of ours on a rival, on the seeds that have both; of one without an error."""
         own, other = self.losses[_OURS], self.losses[rival]
         gains = [other[seed] - own[seed] for seed in own if seed in other]
+        if len(gains) == 1:
+            return f"{gains[0]:+.3f}"
         return shown(estimate(gains), sign=True)
 
     def median(self, name: str) -> str:
