@@ -448,7 +448,7 @@ def plated(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("y", dist.Normal(f, noise), obs=y)
 
 
-@pytest.mark.parametrize("num_draws", [1, 4, HIDDEN, N])
+@pytest.mark.parametrize("num_draws", [1, INPUTS, HIDDEN, N])
 @pytest.mark.parametrize("linearized", [False, True])
 @pytest.mark.parametrize(
     "subnet",
