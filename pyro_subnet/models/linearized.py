@@ -276,12 +276,12 @@ class _LinearizedSites(Messenger):
 
 def _warn_of_no_derivative(call: ModelCall) -> None:
     """Says which deterministic sites stay as they are, as labels made of logits do."""
-    whole = {
+    still = {
         name: node["value"]
         for name, node in call.trace.nodes.items()
         if is_deterministic(node) and not node["value"].is_floating_point()
     }
-    if not whole:
+    if not still:
         return
     # No graph leads to them: a run at other weights tells whether they follow those.
     far = {
@@ -295,7 +295,7 @@ def _warn_of_no_derivative(call: ModelCall) -> None:
         return
     found = {
         name: value.dtype
-        for name, value in whole.items()
+        for name, value in still.items()
         if not torch.equal(nodes[name]["value"], value)
     }
     if found:

@@ -1,4 +1,4 @@
-"""The paper's ResNet-18, with subnets of its 42,438 weights, on corrupted CIFAR-10."""
+"""A ResNet-18 with subnets of 42,438 of its weights, as the paper has, on CIFAR-10."""
 
 from __future__ import annotations
 
