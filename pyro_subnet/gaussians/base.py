@@ -329,7 +329,11 @@ def scaled_diagonal(prior: PriorPrecision, factor: PriorFactor) -> Tensor:
 
 
 def refuse_precision(
-    size: int, found: str, factor: float | Tensor | None = None
+    size: int,
+    found: str,
+    factor: float | Tensor | None = None,
+    *,
+    rounding: bool = False,
 ) -> NoReturn:
     """Raises the error of a precision that has no Gaussian.
 
@@ -337,6 +341,7 @@ def refuse_precision(
         size: S.
         found: What came of it.
         factor: s, where the prior's precision was scaled.
+        rounding: Whether more digits would make it positive definite.
 
     Raises:
         PrecisionError: Always.
@@ -346,7 +351,8 @@ def refuse_precision(
         now = f" (now {float(torch.as_tensor(factor).min()):g} times the model's)"
     raise PrecisionError(
         f"Posterior precision at S={size} must be positive definite; got {found}. "
-        f"Train closer to the MAP, raise the prior's precision{now}, or choose another "
+        f"{'Run the model in float64, train' if rounding else 'Train'} "
+        f"closer to the MAP, raise the prior's precision{now}, or choose another "
         "subnet: a weight that neither the data nor the prior curve has no Gaussian."
     )
 

@@ -194,12 +194,17 @@ def factor_precision_(
             f"rows (first {int(bad[0])}). Check the model's outputs and its prior at "
             "the MAP."
         )
-    if size <= _MAX_EIGENVALUE_SIZE:
-        smallest = float(torch.linalg.eigvalsh(precision)[0])
-        found = f"smallest eigenvalue {smallest:.3e}"
-    else:
+    if size > _MAX_EIGENVALUE_SIZE:
         found = f"its leading block of size {failed} is not positive definite"
-    refuse_precision(size, found, factor)
+        refuse_precision(size, found, factor)
+    eigenvalues = torch.linalg.eigvalsh(precision)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    found = f"smallest eigenvalue {smallest:.3e}"
+    resolved = size * torch.finfo(precision.dtype).eps * largest
+    rounding = precision.dtype != torch.float64 and abs(smallest) <= resolved
+    if rounding:
+        found += f", which rounding makes of the largest, {largest:.3e}"
+    refuse_precision(size, found, factor, rounding=rounding)
 
 
 def _rows_not_finite(lower: Tensor) -> Tensor:

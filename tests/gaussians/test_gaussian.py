@@ -225,6 +225,21 @@ def test_a_precision_that_is_not_positive_definite() -> None:
         factored(precision)
 
 
+def test_a_precision_beyond_float32_is_to_be_made_in_float64() -> None:
+    """Beside an eigenvalue of 1e9 float32 knows nothing of those below some hundred."""
+    vectors = torch.linalg.qr(draw(1, 4, 4)).Q
+    precision = vectors @ torch.tensor([-200.0, 1e3, 1e6, 1e9]).double().diag()
+    precision = (precision @ vectors.T).float()
+    message = (
+        r"smallest eigenvalue .*, which rounding makes of the largest, 1\.000e\+09\. "
+        r"Run the model in float64, train closer to the MAP"
+    )
+    with pytest.raises(PrecisionError, match=message):
+        factored(precision)
+    with pytest.raises(PrecisionError, match=r"eigenvalue -1\.000e\+00\. Train closer"):
+        factored(vectors @ torch.tensor([-1.0, 1, 2, 3]).double().diag() @ vectors.T)
+
+
 def test_the_priors_factor_is_named() -> None:
     precision = torch.diag(torch.tensor([1.0, -0.5]))
     factor = precision.clone()
