@@ -39,7 +39,8 @@ def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*da
         Shape of y, in [0, 1].
 
     Raises:
-        DataError: If the distribution has no distribution function, or y another shape.
+        DataError: If the distribution has no distribution function, or y another shape
+            or NaN.
 
     Source: Dawid (1984), doi 10.2307/2981683.
     """
@@ -51,7 +52,8 @@ def pit_values(predictive: Any, y: Float[Tensor, "*data"]) -> Float[Tensor, "*da
             f"`y` must have the shape of the predictions, {shape}, and hold at "
             f"least one observation; got {tuple(y.shape)}. Pass both for the same data."
         )
-    found: Tensor = marginal.cdf(y)
+    _check_no_nan("y", y)
+    found = _cdf(marginal, y)
     # Mixtures sum weights, which may pass one by round-off.
     return found.clamp(0.0, 1.0)
 
@@ -69,10 +71,13 @@ def pit_from_draws(
         Shape of y; draws equal to y count half.
 
     Raises:
-        DataError: If draws and observations are of different data, or there is none.
+        DataError: If draws and observations are of different data, there is none, or
+            one is NaN.
     """
     draws, y = tensors_of(draws=draws, y=y)
     check_draws(draws, y)
+    _check_no_nan("draws", draws)
+    _check_no_nan("y", y)
     return ((draws < y).to(y) + 0.5 * (draws == y).to(y)).mean(0)
 
 
@@ -167,7 +172,7 @@ def _bisected(marginal: Any, wanted: Tensor) -> Tensor:
     for _ in range(_WIDEN):
         if bool(unbounded.any()):
             break
-        too_high, too_low = marginal.cdf(low) > wanted, marginal.cdf(high) < wanted
+        too_high, too_low = _cdf(marginal, low) > wanted, _cdf(marginal, high) < wanted
         if not bool((too_high | too_low).any()):
             break
         width = 2 * width
@@ -185,9 +190,38 @@ def _bisected(marginal: Any, wanted: Tensor) -> Tensor:
         middle = 0.5 * (low + high)
         if bool(((middle == low) | (middle == high)).all()):
             break
-        below = marginal.cdf(middle) < wanted
+        below = _cdf(marginal, middle) < wanted
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return 0.5 * (low + high)
+
+
+def _cdf(marginal: Any, value: Tensor) -> Tensor:
+    """Distribution function, 0 and 1 outside the support, where torch has none."""
+    centre = marginal.mean
+    try:
+        inside = marginal.support.check(value) | value.isnan()
+    except NotImplementedError:  # of a distribution that names no support
+        return torch.as_tensor(marginal.cdf(value))
+    within = marginal.cdf(torch.where(inside, value, centre))
+    return torch.where(inside, within, (value > centre).to(within))
+
+
+def _check_no_nan(name: str, values: Tensor) -> None:
+    bad = int(values.isnan().sum())
+    if bad:
+        raise DataError(
+            f"`{name}` must not be NaN; got {bad} NaN of {values.numel()} values. "
+            "Leave out what is missing."
+        )
+
+
+def _has_cdf(predictive: Any) -> bool:
+    """Whether a distribution has a distribution function, and not only a method."""
+    if isinstance(predictive, td.MixtureSameFamily):
+        return _has_cdf(predictive.component_distribution)
+    if isinstance(predictive, td.Independent | td.TransformedDistribution):
+        return _has_cdf(predictive.base_dist)
+    return type(predictive).cdf is not td.Distribution.cdf
 
 
 def _marginal(predictive: Any) -> Any:
@@ -196,8 +230,12 @@ def _marginal(predictive: Any) -> Any:
         predictive = predictive.base_dist
     if isinstance(predictive, td.MultivariateNormal):
         return td.Normal(predictive.mean, predictive.stddev)
-    has_cdf = type(predictive).cdf is not td.Distribution.cdf
-    if not has_cdf or tuple(predictive.event_shape):
+    if not isinstance(predictive, td.Distribution):
+        raise DataError(
+            "`predictive` must be a distribution; got "
+            f"{shown(predictive)}. Pass what `predictive_distribution` gives."
+        )
+    if not _has_cdf(predictive) or tuple(predictive.event_shape):
         raise DataError(
             "`predictive` must be a continuous distribution of a number with a "
             f"distribution function; got {type(predictive).__name__} of event shape "

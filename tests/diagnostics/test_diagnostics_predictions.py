@@ -163,6 +163,60 @@ def test_what_has_no_distribution_function() -> None:
         diagnostics.mean_interval_width(dist.Categorical(torch.ones(3)), [0.5])
 
 
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.5, 0.95])
+@pytest.mark.parametrize("shape", [0.5, 2.0])
+def test_quantiles_of_a_positive_number(
+    shape: float, level: float, validated: bool
+) -> None:
+    """Below the support the distribution function is 0, whatever torch's formula."""
+    rates = torch.tensor([[0.5, 1.0, 3.0], [1.0, 2.0, 4.0]]).double()
+    parts = dist.Gamma(double(shape), rates, validate_args=validated)
+    weights = dist.Categorical(double([0.2, 0.3, 0.5]).expand(2, 3))
+    mixed = dist.MixtureSameFamily(weights, parts, validate_args=validated)
+    found = diagnostics.quantile(mixed, level)
+    each = scipy.stats.gamma.cdf(found.numpy()[:, None], shape, scale=1 / rates.numpy())
+    assert_close((each * weights.probs.numpy()).sum(-1), np.full(2, level))
+    width = diagnostics.mean_interval_width(mixed, [0.9])
+    ends = [diagnostics.quantile(mixed, end) for end in (0.05, 0.95)]
+    assert_close(width, (ends[1] - ends[0]).mean().unsqueeze(0))
+    pit = diagnostics.pit_values(mixed, double([-1.0, torch.inf]))
+    assert_close(pit, double([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [dist.Poisson(torch.ones(5, 2)), dist.StudentT(4.0, torch.zeros(5, 2), 1.0)],
+    ids=["Poisson", "StudentT"],
+)
+def test_a_mixture_of_what_has_no_distribution_function(parts: Any) -> None:
+    """Torch gives the mixture a method, which then has nothing to sum."""
+    mixed = dist.MixtureSameFamily(dist.Categorical(torch.ones(5, 2)), parts)
+    message = "got MixtureSameFamily of event shape .*`pit_from_draws`"
+    for call in (
+        lambda: diagnostics.pit_values(mixed, torch.ones(5)),
+        lambda: diagnostics.quantile(mixed, 0.5),
+        lambda: diagnostics.mean_interval_width(mixed, [0.5]),
+    ):
+        with pytest.raises(DataError, match=message):
+            call()
+
+
+def test_missing_observations_have_no_pit() -> None:
+    y = torch.tensor([0.1, torch.nan, 0.3])
+    with pytest.raises(DataError, match="`y` must not be NaN; got 1 NaN of 3"):
+        diagnostics.pit_from_draws(torch.randn(7, 3), y)
+    with pytest.raises(DataError, match="`y` must not be NaN; got 1 NaN of 3"):
+        diagnostics.pit_values(dist.Normal(torch.zeros(3), 1.0), y)
+    with pytest.raises(DataError, match="`draws` must not be NaN; got 21 NaN of 21"):
+        diagnostics.pit_from_draws(torch.full((7, 3), torch.nan), torch.zeros(3))
+
+
+def test_what_is_no_distribution() -> None:
+    with pytest.raises(DataError, match="`predictive` must be a distribution; got"):
+        diagnostics.quantile(torch.ones(3), 0.5)
+
+
 def test_a_quantile_at_infinity() -> None:
     weights = dist.Categorical(double([0.5, 0.5]))
     wide = dist.MixtureSameFamily(weights, dist.Normal(double([0.0, 1e308]), 1.0))
