@@ -15,10 +15,12 @@ from torch.distributions import Distribution
 from pyro_subnet.curvature.jacobian.output_map import identity_factors
 from pyro_subnet.curvature.jacobian.route import jacobian_blocks, joined_rows
 from pyro_subnet.subnet import Subnet
+from pyro_subnet.tensors.finite import finite_rows
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET
 from pyro_subnet.tensors.modes import one_thread_at_a_time
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data_factors import data_terms, factor_density
+from pyro_subnet.tracing.drawn_data import check_data_are_given
 from pyro_subnet.tracing.output_site import OutputSite
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.subnet_call import SubnetCall
@@ -54,6 +56,7 @@ class OutputDraws:
         linearized: bool,
     ) -> OutputDraws:
         r"""Log densities, and samples by the global random state, at draws theta."""
+        check_data_are_given(call)
         # Linearized outputs cost one Jacobian of the chosen elements and one product.
         # The network itself runs once for each draw, with one set of D weights at a
         # time.
@@ -176,6 +179,7 @@ def _shifts(
     )
     found = {}
     for site, product in zip(sites, products, strict=True):
+        finite_rows(product.mT)
         widths = site.widths(moved[site.name])
         wide = (len(theta), *site.distribution.element_shape, sum(widths))
         pieces = product.reshape(wide).split(widths, dim=-1)

@@ -25,6 +25,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import full_precision, outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
 from pyro_subnet.tracing.data import Data
+from pyro_subnet.tracing.drawn_data import check_data_are_given
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 
 
@@ -85,7 +86,8 @@ class LinearizedPredictions(AutoAtMAP):
             several sites, as in ``"y.loc"``.
 
         Raises:
-            ModelError: If the observed sites have data axes of different lengths.
+            ModelError: If the observed sites have data axes of different lengths, or
+                one depends on another's data, which are not given.
             OptionError: If ``joint`` is a number that does not divide N.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
@@ -180,7 +182,8 @@ class LinearizedPredictions(AutoAtMAP):
 
         Raises:
             OptionError: If the link means nothing for the family; names those possible.
-            ModelError: If the site is not clear.
+            ModelError: If the site is not clear, or depends on another observed site's
+                data, which are not given.
             NonFiniteError: If a parameter overflows where it is integrated.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689; MacKay (1992),
@@ -315,6 +318,7 @@ class LinearizedPredictions(AutoAtMAP):
     def _outputs(self, args: Any, kwargs: Any) -> OutputGaussian:
         call = ModelCall.read(self.at_map, args, kwargs)
         outputs = LinearizedOutputs.read(call, self.subnet)
+        check_data_are_given(call)
         return OutputGaussian(outputs, self.gaussian)
 
     @full_precision()
@@ -325,5 +329,6 @@ class LinearizedPredictions(AutoAtMAP):
         check_num_samples(options.num_samples)
         call = of_site(ModelCall.read(self.at_map, args, kwargs), options.site)
         outputs = with_raw_logits(LinearizedOutputs.read(call, self.subnet))
+        check_data_are_given(call)
         problem = OutputGaussian(outputs, self.gaussian).problem(options)
         return predictive_distribution(problem)

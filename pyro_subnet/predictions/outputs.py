@@ -15,6 +15,7 @@ from pyro_subnet.predictions.full_normal import FullNormal
 from pyro_subnet.predictions.groups import group_size
 from pyro_subnet.predictions.links.integration import Integration, PredictiveOptions
 from pyro_subnet.predictions.links.likelihood import Likelihood
+from pyro_subnet.tensors.finite import finite_rows
 from pyro_subnet.tensors.lower_factor import lower_factor
 from pyro_subnet.tensors.memory import DEFAULT_BUDGET, check_fits
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
@@ -53,18 +54,22 @@ class OutputGaussian:
             size = group_size(joint, len(loc))
             if joint is True:
                 rows = torch.cat(list(whitened)).flatten(0, 1)
-                return loc.flatten(), lower_factor(rows)
+                return loc.flatten(), finite_rows(lower_factor(rows))
             # (N / q, q C) and (N / q, q C, q C) for a number q.
             if size == 1:
-                return loc, torch.cat([lower_factor(rows) for rows in whitened])
+                factors = torch.cat([lower_factor(rows) for rows in whitened])
+                return loc, finite_rows(factors)
             grouped = torch.cat(list(whitened)).unflatten(0, (-1, size)).flatten(1, 2)
-            return loc.reshape(-1, size * loc.shape[1]), lower_factor(grouped)
+            return loc.reshape(-1, size * loc.shape[1]), finite_rows(
+                lower_factor(grouped)
+            )
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each output, (N, C), without covariances."""
         with torch.set_grad_enabled(self.outputs.follows_inputs):
             gaussian = self.gaussian
-            return self.loc(), self.outputs.scales(gaussian.row_scales, gaussian.loc)
+            scales = self.outputs.scales(gaussian.row_scales, gaussian.loc)
+            return self.loc(), finite_rows(scales)
 
     def _check_fits(self, *, joint: bool | int) -> None:
         """Refuses factors of the outputs' covariances that cannot be held."""
@@ -120,7 +125,7 @@ class OutputGaussian:
             noise = standard_normal((num_samples, self.gaussian.size), like, generator)
             steps = self.gaussian.draw(noise) - like
             shifts = torch.cat([rows @ steps.mT for rows in self.outputs.rows(like)])
-            return self.loc() + shifts.movedim(-1, 0)
+            return self.loc() + finite_rows(shifts).movedim(-1, 0)
 
     def variances(
         self, num_samples: int | None, generator: torch.Generator | None
@@ -133,7 +138,7 @@ class OutputGaussian:
                 (num_samples, self.gaussian.size), self.gaussian.loc, generator
             )
             steps = self.gaussian.draw(noise) - self.gaussian.loc
-            found = self.outputs.mean_squares(steps, self.gaussian.loc)
+            found = finite_rows(self.outputs.mean_squares(steps, self.gaussian.loc))
         return found.unflatten(1, self.outputs.shape_of_datum)
 
     def _whitened(self) -> Iterator[Tensor]:

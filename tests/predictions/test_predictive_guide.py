@@ -10,7 +10,8 @@ import torch
 from pyro.infer import Predictive
 from torch.testing import assert_close
 
-from pyro_subnet.exceptions import DataError, OptionError
+from pyro_subnet import to_inference_data
+from pyro_subnet.exceptions import DataError, NonFiniteError, OptionError
 from tests.cases import CASES, DOUBLE
 from tests.tolerances import num_standard_errors, tolerance
 
@@ -172,3 +173,24 @@ def test_bad_batches_are_refused_before_the_first_is_asked_for(
     assert "Predictions" not in capsys.readouterr().err
     list(posterior.predictive_distributions_from([x], progress=True))
     assert "Predictions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda posterior, x: posterior.output_distribution(x),
+        lambda posterior, x: posterior.output_distribution(x, joint=True),
+        lambda posterior, x: posterior.output_variance(x),
+        lambda posterior, x: posterior.output_variance(x, num_samples=3),
+        lambda posterior, x: posterior.sample_functions(2, x),
+        lambda posterior, x: posterior.predictive_distribution(x),
+        lambda posterior, x: to_inference_data(posterior, x, x[:, 1], num_samples=3),
+    ],
+)
+def test_an_infinite_input_that_the_network_squashes(call: Any) -> None:
+    """The output is finite and its derivative, 0 times infinity, is none."""
+    posterior = fitted("regression_mlp")
+    x = CASES["regression_mlp"](DOUBLE).args[0].clone()
+    x[2, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="Derivatives of the outputs must be fini"):
+        call(posterior, x)
