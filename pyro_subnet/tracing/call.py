@@ -150,11 +150,15 @@ class ModelCall:
         return lengths.pop() if len(lengths) == 1 else 1
 
     @property
+    def num_rows(self) -> int | None:
+        """Rows of the first tensor, if any: they tell the data's plate from others."""
+        first = next((leaf for leaf in self._flat[0] if _has_rows(leaf)), None)
+        return None if first is None else int(first.shape[0])
+
+    @property
     def num_seen(self) -> int:
         """Number of data points shown; an error where the sites leave it open."""
-        # The rows of the first tensor tell the plate over the data from other plates.
-        first = next((leaf for leaf in self._flat[0] if _has_rows(leaf)), None)
-        rows = None if first is None else first.shape[0]
+        rows = self.num_rows
         shown = self.shown(rows)
         names = [site.name for site in self.sites] or list(self.factors)
         nodes = [self.trace.nodes[name] for name in names]
@@ -349,7 +353,9 @@ class ModelCall:
         return tuple(leaf for leaf in self._flat[0] if self._is_row(leaf))
 
     def _is_row(self, leaf: Any) -> bool:
-        return self.num_data > 1 and _has_rows(leaf) and leaf.shape[0] == self.num_data
+        # One that is sparse, as a graph's adjacency, has no views of a part.
+        whole = not _has_rows(leaf) or leaf.layout != torch.strided
+        return self.num_data > 1 and not whole and leaf.shape[0] == self.num_data
 
     @cached_property
     def _flat(self) -> tuple[list[Any], TreeSpec]:
