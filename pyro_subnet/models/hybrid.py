@@ -193,7 +193,7 @@ class HybridModel:
         """Constrained values of the sites that are not chosen whole."""
         counts, latents, found = self.subnet.counts, self.at_map.latents, {}
         for name, u in latents.values.items():
-            if counts.get(name, 0) == u.numel():
+            if counts.get(name) == u.numel() > 0:
                 continue
             transform = latents.transforms[name]
             found[name] = pyro.param(

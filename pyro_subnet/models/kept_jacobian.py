@@ -107,7 +107,7 @@ def moved_elements(
     for site, rows in u.items():
         here = base[site].flatten()
         is_moved = torch.zeros_like(here, dtype=torch.bool)
-        for some in rows.split(max(1, _COMPARED_AT_ONCE // here.numel())):
+        for some in rows.split(max(1, _COMPARED_AT_ONCE // max(1, here.numel()))):
             # Without a truth value for each number of each draw; NaN is an extreme.
             is_moved |= (some.amax(0) != here) | (some.amin(0) != here)
         if bool(is_moved.any()):
@@ -149,4 +149,10 @@ def flat_values(
     u: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Values of each site, (K or 1, numbers of the site)."""
-    return {site: value.reshape(-1, base[site].numel()) for site, value in u.items()}
+    # Not by -1, which a site without numbers leaves open.
+    return {
+        site: value.reshape(
+            value.shape[: value.ndim - base[site].ndim].numel(), base[site].numel()
+        )
+        for site, value in u.items()
+    }

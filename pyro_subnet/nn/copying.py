@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_subnet.exceptions import ModelError
 
+_COPIED_BY_TORCH = {torch.strided, torch.sparse_coo}
+
 
 def copied(net: nn.Module) -> nn.Module:
     """A deep copy of a network but for its frozen parameters, which are the network's.
@@ -67,8 +69,10 @@ class _WithoutGraphs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Copies the values of a tensor with a graph, which torch refuses to copy."""
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+        """Copies the values of what torch refuses: with a graph, or sparse by rows."""
+        if func is Tensor.__deepcopy__ and (
+            not args[0].is_leaf or args[0].layout not in _COPIED_BY_TORCH
+        ):
             tensor, memo = args
             if id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()

@@ -77,11 +77,12 @@ def _storages_of_modules() -> Iterator[set[int]]:
 
 
 def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
-    # The tensor's own size, for the few data points are a view of all; but of one that
-    # is expanded no more than there is.
-    storage = tensor.untyped_storage()
-    at, size = storage.data_ptr(), min(tensor.nbytes, storage.nbytes())
-    saved[at] = max(saved.get(at, 0), size)
+    for part in _strided_parts(tensor):
+        # Its own size, for the few data points are a view of all; but of one that is
+        # expanded no more than there is.
+        storage = part.untyped_storage()
+        at, size = storage.data_ptr(), min(part.nbytes, storage.nbytes())
+        saved[at] = max(saved.get(at, 0), size)
     # An operation that keeps its own output, as ReLU does, would hold itself, in a
     # circle that Python does not see and never frees.
     return tensor.detach()
@@ -106,5 +107,19 @@ class _Made(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if all(part.alias_info is None for part in func._schema.returns):
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self.nbytes += sum(leaf.nbytes for leaf in made)
+            parts = [part for leaf in made for part in _strided_parts(leaf)]
+            self.nbytes += sum(part.nbytes for part in parts)
         return result
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor is held in: a sparse one in its numbers and their places."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()
