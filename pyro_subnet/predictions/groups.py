@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, shown
+from pyro_subnet.options import is_count
 
 
 def joint_option(joint: Any) -> bool | int:
@@ -17,9 +18,18 @@ def joint_option(joint: Any) -> bool | int:
 
     Returns:
         The same, as a bool or a number.
+
+    Raises:
+        OptionError: If it is neither.
     """
-    found: bool | int = bool(joint) if isinstance(joint, np.bool_) else joint
-    return found
+    if isinstance(joint, bool | np.bool_):
+        return bool(joint)
+    if not is_count(joint):
+        raise OptionError(
+            "`joint` must be a bool, or a number that divides the inputs; got "
+            f"{shown(joint)}. Pass the number of inputs in each group."
+        )
+    return int(joint)
 
 
 def group_size(joint: bool | int, num_data: int) -> int:

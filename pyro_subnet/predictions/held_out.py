@@ -32,7 +32,7 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.memory import available_bytes
 from pyro_subnet.tensors.modes import outside_inference_mode
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.data import Data, is_loader
+from pyro_subnet.tracing.data import held_out_data
 from pyro_subnet.tracing.data_values import check_data
 from pyro_subnet.tracing.linearized_outputs import LinearizedOutputs
 from pyro_subnet.tracing.output_site import OutputSite
@@ -156,7 +156,7 @@ def _tuned_by_nll(
         DataError: If ``val`` is no set of arguments, lacks observations, or holds some
             that the likelihood forbids.
     """
-    data = Data(val if is_loader(val) else [val], whole=False)
+    data = held_out_data(val)
     held_out = [
         part
         for batch in data.calls("Held-out")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import final
 
 import torch
 from torch import Tensor
 
+from pyro_subnet.exceptions import SelectionError, shown
 from pyro_subnet.selection.base import GuideAtMAP, Selector, check_size, resolve_size
 from pyro_subnet.subnet import Subnet
 from pyro_subnet.tracing.data import Data
@@ -26,7 +28,8 @@ class RandomSubnet(Selector):
         seed: Seed of the draw.
 
     Raises:
-        SelectionError: If ``size`` is neither a count nor a share.
+        SelectionError: If ``size`` is neither a count nor a share, or ``seed`` no whole
+            number.
 
     Source: Daxberger et al. (2021), section 6, arXiv 2010.14689, as a baseline.
     """
@@ -36,12 +39,16 @@ class RandomSubnet(Selector):
 
     def __post_init__(self) -> None:
         check_size(self.size)
+        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
+            raise SelectionError(
+                f"`seed` must be a whole number; got {shown(self.seed)}. Pass 0, say."
+            )
 
     def __call__(self, guide: GuideAtMAP, data: Data) -> Subnet:
         """See :meth:`Selector.__call__`."""
         latents = guide.latents
         size = resolve_size(self.size, latents.layout.num_params)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         positions = _draw(latents.layout.num_params, size, generator)
         return Subnet.from_positions(latents.layout, positions.to(latents.loc.device))
 

@@ -137,6 +137,26 @@ def _is_set(item: Any) -> bool:
     return isinstance(item, tuple | Mapping)
 
 
+def held_out_data(val: Any) -> Data:
+    """Held-out data, in one set of arguments or in the batches of a loader.
+
+    Args:
+        val: What the user passes as ``val``.
+
+    Returns:
+        The data.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if isinstance(val, tuple | list | Mapping) and not len(val):
+        raise DataError(
+            f"`val` must hold observations; got an empty {type(val).__name__}. Pass "
+            "what training takes, such as `val=(x, y)`."
+        )
+    return Data(val if is_loader(val) else [val], whole=False)
+
+
 def _is_call(item: tuple[Any, ...] | list[Any]) -> bool:
     """Whether an item is ``(args, kwargs)``."""
     pair = len(item) == 2  # noqa: PLR2004

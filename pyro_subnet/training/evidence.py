@@ -17,7 +17,7 @@ from pyro_subnet.gaussians.registry import form_of
 from pyro_subnet.laplace.factors import EvidenceOfFactors
 from pyro_subnet.options import FitOptions, ModelFactors
 from pyro_subnet.tracing.call import ModelCall
-from pyro_subnet.tracing.data import Batch, Data, is_loader
+from pyro_subnet.tracing.data import Batch, Data, held_out_data
 from pyro_subnet.tracing.trace import ModelAtMAP, other_random_numbers
 from pyro_subnet.training.learnable import Learnable
 
@@ -92,7 +92,7 @@ class Evidence:
                 f"{shown(structure)}. Leave it out for the exact one where that fits."
             )
         if val is not None:
-            val = Data(val if is_loader(val) else [val], whole=False)
+            val = held_out_data(val)
         rows = [rows_of(batch) for batch in data.calls("Count")]
         args, kwargs = next(data.calls("Set-up"))
         call = ModelCall.read(at_map, args, kwargs)

@@ -254,6 +254,16 @@ DATA: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"must hold at least one batch; got none\. Check the loader",
         DataError,
     ),
+    "an empty list of held-out data": (
+        lambda p: p.posterior().tune(val=[]),
+        r"`val` must hold observations; got an empty list\. Pass what training takes",
+        DataError,
+    ),
+    "no held-out data for the evidence": (
+        lambda p: p.guide().train_by_evidence([(p.x, p.y)], num_epochs=1, val={}),
+        r"`val` must hold observations; got an empty dict\. Pass what training takes",
+        DataError,
+    ),
     "held-out data without targets": (
         lambda p: p.posterior().tune_prior_precision("nll", val=p.x),
         r"`val` must hold observations; got none at site 'y'\. Pass what training",

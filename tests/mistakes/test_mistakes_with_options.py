@@ -416,6 +416,21 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"`seed` must be a whole number; got '1'\. Pass 0, say, or leave it out",
         OptionError,
     ),
+    "a subnet's seed as text": (
+        lambda p: RandomSubnet(0.5, seed="1"),  # type: ignore[arg-type]
+        r"`seed` must be a whole number; got '1'\. Pass 0, say",
+        SelectionError,
+    ),
+    "a fraction of the inputs as a group": (
+        lambda p: p.posterior().output_distribution(p.x, joint=1.5),  # type: ignore[arg-type]
+        r"`joint` must be a bool, or a number that divides .*; got 1\.5\. Pass the",
+        OptionError,
+    ),
+    "a group as text": (
+        lambda p: p.posterior().predictive_distribution(p.x, joint="yes"),  # type: ignore[arg-type]
+        r"`joint` must be a bool, or a number that divides .*; got 'yes'\. Pass the",
+        OptionError,
+    ),
     "standard errors as text": (
         lambda p: p.posterior().tune_prior_precision(
             "nll", val=(p.x, p.y), standard_errors="2"
@@ -450,6 +465,17 @@ def test_a_site_and_a_seed_are_taken_as_they_are_meant() -> None:
     weights = (torch.as_tensor(d.posterior.weight.values) for d in (found, expected))
     assert_close(*weights)
     assert found.posterior.attrs["seed"] == 1
+
+
+def test_a_subnet_of_numpys_seed() -> None:
+    p = Program()
+    found, expected = (
+        AutoSubnetLaplace(p.model, RandomSubnet(0.5, seed=seed))
+        .laplace_approximation(p.x, p.y)
+        .subnet.flat
+        for seed in (np.int64(3), 3)
+    )
+    assert torch.equal(found, expected)
 
 
 # ----------------------------------------------------------------------------------
