@@ -27,10 +27,11 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from pyro_subnet.exceptions import OptionError
+from pyro_subnet.exceptions import OptionError, shown
 from pyro_subnet.guides.from_evidence import posterior_by_evidence
 from pyro_subnet.nn.hidden_layers import network_of
 from pyro_subnet.nn.likelihoods import classifier, regressor
+from pyro_subnet.options import as_number, is_count
 
 Array = NDArray[Any]
 # Rows that predictions take at once.
@@ -95,9 +96,14 @@ class _SubnetLaplace(BaseEstimator, ABC):
 
     def _batches(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         """All data in one batch, or in batches of a seeded order."""
+        if self.batch_size is not None and not is_count(self.batch_size):
+            raise OptionError(
+                "`batch_size` must be at least 1, or None for one batch; got "
+                f"{shown(self.batch_size)}. Pass a whole number."
+            )
         if self.batch_size is None or self.batch_size >= len(x):
             return [(x, y)]
-        order = torch.randperm(len(x)).split(self.batch_size)
+        order = torch.randperm(len(x)).split(int(self.batch_size))
         return [(x[at], y[at]) for at in order]
 
     def _predictives(self, X: Any) -> Iterator[Any]:
@@ -136,7 +142,7 @@ class SubnetLaplaceRegressor(RegressorMixin, _SubnetLaplace):
             standard deviations in the training data.
         validation_fraction: Share of the rows that set the noise, and train nothing; 0
             to set it by the evidence alone.
-        random_state: Seed, or a generator of NumPy's, for the network's first weights,
+        random_state: Seed, or NumPy's ``RandomState``, for the network's first weights,
             the split and the order of batches.
 
     Attributes:
@@ -200,10 +206,11 @@ class SubnetLaplaceRegressor(RegressorMixin, _SubnetLaplace):
         target = target.astype(np.float64)
         columns = target.reshape(len(target), -1)
         self._one_column = target.ndim == 1
-        if not 0.0 <= self.validation_fraction < 1.0:
+        share = as_number(self.validation_fraction, "validation_fraction", "0.1")
+        if not 0.0 <= share < 1.0:
             raise OptionError(
                 "`validation_fraction` must lie in [0, 1); got "
-                f"{self.validation_fraction}. Pass 0.1 for a tenth."
+                f"{share}. Pass 0.1 for a tenth."
             )
         self._fit_scale(x)
         self._y_center = np.zeros(columns.shape[1])
@@ -217,7 +224,7 @@ class SubnetLaplaceRegressor(RegressorMixin, _SubnetLaplace):
                 (columns - self._y_center) / self._y_scale, dtype=self._dtype
             )
             inputs = self._inputs(x)
-            held_out = math.ceil(self.validation_fraction * len(x))
+            held_out = math.ceil(share * len(x))
             val, train = torch.randperm(len(x)).split([held_out, len(x) - held_out])
             batches = self._batches(inputs[train], targets[train])
             pair = (inputs[val], targets[val]) if held_out else None

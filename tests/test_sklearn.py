@@ -170,6 +170,7 @@ def test_a_seed_repeats_and_the_global_one_stays() -> None:
     [
         ({"network": (0,)}, "sizes of hidden layers"),
         ({"validation_fraction": 1.0}, r"lie in \[0, 1\)"),
+        ({"batch_size": 0}, r"at least 1, or None for one batch; got 0\. Pass a whole"),
     ],
 )
 def test_options_that_mean_nothing(options: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -87,7 +87,7 @@ def warn_of_absorbed_noise(
         return
     if not _may_be_told(num_seen, size):
         return
-    args, kwargs = next(data.calls("Noise"))
+    args, kwargs = next(replace(data, progress=False).calls("Noise"))
     call = ModelCall.read(at_map, args, kwargs)
     if not _is_normal(call):
         return

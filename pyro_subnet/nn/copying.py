@@ -27,14 +27,20 @@ def copied(net: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        ModelError: If a layer has no shapes yet, a scripted part has weights to train,
-            or a part has no copy.
+        ModelError: If a layer has no shapes yet, a weight to train is complex, a
+            scripted part has weights to train, or a part has no copy.
     """
     for name, parameter in net.named_parameters():
         if is_lazy(parameter):
             raise ModelError(
                 f"A network must know its shapes; got lazy parameter {name!r}. Call it "
                 "once, on a few data, and bayesianize it then."
+            )
+        if parameter.is_complex() and parameter.requires_grad:
+            raise ModelError(
+                "The weights of a network must be real numbers; got complex parameter "
+                f"{name!r}. Hold its real and imaginary parts as parameters, joined by "
+                "`torch.complex`, or freeze it."
             )
     for path, module in net.named_modules():
         trained = any(parameter.requires_grad for parameter in module.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from numbers import Integral
@@ -43,7 +43,7 @@ def network_of(
         )
     if isinstance(network, nn.Module):
         return deepcopy(network)
-    sizes = [num_inputs, *network]
+    sizes = [num_inputs, *(network if isinstance(network, Iterable) else "?")]
     if not all(isinstance(size, Integral) and size > 0 for size in sizes):
         raise OptionError(
             "`network` must be a module or sizes of hidden layers; got "

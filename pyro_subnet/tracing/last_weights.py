@@ -28,6 +28,10 @@ _PASSING = frozenset(
     "add radd iadd sub rsub isub subtract layer_norm group_norm batch_norm rms_norm "
     "instance_norm".split()
 )
+_DERIVES = (
+    "`LastLayer` must follow the outputs without derivatives; got a model that takes "
+    "some by itself. Name the last layer's sites with `Sites([...])`."
+)
 _WRITES = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
 
 
@@ -73,7 +77,12 @@ def _follow(call: ModelCall, *, closures: bool) -> LastWeights:
     # No derivative is taken: the graph shows what is computed, and holds no activation.
     holds_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, _no_value)
     with differentiable(), preserved_rng(), holds_nothing, flow:
-        trace = call.run(leaves)
+        try:
+            trace = call.run(leaves)
+        except RuntimeError as error:  # of `torch.func.grad`, which takes no hooks
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise SelectionError(_DERIVES) from error
         outputs = [
             site.outputs(trace.nodes[site.name], [part])
             for site in call.sites
@@ -83,10 +92,7 @@ def _follow(call: ModelCall, *, closures: bool) -> LastWeights:
 
 
 def _no_value(held: None) -> Tensor:
-    raise SelectionError(
-        "`LastLayer` must follow the outputs without derivatives; got a model that "
-        "takes some by itself. Name the last layer's sites with `Sites([...])`."
-    )
+    raise SelectionError(_DERIVES)
 
 
 @final

@@ -99,8 +99,9 @@ class Evidence:
         learnable = Learnable.read(call, per_site=per_site)
         if val is not None and not learnable.has_noise:
             raise OptionError(
-                "`val` must be for a model of normal noise that no latent site moves, "
-                "which is all that it sets; got none. Leave `val` out."
+                "`val` must be for a model all of whose data have normal noise that no "
+                "latent site moves, which is all that it sets; got another. Leave "
+                "`val` out."
             )
         if val is not None:
             residual_noise(at_map, val)  # what cannot be read is told at once

@@ -76,6 +76,9 @@ class Learnable:
                     left[site.name] = "its noise is joint over several elements"
             elif "log_scale" in moved[site.name]:
                 plain, left[site.name] = False, "latent sites move its noise"
+        for site in call.sites if not plain else ():
+            if has_normal_noise(site.node["fn"]):  # one factor is for all data
+                left.setdefault(site.name, "not all data have normal noise to learn")
         shown = max(call.num_data, 1)
         outputs = sum(
             site.outputs(site.node, moved[site.name]).numel()

@@ -23,6 +23,7 @@ from pyro_subnet.exceptions import (
 from pyro_subnet.export.inference_data import to_inference_data
 from pyro_subnet.nn import bayesianize, init_to_module
 from pyro_subnet.selection import LargestVariance, RandomSubnet
+from pyro_subnet.sklearn import SubnetLaplaceRegressor
 from tests.mistakes.programs import Mistake, Program, as_users_run_it, assert_told
 
 __all__ = ["as_users_run_it"]  # a fixture for this file
@@ -431,6 +432,26 @@ ASKED: dict[str, tuple[Mistake, str, type[Exception]]] = {
         r"`joint` must be a bool, or a number that divides .*; got 'yes'\. Pass the",
         OptionError,
     ),
+    "one number as hidden layers": (
+        lambda p: SubnetLaplaceRegressor(network=50).fit(p.x, p.y),  # type: ignore[arg-type]
+        r"a module or sizes of hidden layers; got 50\. Pass \(50, 50\), say",
+        OptionError,
+    ),
+    "no hidden layers": (
+        lambda p: SubnetLaplaceRegressor(network=None).fit(p.x, p.y),  # type: ignore[arg-type]
+        r"a module or sizes of hidden layers; got None\. Pass",
+        OptionError,
+    ),
+    "no share of held-out rows": (
+        lambda p: SubnetLaplaceRegressor(validation_fraction=None).fit(p.x, p.y),  # type: ignore[arg-type]
+        r"`validation_fraction` must be a number; got None\. Pass 0\.1",
+        OptionError,
+    ),
+    "a batch size as text": (
+        lambda p: SubnetLaplaceRegressor(batch_size="8").fit(p.x, p.y),  # type: ignore[arg-type]
+        r"at least 1, or None for one batch; got '8'\. Pass a whole number",
+        OptionError,
+    ),
     "standard errors as text": (
         lambda p: p.posterior().tune_prior_precision(
             "nll", val=(p.x, p.y), standard_errors="2"
@@ -465,6 +486,16 @@ def test_a_site_and_a_seed_are_taken_as_they_are_meant() -> None:
     weights = (torch.as_tensor(d.posterior.weight.values) for d in (found, expected))
     assert_close(*weights)
     assert found.posterior.attrs["seed"] == 1
+
+
+def test_a_batch_size_of_numpys() -> None:
+    """As a grid search gives it."""
+    p, fast = Program(), {"prior_scale": 1.0, "num_epochs": 20, "random_state": 0}
+    found, expected = (
+        SubnetLaplaceRegressor(batch_size=size, **fast).fit(p.x, p.y).predict(p.x)
+        for size in (np.int64(4), 4)
+    )
+    assert_close(torch.as_tensor(found), torch.as_tensor(expected))
 
 
 def test_a_subnet_of_numpys_seed() -> None:

@@ -388,3 +388,15 @@ def test_a_lazy_layer_before_its_first_call_is_refused() -> None:
         bayesianize(net)
     net(torch.randn(N, 4))
     assert bayesianize(net).pretrained_values()["0.weight"].shape == (3, 4)
+
+
+def test_complex_weights_are_refused_but_for_frozen_ones() -> None:
+    """No prior of Pyro's is over complex numbers; their parts may have one."""
+    net = nn.Linear(4, C)
+    net.modes = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    with pytest.raises(
+        ModelError, match=r"got complex parameter 'modes'\. Hold its real"
+    ):
+        bayesianize(net)
+    net.modes.requires_grad_(False)
+    assert set(bayesianize(net).pretrained_values()) == {"weight", "bias"}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pyro_subnet import AutoSubnetLaplace
 from pyro_subnet.exceptions import SelectionError
-from pyro_subnet.nn import bayesianize, init_to_module
-from pyro_subnet.selection import LastLayer
+from pyro_subnet.nn import bayesianize, init_to_module, regressor
+from pyro_subnet.selection import LastLayer, Sites
 from pyro_subnet.tracing.data import Data
 
 N, C = 5, 3
@@ -291,3 +291,27 @@ def test_what_torch_does_not_show_is_refused() -> None:
         SelectionError, match=r"see how the outputs .* Name the last la"
     ):
         chosen(model, torch.randn(N, 3), torch.randn(N, C))
+
+
+def test_a_network_with_torch_funcs_derivatives_names_its_last_layer() -> None:
+    """An energy and its forces, of which no graph can be followed without them."""
+
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def energy(point: Tensor) -> Tensor:
+                return self.out(self.hidden(point).tanh()).squeeze(-1)
+
+            forces = torch.func.vmap(torch.func.grad(energy))(x)
+            return torch.cat([energy(x).unsqueeze(-1), forces], -1)
+
+    x, net = torch.randn(20, 3), Forces()
+    y = net(x).detach() + 0.1 * torch.randn(20, 4)
+    model = regressor(net, noise=0.1)
+    with pytest.raises(SelectionError, match=r"takes some by itself\. Name the last"):
+        AutoSubnetLaplace(model, LastLayer()).laplace_approximation(x, y)
+    named = AutoSubnetLaplace(model, Sites(["out.weight"]))
+    assert named.laplace_approximation(x, y).subnet.size == 4

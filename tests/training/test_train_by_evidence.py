@@ -698,6 +698,26 @@ def test_joint_noise_is_left_alone_and_named() -> None:
     assert guide.prior_factor != 1.0
 
 
+def test_noise_beside_data_of_another_kind_is_left_and_named() -> None:
+    """One factor is for the noise of all data."""
+
+    def model(x: Tensor, y: Tensor, count: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+            pyro.sample("count", dist.Poisson((x @ w).exp()), obs=count)
+
+    x = draw(1, 20, 3)
+    guide = AutoSubnetLaplace(model)
+    data = [(x, draw(2, 20), torch.ones(20).double())]
+    message = "left as they are: 'y', as not all data have normal noise to learn"
+    with pytest.warns(TuningWarning, match=message):
+        guide.train_by_evidence(data, num_epochs=2)
+    assert guide.noise_factor == 1.0
+    with pytest.raises(OptionError, match="all of whose data have normal noise"):
+        guide.train_by_evidence(data, num_epochs=2, val=data[0])
+
+
 def test_a_model_with_nothing_to_learn_is_refused() -> None:
     x, y = data()
     guide = AutoSubnetLaplace(hierarchy)
