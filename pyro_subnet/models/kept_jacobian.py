@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -152,7 +153,7 @@ def flat_values(
     # Not by -1, which a site without numbers leaves open.
     return {
         site: value.reshape(
-            value.shape[: value.ndim - base[site].ndim].numel(), base[site].numel()
+            math.prod(value.shape[: value.ndim - base[site].ndim]), base[site].numel()
         )
         for site, value in u.items()
     }
