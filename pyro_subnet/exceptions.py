@@ -122,6 +122,11 @@ class AbsorbedNoiseWarning(SubnetWarning):
 
 
 @final
+class RoundingWarning(SubnetWarning):
+    """Given when float32 hardly resolves the posterior precision."""
+
+
+@final
 class NoKroneckerFactorsWarning(SubnetWarning):
     """Given when no weight has Kronecker factors, so that all have only a diagonal."""
 

@@ -121,7 +121,26 @@ class FactoredGaussian(Gaussian):
 
     def precision_diagonal(self) -> Float[Tensor, " subnet"]:
         r"""See :meth:`Gaussian.precision_diagonal`: :math:`\sum_j L_{ij}^2`."""
-        return self.precision_tril.tril().square().sum(1)
+        blocks = self.precision_tril.split(_BLOCK_ROWS)
+        starts = range(0, self.size, _BLOCK_ROWS)
+        return torch.cat(
+            [
+                rows.tril(start).square_().sum(1)
+                for start, rows in zip(starts, blocks, strict=True)
+            ]
+        )
+
+    def least_pivot(self) -> float:
+        r"""What is left of an element's precision, at least, given those before it.
+
+        It is a difference of numbers as large as :math:`P_{ii}`, whose rounding is
+        about the dtype's epsilon: a share as small as that has no digit that is right.
+
+        Returns:
+            The least :math:`L_{ii}^2 / P_{ii}`, in (0, 1].
+        """
+        pivots = self.precision_tril.diagonal().square()
+        return float((pivots / self.precision_diagonal()).min())
 
     def precision_matrix(self) -> Float[Tensor, "subnet subnet"]:
         r"""Returns :math:`P = L L^\top`, shape (S, S)."""

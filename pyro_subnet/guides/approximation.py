@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pyro_subnet.fit.absorbed_noise import warn_of_absorbed_noise
 from pyro_subnet.fit.sums import FitSums
 from pyro_subnet.gaussians.registry import form_of
+from pyro_subnet.gaussians.rounding import warn_of_rounding
 from pyro_subnet.laplace.state import PosteriorState
 from pyro_subnet.options import FitOptions
 from pyro_subnet.subnet import Subnet
@@ -63,6 +64,7 @@ def fitted_state(
         chosen_by=chosen_by,
         num_seen=curvature.num_seen,
     )
+    warn_of_rounding(state.gaussian)
     curvature.warn_of_training(state.gaussian.whiten)
     if resumed is None and data.ranks is None:  # else no batch is read again
         warn_of_absorbed_noise(at_map, data, curvature)
