@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
-from pyro_subnet.exceptions import DataError, ModelError
+from pyro_subnet.exceptions import DataError
 
 # Sites that an error lists one by one.
 _FEW = 5
@@ -85,31 +85,6 @@ def num_shown(node: Node, rows: int | None) -> int | None:
     if len(lengths) > 1:
         lengths = {length for length in lengths if length == rows}
     return lengths.pop() if len(lengths) == 1 else None
-
-
-def check_data_lead(name: str, node: Node, rows: int | None) -> None:
-    """Refuses a plate over the data that is not the leftmost of a site.
-
-    Args:
-        name: Of the site.
-        node: Its node.
-        rows: As for :func:`num_shown`.
-
-    Raises:
-        ModelError: If the one plate that is as long as ``rows`` is right of another.
-    """
-    frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
-    of_data = [frame for frame in frames if plate_length(node, frame) == rows]
-    first = min(frames, key=lambda frame: frame.dim, default=None)
-    if len(of_data) == 1 and first is not of_data[0] and first is not None:
-        plate = of_data[0]
-        raise ModelError(
-            "With curvature='ef' the plate over the data must be the leftmost of a "
-            f"site, for each observation's gradient counts; got plate {plate.name!r} "
-            f"at dimension {plate.dim}, right of {first.name!r} at {first.dim}, around "
-            f"site {name!r}. Give it the leftmost dimension, and the site's "
-            "distribution and data the data's axis first."
-        )
 
 
 def num_seen(

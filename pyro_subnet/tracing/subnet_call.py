@@ -27,7 +27,6 @@ from pyro_subnet.subnet import Subnet
 from pyro_subnet.tensors.modes import differentiable
 from pyro_subnet.tracing.call import Graph, ModelCall, MovedParts
 from pyro_subnet.tracing.output_site import OutputSite
-from pyro_subnet.tracing.plates import check_data_lead
 from pyro_subnet.tracing.site_distribution import SiteDistribution
 from pyro_subnet.tracing.trace import preserved_rng
 
@@ -144,9 +143,6 @@ class SubnetCall:
         # sum_e sqrt(w_ne) log p(y_ne). The Hessian is no such sum over rows.
         if kind == "ggn":
             return self.outputs(), self.factors()
-        if kind == "ef":  # the sum over data is of each one's own square
-            for site in self.sites:
-                check_data_lead(site.name, site.node, self.call.num_rows)
         outputs = self.log_likelihood(0.5, sampled=kind == "ggn-mc")
         return outputs, identity_factors(outputs)
 

@@ -13,13 +13,11 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 from torch.testing import assert_close
 
-from pyro_subnet import AutoSubnetLaplace
-from pyro_subnet.exceptions import ModelError, PrecisionError
+from pyro_subnet.exceptions import PrecisionError
 from pyro_subnet.fit.sums import diagonal_curvature, subnet_curvature
 from pyro_subnet.options import Curvature, FitOptions
 from pyro_subnet.selection import LargestVariance
@@ -310,40 +308,3 @@ def test_every_kind_serves_without_outputs_that_move() -> None:
         precision = posterior.get_posterior().precision_matrix
         assert_close(precision, 4 * torch.eye(2).double())
         assert posterior.subnet.size == guide.latents.everything.size
-
-
-def of_transposed_plates(x: Tensor, y: Tensor | None = None) -> None:
-    """Outputs' plate left of the data's."""
-    w = pyro.sample("w", dist.Normal(x.new_zeros(3, 4), 1.0).to_event(2))
-    outputs, data = pyro.plate("outputs", 4, dim=-2), pyro.plate("data", len(x))
-    with outputs, data:
-        pyro.sample("y", dist.Normal((x @ w).tanh().mT, 0.3), obs=y)
-
-
-def of_plates(x: Tensor, y: Tensor | None = None) -> None:
-    """The data's plate left of the outputs'."""
-    w = pyro.sample("w", dist.Normal(x.new_zeros(3, 4), 1.0).to_event(2))
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("outputs", 4, dim=-1):
-        pyro.sample("y", dist.Normal((x @ w).tanh(), 0.3), obs=y)
-
-
-def test_the_empirical_fisher_needs_the_plate_over_the_data_leftmost(
-    dtype: torch.dtype,
-) -> None:
-    """Squares of sums over an observation's elements, not of sums over the data."""
-    x, y = draw(1, 9, 3).to(dtype), draw(2, 9, 4).to(dtype)
-    w = draw(3, 3, 4).to(dtype)
-    start = init_to_value(values={"w": w})
-
-    def density(values: Tensor) -> Tensor:
-        return dist.Normal((x @ values).tanh(), 0.3).log_prob(y).sum(-1)
-
-    gradients = jacobian(density, w).flatten(1)
-    expected = gradients.mT @ gradients + torch.eye(12, dtype=dtype)
-    guide = AutoSubnetLaplace(of_plates, curvature="ef", init_loc_fn=start)
-    found = guide.laplace_approximation(x, y).get_posterior().precision_matrix
-    assert_close(found, expected, **tolerance(dtype, "autograd"))
-    guide = AutoSubnetLaplace(of_transposed_plates, curvature="ef", init_loc_fn=start)
-    message = "got plate 'data' at dimension -1, right of 'outputs' at -2"
-    with pytest.raises(ModelError, match=message):
-        guide.laplace_approximation(x, y.mT)

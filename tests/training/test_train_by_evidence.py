@@ -745,7 +745,7 @@ def test_options_are_checked_before_any_work(
 def test_held_out_data_of_classes_set_nothing() -> None:
     problem = Classes()
     guide = AutoSubnetLaplace(problem.model, 0.4)
-    with pytest.raises(OptionError, match="`val` must be for a model of normal noise"):
+    with pytest.raises(OptionError, match="all of whose data have normal noise"):
         guide.train_by_evidence(
             [(problem.x, problem.y)], num_epochs=4, val=(problem.x, problem.y)
         )
