@@ -89,6 +89,7 @@ class LinearizedPredictions(AutoAtMAP):
             ModelError: If the observed sites have data axes of different lengths, or
                 one depends on another's data, which are not given.
             OptionError: If ``joint`` is a number that does not divide N.
+            NonFiniteError: If a derivative is NaN or infinite, as at infinite inputs.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """
@@ -130,6 +131,7 @@ class LinearizedPredictions(AutoAtMAP):
         Raises:
             OptionError: If ``num_samples`` is less than 1.
             ModelError: As for :meth:`output_distribution`.
+            NonFiniteError: As there.
         """
         if num_samples is not None:
             check_num_samples(num_samples)
@@ -184,7 +186,8 @@ class LinearizedPredictions(AutoAtMAP):
             OptionError: If the link means nothing for the family; names those possible.
             ModelError: If the site is not clear, or depends on another observed site's
                 data, which are not given.
-            NonFiniteError: If a parameter overflows where it is integrated.
+            NonFiniteError: If a parameter overflows where it is integrated, or a
+                derivative is not finite.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689; MacKay (1992),
         doi 10.1162/neco.1992.4.5.720 (probit); Hobbhahn et al. (2022), arXiv 2003.01227
@@ -309,6 +312,8 @@ class LinearizedPredictions(AutoAtMAP):
 
         Raises:
             OptionError: If ``num_samples`` is less than 1.
+            ModelError: As for :meth:`output_distribution`.
+            NonFiniteError: As there.
 
         Source: Daxberger et al. (2021), eqs. 5 and 6, arXiv 2010.14689.
         """

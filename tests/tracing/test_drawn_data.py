@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from pyro_subnet import (
 )
 from pyro_subnet.exceptions import ModelError
 from tests.cases import draw
-from tests.tolerances import tolerance
+from tests.tolerances import num_standard_errors, tolerance
 
 NUM_DATA, INPUTS = 30, 3
 Call = Callable[[AutoSubnetMultivariateNormal, Tensor], Any]
@@ -67,6 +68,21 @@ def fitted(model: Any, dtype: torch.dtype) -> AutoSubnetMultivariateNormal:
     return guide.laplace_approximation(x, first, second)
 
 
+def exported(
+    posterior: AutoSubnetMultivariateNormal, x: Tensor, *, linearized: bool
+) -> Any:
+    """With predictions at inputs whose data are not given."""
+    return to_inference_data(
+        posterior,
+        x,
+        x[:, 0],
+        x[:, 0],
+        num_samples=4,
+        predictions_args=(x,),
+        linearized=linearized,
+    )
+
+
 CALLS: dict[str, Call] = {
     "outputs": lambda posterior, x: posterior.output_distribution(x),
     "variances": lambda posterior, x: posterior.output_variance(x),
@@ -74,18 +90,8 @@ CALLS: dict[str, Call] = {
     "predictions": lambda posterior, x: posterior.predictive_distribution(
         x, site="second"
     ),
-    "ArviZ": lambda posterior, x: to_inference_data(
-        posterior, x, x[:, 0], x[:, 0], num_samples=4, predictions_args=(x,)
-    ),
-    "ArviZ, networks": lambda posterior, x: to_inference_data(
-        posterior,
-        x,
-        x[:, 0],
-        x[:, 0],
-        num_samples=4,
-        predictions_args=(x,),
-        linearized=False,
-    ),
+    "ArviZ": lambda posterior, x: exported(posterior, x, linearized=True),
+    "ArviZ, networks": lambda posterior, x: exported(posterior, x, linearized=False),
 }
 
 
@@ -146,12 +152,19 @@ def test_missing_data_of_a_site_after_one_without_data(dtype: torch.dtype) -> No
 
 
 def test_draws_of_all_sites(dtype: torch.dtype) -> None:
-    """The way out that the message names has the variance of both noises."""
-    posterior = fitted(chain, dtype)
+    """The way out that the message names has the variance of both noises; 500 draws."""
+    posterior, count = fitted(chain, dtype), 500
     x = draw(3, 4, INPUTS).to(dtype)
     torch.manual_seed(0)
-    predictive = Predictive(posterior.linearized_model, guide=posterior, num_samples=2)
-    assert predictive(x)["second"].shape == (2, 4)
+    predictive = Predictive(
+        posterior.linearized_model, guide=posterior, num_samples=count
+    )
+    found = predictive(x)["second"]
+    covariance = torch.linalg.inv(posterior.get_posterior().precision_matrix)
+    variance = 9 * ((x @ covariance) * x).sum(-1) + 4 * 0.5**2 + 0.1**2
+    ratio = found.var(0) / variance - 1
+    limit = num_standard_errors(len(x)) * math.sqrt(2 / count)
+    assert float(ratio.abs().max()) < limit < 0.4
 
 
 def test_sites_that_share_weights_alone(dtype: torch.dtype) -> None:
@@ -161,13 +174,5 @@ def test_sites_that_share_weights_alone(dtype: torch.dtype) -> None:
     assert_close(
         found.mean, x @ draw(2, INPUTS).to(dtype), **tolerance(dtype, "closed_form")
     )
-    data = to_inference_data(
-        posterior,
-        x,
-        x[:, 0],
-        x[:, 0],
-        num_samples=4,
-        predictions_args=(x,),
-        linearized=False,
-    )
+    data = exported(posterior, x, linearized=False)
     assert data["predictions"]["first"].shape == (1, 4, 5)
